@@ -1,0 +1,233 @@
+"""Engines: ways to run prefill and the one-token step over one session's tensors.
+
+An engine is asked whether it can serve a model (`why_not`), how many rows it runs for a batch (`rows_for`), and then for
+the logits of one step at a time (`step`). `eager` runs the decoder's modules as they are and is the reference; `compile`
+runs the same step through torch.compile, and on a GPU inside a CUDA graph. `ENGINES` holds them by name; a hand-written
+GPU engine is one more row.
+"""
+
+import logging
+import types
+
+import torch
+
+from .cache_utils import EncoderDecoderStaticCache
+from .cuda_graphs import CapturedCall, FinishedWatch
+from .modeling_whisper import decode_step, decoder_forward, padded_prompt_mask, project_cross_attention
+
+
+logger = logging.getLogger(__name__)
+
+
+class Session:
+    """What one running call owns: the cache's buffers and the loop's tensors, reused from call to call.
+
+    A session serves one call at a time. It keeps no reference to the cache object that the buffers came from, so that a
+    cache of the user's can be collected while the session is remembered under it.
+
+    Args:
+        cache: the `EncoderDecoderStaticCache` whose buffers the session works on.
+    """
+
+    def __init__(self, cache):
+        buffers = cache.layer_buffers
+        self.max_batch_size = cache.max_batch_size
+        self.device = buffers[0].self_keys.device
+        self.slots = buffers[0].self_keys.shape[2]
+        self.source_length = buffers[0].cross_keys.shape[2]
+        self.buffers = [tuple(layer) for layer in buffers]
+        # One column more than the cache has slots: the last token chosen is never fed.
+        self.tokens = torch.zeros(self.max_batch_size, self.slots + 1, dtype=torch.int64, device=self.device)
+        self.length = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.position_offset = torch.zeros(self.max_batch_size, 1, dtype=torch.int64, device=self.device)
+        self.valid = torch.ones(self.max_batch_size, self.slots, dtype=torch.bool, device=self.device)
+        self.token_logprobs = torch.zeros(self.max_batch_size, self.slots + 1, device=self.device)
+        self.watch = FinishedWatch(self.device, self.slots + 1)
+        self.padded_prompt = False
+        self.graph_pool = None
+        self.graphs = {}
+        self._rows = {}
+
+    def rows(self, count):
+        """Views of the first `count` rows of every tensor: `Rows`."""
+        if count not in self._rows:
+            self._rows[count] = Rows(self, count)
+        return self._rows[count]
+
+    def clear(self):
+        """Leave no trace of the last call in what a step may read without having written it."""
+        torch._foreach_zero_([buffer for layer in self.buffers for buffer in layer[:2]])
+
+
+class Rows:
+    """Views of a session's first `count` rows."""
+
+    def __init__(self, session, count):
+        self.session = session
+        self.count = count
+        self.buffers = [tuple(buffer[:count] for buffer in layer) for layer in session.buffers]
+        self.tokens = session.tokens[:count]
+        self.position_offset = session.position_offset[:count]
+        self.valid = session.valid[:count]
+        self.token_logprobs = session.token_logprobs[:count]
+
+
+class EagerEngine:
+    """The decoder's own modules, one call after the other: the reference, and any device.
+
+    Attention reads the written slots only, so that every product has the shape that a growing cache would give it.
+    """
+
+    name = "eager"
+
+    def __init__(self, model):
+        self.decoder = model.model.decoder
+        self.proj_out = model.proj_out
+        self.compiles = 0
+        self.captures = 0
+
+    @staticmethod
+    def why_not(model, device):
+        """None if this engine can serve `model`, else the reason."""
+        return None
+
+    def rows_for(self, batch_size):
+        """Rows to run for a batch of `batch_size`."""
+        return batch_size
+
+    def prefill(
+        self, rows, prompt_ids, encoder_hidden_states, valid=None, mask_moves_positions=False, extra_index=None
+    ):
+        """Project the encoder's output, run the prompt, and leave the rows ready for `step`.
+
+        Args:
+            rows: `Rows` of the batch.
+            prompt_ids: `(batch, prompt_length)` int64.
+            encoder_hidden_states: `(batch, source_length, d_model)`.
+            valid: `(batch, prompt_length)` bool, False on (left) padding, or None.
+            mask_moves_positions: whether learned positions are counted from the first valid token.
+            extra_index: a prompt position whose logits are wanted as well, or None.
+
+        Returns:
+            `(batch, vocab_size)` float32 logits after the prompt, and those at `extra_index` (or None).
+        """
+        session = rows.session
+        length = prompt_ids.shape[1]
+        position_ids = torch.arange(length, device=prompt_ids.device)[None]
+        attention_mask = None
+        session.padded_prompt = valid is not None
+        rows.position_offset.zero_()
+        rows.valid.fill_(True)
+        if valid is not None:
+            rows.valid[:, :length] = valid
+            attention_mask = padded_prompt_mask(valid)
+            if mask_moves_positions:
+                position_ids = (valid.long().cumsum(-1) - 1).clamp(min=0)
+                rows.position_offset.copy_(length - valid.long().sum(-1, keepdim=True))
+        rows.tokens[:, :length] = prompt_ids
+        session.length.fill_(length)
+        project_cross_attention(self.decoder, encoder_hidden_states, rows.buffers)
+        hidden = decoder_forward(self.decoder, prompt_ids, position_ids, rows.buffers, 0, attention_mask)
+        logits = self.proj_out(hidden[:, -1]).float()
+        extra = None if extra_index is None else self.proj_out(hidden[:, extra_index]).float()
+        return logits, extra
+
+    def step(self, rows, slot):
+        """Logits `(rows, vocab_size)` after feeding the token in column `slot`."""
+        session = rows.session
+        position_ids, attention_mask = slot - rows.position_offset, None
+        if session.padded_prompt:
+            attention_mask = rows.valid[:, None, None, : slot + 1]
+        tokens = rows.tokens[:, slot : slot + 1]
+        hidden = decoder_forward(self.decoder, tokens, position_ids, rows.buffers, slot, attention_mask)
+        return self.proj_out(hidden[:, -1]).float()
+
+
+class CompileEngine(EagerEngine):
+    """The one-token step through torch.compile (fullgraph), and on a GPU inside a CUDA graph.
+
+    Two compilations serve every batch: one for a single row, one with a symbolic batch size for two rows and more. A single
+    row runs padded to two where only the second is there, rather than compile again. On a GPU, batches are padded to powers
+    of two, so that few graphs are captured. Prompts are run uncompiled: their lengths differ from call to call.
+    """
+
+    name = "compile"
+
+    def __init__(self, model):
+        super().__init__(model)
+        self._steps = {}
+        self._on_gpu = next(self.decoder.parameters()).device.type == "cuda"
+
+    @staticmethod
+    def why_not(model, device):
+        if device.type not in ("cuda", "cpu"):
+            return f"torch.compile is not used on {device.type}"
+        for module in (*model.model.decoder.modules(), model.proj_out):
+            if module._forward_hooks or module._forward_pre_hooks:
+                return f"{type(module).__name__} has a forward hook, which a compiled step would not call"
+        return None
+
+    def rows_for(self, batch_size):
+        if self._on_gpu:
+            return 1 << (batch_size - 1).bit_length()
+        if batch_size == 1 and "many" in self._steps and "one" not in self._steps:
+            return 2
+        return batch_size
+
+    def prefill(self, rows, *args, **kwargs):
+        # A step reads every slot, and what is masked must still be finite: 0 * NaN is NaN.
+        rows.session.clear()
+        return super().prefill(rows, *args, **kwargs)
+
+    def step(self, rows, slot):
+        if not self._on_gpu:
+            return self._run(rows)
+        graphs = rows.session.graphs
+        if rows.count not in graphs:
+            if rows.session.graph_pool is None:
+                rows.session.graph_pool = torch.cuda.graph_pool_handle()
+            graphs[rows.count] = CapturedCall(lambda: self._run(rows), pool=rows.session.graph_pool)
+            self.captures += 1
+        return graphs[rows.count]()
+
+    def _run(self, rows):
+        kind = "one" if rows.count == 1 else "many"
+        if kind not in self._steps:
+            self._steps[kind] = self._compile()
+        if kind == "many":
+            for tensor in (
+                rows.tokens,
+                rows.position_offset,
+                rows.valid,
+                *(b for layer in rows.buffers for b in layer),
+            ):
+                torch._dynamo.mark_dynamic(tensor, 0)
+        return self._steps[kind](
+            self.decoder,
+            self.proj_out,
+            rows.tokens,
+            rows.session.length,
+            rows.position_offset,
+            rows.valid,
+            rows.buffers,
+        )
+
+    def _compile(self):
+        # Dynamo keeps compiled code, and counts recompiles against its limit, per code object. Every engine gets one of its
+        # own, so that models do not push each other's steps out.
+        step = types.FunctionType(decode_step.__code__.replace(), decode_step.__globals__, "decode_step")
+        return torch.compile(step, backend=self._backend, fullgraph=True)
+
+    def _backend(self, graph, example_inputs):
+        from torch._inductor.compile_fx import compile_fx
+
+        self.compiles += 1
+        return compile_fx(graph, example_inputs)
+
+
+ENGINES = {engine.name: engine for engine in (EagerEngine, CompileEngine)}
+
+
+def new_session(model, batch_size, dtype, device):
+    """A session on buffers of its own for up to `batch_size` rows."""
+    return Session(EncoderDecoderStaticCache(model.config, batch_size, dtype=dtype, device=device))

@@ -1,0 +1,201 @@
+"""Whisper's decoder as a function over a model's own modules and a preallocated cache.
+
+One function serves the prompt (prefill) and the one-token step. It calls the model's linears, layer norms, embeddings and
+activation as modules, so that whatever stands in their place (LoRA, low-bit linears) is honoured; only the wiring between
+them, which has not changed since Whisper came to transformers, is written here. `why_not_plain` says when a model is wired
+differently, and then the stock path serves it.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+# Modules whose own `forward` is bypassed. A hook on one of these, or another forward, would be lost without a word.
+_BYPASSED = ("WhisperModel", "WhisperDecoder", "WhisperDecoderLayer", "WhisperAttention", "WhisperPositionalEmbedding")
+# Up to transformers 4.53 the attention implementation is a class of its own.
+_ATTENTION_VARIANTS = ("WhisperSdpaAttention", "WhisperFlashAttention2")
+
+
+def decoder_forward(decoder, input_ids, position_ids, buffers, write_at, attention_mask=None):
+    """Run the decoder's layers over `input_ids`, writing self-attention keys and values into `buffers`.
+
+    Args:
+        decoder: the model's `WhisperDecoder`.
+        input_ids: `(batch, length)` int64.
+        position_ids: `(batch or 1, length)` int64, indices into the learned positions.
+        buffers: per layer `(self_keys, self_values, cross_keys, cross_values)`, each `(batch, heads, slots, head_dim)`; the
+            cross-attention ones are filled already (`project_cross_attention`).
+        write_at: where the first of the `length` new entries goes. An `int`, known to the host: attention then reads the
+            slots up to the last one written and no others, which is what a growing cache does. Or an int64 tensor of shape
+            `(length,)`, known to the device only: attention reads every slot, and `attention_mask` must hide the unwritten ones.
+        attention_mask: None (causal), or bool, broadcastable to `(batch, heads, length, slots read)`, True where a query may look.
+
+    Returns:
+        `(batch, length, d_model)` hidden states after the final layer norm.
+    """
+    batch, length = input_ids.shape
+    hidden = decoder.embed_tokens(input_ids) + decoder.embed_positions.weight[position_ids]
+    host_knows = isinstance(write_at, int)
+    is_causal = attention_mask is None and length > 1
+    for layer, (self_keys, self_values, cross_keys, cross_values) in zip(decoder.layers, buffers):
+        attention = layer.self_attn
+        residual = hidden
+        hidden = layer.self_attn_layer_norm(hidden)
+        # Whisper scales the query before the product, not the product: the order matters to the last bit.
+        query = _heads(attention.q_proj(hidden) * attention.scaling, attention)
+        key = _heads(attention.k_proj(hidden), attention)
+        value = _heads(attention.v_proj(hidden), attention)
+        if host_knows:
+            end = write_at + length
+            self_keys[:, :, write_at:end] = key
+            self_values[:, :, write_at:end] = value
+            key, value = self_keys[:, :, :end], self_values[:, :, :end]
+        else:
+            key = self_keys.index_copy_(2, write_at, key)
+            value = self_values.index_copy_(2, write_at, value)
+        hidden = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, is_causal=is_causal, scale=1.0
+        )
+        hidden = residual + attention.out_proj(hidden.transpose(1, 2).reshape(batch, length, -1))
+
+        attention = layer.encoder_attn
+        residual = hidden
+        hidden = layer.encoder_attn_layer_norm(hidden)
+        query = _heads(attention.q_proj(hidden) * attention.scaling, attention)
+        hidden = F.scaled_dot_product_attention(query, cross_keys, cross_values, scale=1.0)
+        hidden = residual + attention.out_proj(hidden.transpose(1, 2).reshape(batch, length, -1))
+
+        residual = hidden
+        hidden = layer.final_layer_norm(hidden)
+        hidden = residual + layer.fc2(layer.activation_fn(layer.fc1(hidden)))
+    return decoder.layer_norm(hidden)
+
+
+def project_cross_attention(decoder, encoder_hidden_states, buffers):
+    """Fill the cross-attention keys and values of every layer from `(batch, source_length, d_model)` encoder states."""
+    for layer, (_, _, cross_keys, cross_values) in zip(decoder.layers, buffers):
+        attention = layer.encoder_attn
+        cross_keys.copy_(_heads(attention.k_proj(encoder_hidden_states), attention))
+        cross_values.copy_(_heads(attention.v_proj(encoder_hidden_states), attention))
+
+
+def decode_step(decoder, proj_out, tokens, length, position_offset, valid, buffers):
+    """One token for every row, with nothing that the host must know: the unit that is compiled and captured.
+
+    Args:
+        decoder, proj_out: the model's decoder and output head.
+        tokens: `(batch, max_length)` int64, valid in `[:, :length]`; the last valid token is the one to feed.
+        length: int64 tensor of shape `(1,)`.
+        position_offset: `(batch, 1)` int64, subtracted from the slot to get the learned position (left padding), or None.
+        valid: `(batch, slots)` bool, False where a slot holds padding, or None.
+        buffers: as in `decoder_forward`, unwritten slots finite.
+
+    Returns:
+        `(batch, vocab_size)` float32 logits of the next token.
+    """
+    slot = length - 1
+    position_ids = slot[None] if position_offset is None else slot - position_offset
+    slots = buffers[0][0].shape[2]
+    attention_mask = (torch.arange(slots, device=tokens.device) <= slot)[None, None, None]
+    if valid is not None:
+        attention_mask = attention_mask & valid[:, None, None]
+    hidden = decoder_forward(decoder, tokens.index_select(1, slot), position_ids, buffers, slot, attention_mask)
+    return proj_out(hidden[:, -1]).float()
+
+
+def padded_prompt_mask(valid):
+    """`(batch, 1, length, length)` bool mask of a left-padded prompt, from `(batch, length)` bool.
+
+    A query may look at valid earlier positions and always at itself: a padding position that could look nowhere would give
+    NaN, and a NaN value reaches every query, masked or not, through its product with a zero weight.
+    """
+    length = valid.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=valid.device).tril()
+    return (causal & valid[:, None]).logical_or_(torch.eye(length, dtype=torch.bool, device=valid.device))[:, None]
+
+
+def _heads(states, attention):
+    """`(batch, length, d_model)` to `(batch, heads, length, head_dim)`."""
+    return states.view(*states.shape[:2], attention.num_heads, attention.head_dim).transpose(1, 2)
+
+
+def why_not_plain(model):
+    """The reason why `model`'s decoder is not wired as this file assumes, or None if it is."""
+    decoder = model.model.decoder
+    bypassed = [model.model, decoder, decoder.embed_positions]
+    for layer in decoder.layers:
+        bypassed += [layer, layer.self_attn, layer.encoder_attn]
+    for module in bypassed:
+        kind = type(module)
+        if kind.__name__ not in _BYPASSED + _ATTENTION_VARIANTS or not kind.__module__.startswith("transformers."):
+            return f"{kind.__name__} is not transformers' own"
+    for module in [model, *bypassed]:
+        if _is_hooked(module):
+            return f"{type(module).__name__} has a forward hook"
+        if not _forwards_as_its_class(module):
+            return f"{type(module).__name__}.forward is replaced on the instance"
+    if model.training and any(
+        rate > 0 for rate in (decoder.dropout, decoder.layerdrop, decoder.layers[0].self_attn.dropout)
+    ):
+        return "the model is in training mode with dropout"
+    devices = {parameter.device for module in (decoder, model.proj_out) for parameter in module.parameters()}
+    if len(devices) > 1:
+        return "the decoder is spread over several devices"
+    return None
+
+
+def _is_hooked(module):
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _forwards_as_its_class(module):
+    """Whether `module` runs its class's forward; `module.forward = torch.compile(module.forward)` still does."""
+    own = module.__dict__.get("forward")
+    if own is None:
+        return True
+    own = getattr(own, "_torchdynamo_orig_callable", own)
+    return getattr(own, "__func__", None) is type(module).forward
+
+
+class ModuleFingerprint:
+    """Notices that a model's decoder or head is no longer the one seen before: moved, cast, requantised, hooked.
+
+    Everything that a compiled step or a captured graph has baked in is compared: which module stands where, and where each
+    parameter's storage is. A deep copy is another model and never gets here.
+    """
+
+    def __init__(self, model):
+        self._children = []
+        self._tensors = []
+        for root in (model.model.decoder, model.proj_out):
+            for module in root.modules():
+                self._children += [(module._modules, name, child) for name, child in module._modules.items()]
+                for table in (module._parameters, module._buffers):
+                    self._tensors += [(table, name) for name in table]
+        self._seen = self._describe()
+
+    def _describe(self):
+        described = []
+        for table, name in self._tensors:
+            tensor = table.get(name)
+            described.append(None if tensor is None else (id(tensor), tensor.data_ptr(), tensor.dtype))
+        return described
+
+    def still_holds(self):
+        return all(table.get(name) is child for table, name, child in self._children) and (
+            self._seen == self._describe()
+        )
+
+
+def decoder_device(model):
+    """The device that the decoder computes on."""
+    return next(model.model.decoder.parameters()).device
+
+
+def activation_dtype(model):
+    """The floating dtype of the decoder's activations: that of its layer norms, which quantisation leaves alone."""
+    norm = model.model.decoder.layer_norm
+    return norm.weight.dtype if isinstance(norm, nn.LayerNorm) else model.model.decoder.embed_positions.weight.dtype

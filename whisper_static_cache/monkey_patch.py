@@ -1,0 +1,237 @@
+"""patch() and unpatch(): the only place that assigns into transformers.
+
+Three attributes of `WhisperForConditionalGeneration` are replaced, the rows of `_ROWS`. Each replacement asks first whether
+the model at hand is switched on, so that `patch(model)` leaves every other model on the stock path, and calls the attribute
+it replaced where it is not.
+"""
+
+import contextlib
+import functools
+import inspect
+import logging
+import threading
+import weakref
+
+from . import _compat
+from .engines import ENGINES
+
+
+logger = logging.getLogger(__name__)
+
+_LOCK = threading.RLock()
+# Engine for all models, None while patch() was not called; engines of single models.
+_EVERYWHERE = None
+_MODELS = weakref.WeakKeyDictionary()
+# (class, attribute) -> (what stood in the class's own dictionary or _INHERITED, what we put there)
+_APPLIED = {}
+_INHERITED = object()
+
+
+def _make_generate(stock):
+    signature = inspect.signature(stock)
+
+    @functools.wraps(stock)
+    def generate(self, *args, **kwargs):
+        engine = _engine_or_none(self)
+        if engine is None:
+            return stock(self, *args, **kwargs)
+        from .generation_whisper import generate_call
+
+        arguments = signature.bind(self, *args, **kwargs).arguments
+        arguments = {**arguments, **arguments.pop("kwargs", {})}
+        with generate_call(self, engine, arguments):
+            return stock(self, *args, **_compat.without_dynamic(kwargs))
+
+    return generate
+
+
+def _make_sample(stock):
+    @functools.wraps(stock)
+    def _sample(self, *args, **kwargs):
+        if _engine_or_none(self) is None:
+            return stock(self, *args, **kwargs)
+        from .generation_whisper import sample
+
+        return sample(stock, self, *args, **kwargs)
+
+    return _sample
+
+
+def _make_average_logprob(stock):
+    @functools.wraps(stock)
+    def _retrieve_avg_logprobs(scores, tokens, *args, **kwargs):
+        from .generation_whisper import average_logprob
+
+        return average_logprob(stock, scores, tokens, *args, **kwargs)
+
+    return staticmethod(_retrieve_avg_logprobs)
+
+
+# (attribute, what makes the replacement from the attribute replaced, the parameters it counts on)
+_ROWS = (
+    ("generate", _make_generate, ("self", "input_features", "generation_config")),
+    (
+        "_sample",
+        _make_sample,
+        (
+            "self",
+            "input_ids",
+            "logits_processor",
+            "stopping_criteria",
+            "generation_config",
+            "synced_gpus",
+            "streamer",
+            "model_kwargs",
+        ),
+    ),
+    ("_retrieve_avg_logprobs", _make_average_logprob, ("scores", "tokens")),
+)
+
+
+def patch(model=None, *, engine="auto"):
+    """Let transformers' Whisper models generate on a preallocated cache, with the tokens they would give anyway.
+
+    Calling it again changes the engine and nothing else. Safe to call from several threads.
+
+    Args:
+        model: one `WhisperForConditionalGeneration` to switch on; None switches on all, present and future.
+        engine: "auto", "compile" (torch.compile, CUDA graphs on a GPU) or "eager" (the same step uncompiled). "auto" takes
+            "compile" on a CUDA device and "eager" elsewhere.
+
+    Raises:
+        ValueError: the engine is not known.
+        TypeError: `model` is not a Whisper model with a language modelling head.
+        RuntimeError: this transformers release has other signatures than the package knows; nothing has been patched.
+    """
+    global _EVERYWHERE
+    check_engine(engine)
+    if model is not None and not isinstance(model, _whisper_class()):
+        raise TypeError(
+            f"`model` is a {type(model).__name__}: pass a WhisperForConditionalGeneration, or nothing to patch all of them."
+        )
+    with _LOCK:
+        _apply()
+        if model is None:
+            _EVERYWHERE = engine
+        else:
+            _MODELS[model] = engine
+
+
+def unpatch(model=None):
+    """Undo `patch`: every attribute of transformers is the object that it was, and caches and graphs are freed.
+
+    Args:
+        model: the one model to switch off again, if it was switched on by itself; None undoes every patch.
+    """
+    global _EVERYWHERE
+    from .generation_whisper import forget
+
+    with _LOCK:
+        if model is not None:
+            _MODELS.pop(model, None)
+            if _EVERYWHERE is None:
+                forget(model)
+        else:
+            _EVERYWHERE = None
+            _MODELS.clear()
+            forget()
+        if _EVERYWHERE is None and not _MODELS:
+            _revert()
+
+
+def is_patched(model=None):
+    """Whether `model` generates on the preallocated cache; without a model, whether all do."""
+    with _LOCK:
+        return (_EVERYWHERE if model is None else _engine_or_none(model)) is not None
+
+
+@contextlib.contextmanager
+def patched(model=None, *, engine="auto"):
+    """`patch(model, engine=engine)` for the length of a `with` block; afterwards all is as before it.
+
+    Args:
+        model, engine: as for `patch`.
+    """
+    with _LOCK:
+        before = _EVERYWHERE if model is None else _MODELS.get(model)
+        patch(model, engine=engine)
+    try:
+        yield
+    finally:
+        if before is None:
+            _leave(model)
+        else:
+            patch(model, engine=before)
+
+
+def _leave(model):
+    global _EVERYWHERE
+    with _LOCK:
+        if model is None and _MODELS:
+            # Single models that were switched on by themselves stay so.
+            _EVERYWHERE = None
+        else:
+            unpatch(model)
+
+
+def engine_of(model):
+    """The engine asked for for `model`: its own, that of `patch()`, or "auto" if it is not patched."""
+    return _engine_or_none(model) or "auto"
+
+
+def check_engine(engine):
+    """Return `engine` if it is one, else raise ValueError naming those there are."""
+    if engine != "auto" and engine not in ENGINES:
+        raise ValueError(f"`engine` is {engine!r}: use one of 'auto', {', '.join(map(repr, ENGINES))}.")
+    return engine
+
+
+def _engine_or_none(model):
+    return _MODELS.get(model, _EVERYWHERE) if _MODELS else _EVERYWHERE
+
+
+def _whisper_class():
+    from transformers.models.whisper.modeling_whisper import WhisperForConditionalGeneration
+
+    return WhisperForConditionalGeneration
+
+
+def _apply():
+    """Put the rows in place, all or none."""
+    if _APPLIED:
+        return
+    target = _whisper_class()
+    replacements = []
+    for attribute, make, parameters in _ROWS:
+        found = getattr(target, attribute, None)
+        _check_signature(target, attribute, found, parameters)
+        replacements.append((attribute, make(found)))
+    for attribute, replacement in replacements:
+        _APPLIED[target, attribute] = (target.__dict__.get(attribute, _INHERITED), replacement)
+        setattr(target, attribute, replacement)
+
+
+def _check_signature(target, attribute, found, expected):
+    name = f"{target.__module__}.{target.__name__}.{attribute}"
+    if found is None:
+        raise RuntimeError(
+            f"{name} does not exist in {_compat.release()}: use a release of transformers from 4.46 to 5.23."
+        )
+    actual = tuple(inspect.signature(found).parameters)
+    if actual[: len(expected)] != expected:
+        raise RuntimeError(
+            f"{name} has the parameters {actual} in {_compat.release()} where {expected} were expected: "
+            "use a release of transformers from 4.46 to 5.23."
+        )
+
+
+def _revert():
+    for (target, attribute), (before, ours) in list(_APPLIED.items()):
+        if target.__dict__.get(attribute) is not ours:
+            # Somebody patched over us; taking theirs away would break them.
+            logger.warning("%s.%s was replaced by someone else and stays so.", target.__name__, attribute)
+        elif before is _INHERITED:
+            delattr(target, attribute)
+        else:
+            setattr(target, attribute, before)
+    _APPLIED.clear()
