@@ -53,7 +53,8 @@ def tiny_config(**overrides):
     return WhisperConfig(**{**values, **overrides})
 
 
-# Token layout of the tiny vocabulary, in the order of the real one: text, <eot>, <sot>, languages, tasks, ..., timestamps.
+# Token layout of the tiny vocabulary, in the order of the real one: text, <eot>, <sot>, languages, tasks, ...,
+# timestamps.
 TINY_TOKENS = {
     "eos": 100,
     "sot": 101,

@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 # Public name -> module that defines it.
 _EXPORTS = {
     "EncoderDecoderStaticCache": "cache_utils",
-    "RunReport": "generation_whisper",
+    "RunReport": "run_report",
     "is_patched": "monkey_patch",
     "last_run": "generation_whisper",
     "patch": "monkey_patch",

@@ -12,9 +12,9 @@ _CAPTURE_LOCK = threading.Lock()
 class CapturedCall:
     """The GPU work of `function()`, recorded once and replayed at will.
 
-    `function` takes nothing, reads and writes tensors whose addresses stay, waits for the device nowhere, and gives the same
-    result when it is run again: it runs `warmups` times before the capture, so that lazy initialisation (library handles,
-    compilation, autotuning) is over.
+    `function` takes nothing, reads and writes tensors whose addresses stay, waits for the device nowhere, and gives
+    the same result when it is run again: it runs `warmups` times before the capture, so that lazy initialisation
+    (library handles, compilation, autotuning) is over.
 
     Args:
         function: callable without arguments, returning a tensor.
@@ -47,9 +47,9 @@ class CapturedCall:
 class FinishedWatch:
     """Tells the host at which step a flag on the device rose, without ever emptying the device's queue.
 
-    After each step the flag is copied asynchronously into pinned memory; the host reads the copy of `lag` steps ago, which
-    has long arrived unless the host is that far ahead of the device, and then it waits for that one, not for the newest.
-    On the CPU there is nothing to wait for and the newest flag is read.
+    After each step the flag is copied asynchronously into pinned memory; the host reads the copy of `lag` steps ago,
+    which has long arrived unless the host is that far ahead of the device, and then it waits for that one, not for the
+    newest. On the CPU there is nothing to wait for and the newest flag is read.
 
     Args:
         device: where the flags live.
@@ -79,7 +79,7 @@ class FinishedWatch:
         self._step += 1
 
     def risen_at(self, *, drain=False):
-        """The first step whose flag is known to have risen, counted from 0, or None; `drain` waits for all recorded."""
+        """The first step whose flag is known to have risen, counted from 0, or None; `drain` waits for all of them."""
         known = self._step if drain else self._step - self._lag
         while self._read < known:
             if self._on_gpu:

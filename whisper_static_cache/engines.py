@@ -1,75 +1,18 @@
 """Engines: ways to run prefill and the one-token step over one session's tensors.
 
-An engine is asked whether it can serve a model (`why_not`), how many rows it runs for a batch (`rows_for`), and then for
-the logits of one step at a time (`step`). `eager` runs the decoder's modules as they are and is the reference; `compile`
-runs the same step through torch.compile, and on a GPU inside a CUDA graph. `ENGINES` holds them by name; a hand-written
-GPU engine is one more row.
+An engine is asked whether it can serve a model (`why_not`), how many rows it runs for a batch (`rows_for`), and then
+for the logits of one step at a time (`step`). `eager` runs the decoder's modules as they are and is the reference;
+`compile` runs the same step through torch.compile, and on a GPU inside a CUDA graph. `ENGINES` holds them by name; a
+hand-written GPU engine is one more row.
 """
 
-import logging
+import threading
 import types
 
 import torch
 
-from .cache_utils import EncoderDecoderStaticCache
-from .cuda_graphs import CapturedCall, FinishedWatch
+from .cuda_graphs import CapturedCall
 from .modeling_whisper import decode_step, decoder_forward, padded_prompt_mask, project_cross_attention
-
-
-logger = logging.getLogger(__name__)
-
-
-class Session:
-    """What one running call owns: the cache's buffers and the loop's tensors, reused from call to call.
-
-    A session serves one call at a time. It keeps no reference to the cache object that the buffers came from, so that a
-    cache of the user's can be collected while the session is remembered under it.
-
-    Args:
-        cache: the `EncoderDecoderStaticCache` whose buffers the session works on.
-    """
-
-    def __init__(self, cache):
-        buffers = cache.layer_buffers
-        self.max_batch_size = cache.max_batch_size
-        self.device = buffers[0].self_keys.device
-        self.slots = buffers[0].self_keys.shape[2]
-        self.source_length = buffers[0].cross_keys.shape[2]
-        self.buffers = [tuple(layer) for layer in buffers]
-        # One column more than the cache has slots: the last token chosen is never fed.
-        self.tokens = torch.zeros(self.max_batch_size, self.slots + 1, dtype=torch.int64, device=self.device)
-        self.length = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self.position_offset = torch.zeros(self.max_batch_size, 1, dtype=torch.int64, device=self.device)
-        self.valid = torch.ones(self.max_batch_size, self.slots, dtype=torch.bool, device=self.device)
-        self.token_logprobs = torch.zeros(self.max_batch_size, self.slots + 1, device=self.device)
-        self.watch = FinishedWatch(self.device, self.slots + 1)
-        self.padded_prompt = False
-        self.graph_pool = None
-        self.graphs = {}
-        self._rows = {}
-
-    def rows(self, count):
-        """Views of the first `count` rows of every tensor: `Rows`."""
-        if count not in self._rows:
-            self._rows[count] = Rows(self, count)
-        return self._rows[count]
-
-    def clear(self):
-        """Leave no trace of the last call in what a step may read without having written it."""
-        torch._foreach_zero_([buffer for layer in self.buffers for buffer in layer[:2]])
-
-
-class Rows:
-    """Views of a session's first `count` rows."""
-
-    def __init__(self, session, count):
-        self.session = session
-        self.count = count
-        self.buffers = [tuple(buffer[:count] for buffer in layer) for layer in session.buffers]
-        self.tokens = session.tokens[:count]
-        self.position_offset = session.position_offset[:count]
-        self.valid = session.valid[:count]
-        self.token_logprobs = session.token_logprobs[:count]
 
 
 class EagerEngine:
@@ -94,6 +37,9 @@ class EagerEngine:
     def rows_for(self, batch_size):
         """Rows to run for a batch of `batch_size`."""
         return batch_size
+
+    def prepare(self, rows):
+        """Build what `step` will need for these rows, before anything of a call has been handed out."""
 
     def prefill(
         self, rows, prompt_ids, encoder_hidden_states, valid=None, mask_moves_positions=False, extra_index=None
@@ -146,9 +92,10 @@ class EagerEngine:
 class CompileEngine(EagerEngine):
     """The one-token step through torch.compile (fullgraph), and on a GPU inside a CUDA graph.
 
-    Two compilations serve every batch: one for a single row, one with a symbolic batch size for two rows and more. A single
-    row runs padded to two where only the second is there, rather than compile again. On a GPU, batches are padded to powers
-    of two, so that few graphs are captured. Prompts are run uncompiled: their lengths differ from call to call.
+    Two compilations serve every batch: one for a single row, one with a symbolic batch size for two rows and more. A
+    single row runs padded to two where only the second is there, rather than compile again. On a GPU, batches are
+    padded to powers of two, so that few graphs are captured. Prompts are run uncompiled: their lengths differ from
+    call to call.
     """
 
     name = "compile"
@@ -156,6 +103,7 @@ class CompileEngine(EagerEngine):
     def __init__(self, model):
         super().__init__(model)
         self._steps = {}
+        self._lock = threading.Lock()
         self._on_gpu = next(self.decoder.parameters()).device.type == "cuda"
 
     @staticmethod
@@ -179,30 +127,32 @@ class CompileEngine(EagerEngine):
         rows.session.clear()
         return super().prefill(rows, *args, **kwargs)
 
-    def step(self, rows, slot):
-        if not self._on_gpu:
-            return self._run(rows)
-        graphs = rows.session.graphs
-        if rows.count not in graphs:
-            if rows.session.graph_pool is None:
-                rows.session.graph_pool = torch.cuda.graph_pool_handle()
-            graphs[rows.count] = CapturedCall(lambda: self._run(rows), pool=rows.session.graph_pool)
+    def prepare(self, rows):
+        session = rows.session
+        with self._lock:
+            if (rows.count in session.graphs) if self._on_gpu else (_kind(rows) in self._steps):
+                return
+            session.clear()
+            session.length.fill_(1)
+            if not self._on_gpu:
+                self._run(rows)
+                return
+            if session.graph_pool is None:
+                session.graph_pool = torch.cuda.graph_pool_handle()
+            session.graphs[rows.count] = CapturedCall(lambda: self._run(rows), pool=session.graph_pool)
             self.captures += 1
-        return graphs[rows.count]()
+
+    def step(self, rows, slot):
+        return rows.session.graphs[rows.count]() if self._on_gpu else self._run(rows)
 
     def _run(self, rows):
-        kind = "one" if rows.count == 1 else "many"
-        if kind not in self._steps:
-            self._steps[kind] = self._compile()
+        kind = _kind(rows)
+        step = self._steps.get(kind) or self._compile()
         if kind == "many":
-            for tensor in (
-                rows.tokens,
-                rows.position_offset,
-                rows.valid,
-                *(b for layer in rows.buffers for b in layer),
-            ):
+            loop = (rows.tokens, rows.position_offset, rows.valid)
+            for tensor in (*loop, *(buffer for layer in rows.buffers for buffer in layer)):
                 torch._dynamo.mark_dynamic(tensor, 0)
-        return self._steps[kind](
+        logits = step(
             self.decoder,
             self.proj_out,
             rows.tokens,
@@ -211,10 +161,13 @@ class CompileEngine(EagerEngine):
             rows.valid,
             rows.buffers,
         )
+        # Only now: a step that could not be compiled is none.
+        self._steps[kind] = step
+        return logits
 
     def _compile(self):
-        # Dynamo keeps compiled code, and counts recompiles against its limit, per code object. Every engine gets one of its
-        # own, so that models do not push each other's steps out.
+        # Dynamo keeps compiled code, and counts recompiles against its limit, per code object. Every engine gets one
+        # of its own, so that models do not push each other's steps out.
         step = types.FunctionType(decode_step.__code__.replace(), decode_step.__globals__, "decode_step")
         return torch.compile(step, backend=self._backend, fullgraph=True)
 
@@ -225,9 +178,8 @@ class CompileEngine(EagerEngine):
         return compile_fx(graph, example_inputs)
 
 
+def _kind(rows):
+    return "one" if rows.count == 1 else "many"
+
+
 ENGINES = {engine.name: engine for engine in (EagerEngine, CompileEngine)}
-
-
-def new_session(model, batch_size, dtype, device):
-    """A session on buffers of its own for up to `batch_size` rows."""
-    return Session(EncoderDecoderStaticCache(model.config, batch_size, dtype=dtype, device=device))

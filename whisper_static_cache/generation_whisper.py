@@ -1,27 +1,26 @@
 """Greedy decoding and sampling for Whisper on a preallocated cache, without waiting for the host.
 
-`sample` stands in for `GenerationMixin._sample` on the Whisper class; everything above it, long-form windows, temperature
-fallback, prompts, language detection, is transformers' own. What `sample` does not serve goes to the stock path, with the
-reason in `last_run` and, once, in the log.
+`sample` stands in for `GenerationMixin._sample` on the Whisper class; everything above it, long-form windows,
+temperature fallback, prompts, language detection, is transformers' own. What `sample` does not serve goes to the stock
+path, with the reason in `last_run` and, once, in the log.
 """
 
 import contextlib
 import contextvars
-import dataclasses
 import logging
-import threading
-import time
-import weakref
+import types
 
 import torch
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.stopping_criteria import MaxLengthCriteria
 from transformers.generation.utils import GenerateEncoderDecoderOutput
 
 from . import _compat
 from .cache_utils import EncoderDecoderStaticCache
-from .engines import ENGINES, Session, new_session
-from .logits_process import UnsupportedProcessor, build_plan
-from .modeling_whisper import ModuleFingerprint, activation_dtype, decoder_device, why_not_plain
+from .engines import ENGINES
+from .modeling_whisper import activation_dtype, decoder_device
+from .run_report import Call, Clock, Window
+from .sessions import last_call, state_of
+from .token_choice import choice_for
 
 
 logger = logging.getLogger(__name__)
@@ -34,199 +33,8 @@ _UNDERSTOOD = frozenset(
 _REPLACED_CACHES = (None, "static")
 
 
-@dataclasses.dataclass(frozen=True)
-class RunReport:
-    """What the last `generate` call of a model did; `last_run` returns it.
-
-    Attributes:
-        engine: "eager", "compile", ..., or "stock" if transformers' own loop served the call (or a part of it).
-        reason: why stock served, or why another engine than the one asked for did; None if neither.
-        batch_size: rows of the largest decode.
-        windows: decodes run: one for short audio, one a window and temperature for long.
-        compiles: times torch.compile compiled during the call; 0 once warm.
-        captures: CUDA graphs captured during the call; 0 once warm.
-        prefill_seconds: time from the encoder's output to the logits of the first token, summed over windows.
-        decode_seconds: time from there to the last token.
-        steps: decode steps, summed over windows.
-        tokens: steps times rows, summed over windows.
-        tokens_per_second: `tokens / decode_seconds`, all rows together; 0.0 if nothing was decoded.
-    """
-
-    engine: str
-    reason: str | None = None
-    batch_size: int = 0
-    windows: int = 0
-    compiles: int = 0
-    captures: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    steps: int = 0
-    tokens: int = 0
-
-    @property
-    def tokens_per_second(self):
-        return self.tokens / self.decode_seconds if self.decode_seconds else 0.0
-
-
-class _Call:
-    """One call of `generate`: what the user asked of it, and what became of it."""
-
-    def __init__(self, model, engine="auto", *, stock_reason=None, keeps_results=True, is_shortform=True):
-        self.model = weakref.ref(model)
-        self.engine = engine
-        self.stock_reason = stock_reason
-        # Whether the user will see the result objects of the inner calls, or only their tokens.
-        self.keeps_results = keeps_results
-        self.is_shortform = is_shortform
-        self.windows = []
-
-    def served_by_stock(self, reason):
-        self.windows.append(_Window(engine="stock", reason=reason))
-        _log_once(self.model(), reason)
-
-    def report(self):
-        """The `RunReport` of the windows so far; waits for the device where its clock is needed."""
-        windows = self.windows or [_Window(engine="stock", reason=self.stock_reason)]
-        stock = [window for window in windows if window.engine == "stock"]
-        return RunReport(
-            engine="stock" if stock else windows[-1].engine,
-            reason=next((window.reason for window in [*stock, *windows] if window.reason), None),
-            batch_size=max(window.batch_size for window in windows),
-            windows=len(windows),
-            compiles=sum(window.compiles for window in windows),
-            captures=sum(window.captures for window in windows),
-            prefill_seconds=sum(window.clock.seconds(0) for window in windows if window.clock),
-            decode_seconds=sum(window.clock.seconds(1) for window in windows if window.clock),
-            steps=sum(window.steps for window in windows),
-            tokens=sum(window.steps * window.batch_size for window in windows),
-        )
-
-
-@dataclasses.dataclass
-class _Window:
-    engine: str
-    reason: str | None = None
-    batch_size: int = 0
-    compiles: int = 0
-    captures: int = 0
-    steps: int = 0
-    clock: "_Clock | None" = None
-
-
-class _Clock:
-    """Marks on the device's own timeline, read only when somebody asks."""
-
-    def __init__(self, device):
-        self._on_gpu = device.type == "cuda"
-        self._marks = []
-
-    def mark(self):
-        if self._on_gpu:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append(event)
-        else:
-            self._marks.append(time.perf_counter())
-
-    def seconds(self, index):
-        """Seconds between mark `index` and the next, 0.0 if the run did not get that far."""
-        if index + 1 >= len(self._marks):
-            return 0.0
-        start, end = self._marks[index : index + 2]
-        if not self._on_gpu:
-            return end - start
-        end.synchronize()
-        return start.elapsed_time(end) / 1000
-
-
 # The `generate` call that the current thread is in; inner calls (an assistant's) nest.
 _CALL = contextvars.ContextVar("whisper_static_cache_call", default=None)
-
-
-class _ModelState:
-    """What is kept for a model between calls: engines, sessions, the last report."""
-
-    def __init__(self):
-        self.lock = threading.Lock()
-        self.last_call = None
-        self.logged = set()
-        # What an engine could not do although it said it could: name -> reason.
-        self.failed = {}
-        self._forget()
-
-    def _forget(self):
-        self.fingerprint = None
-        self.plain_reason = None
-        self.engines = {}
-        self.sessions = []
-        self.user_sessions = weakref.WeakKeyDictionary()
-
-    def refresh(self, model):
-        """Drop what was built for the model as it no longer is; return why it cannot be served, or None."""
-        if self.fingerprint is None or not self.fingerprint.still_holds():
-            self._forget()
-            self.fingerprint = ModuleFingerprint(model)
-        return why_not_plain(model)
-
-    def engine(self, model, name):
-        if name not in self.engines:
-            self.engines[name] = ENGINES[name](model)
-        return self.engines[name]
-
-    @contextlib.contextmanager
-    def session(self, model, rows, dtype, device, user_cache):
-        """A session for at least `rows` rows that no other call is using."""
-        session = self._take(model, rows, dtype, device, user_cache)
-        try:
-            yield session
-        finally:
-            with self.lock:
-                if user_cache is None:
-                    self.sessions.append(session)
-                else:
-                    self.user_sessions[user_cache] = session
-
-    def _take(self, model, rows, dtype, device, user_cache):
-        with self.lock:
-            if user_cache is not None:
-                if user_cache in self.user_sessions:
-                    session = self.user_sessions.pop(user_cache)
-                    if session is None:
-                        raise ValueError(
-                            "`past_key_values` is in use by another generate call; give each thread a cache of its own."
-                        )
-                else:
-                    session = Session(user_cache)
-                self.user_sessions[user_cache] = None
-                return session
-            for index, session in enumerate(self.sessions):
-                if session.max_batch_size >= rows and session.device == device:
-                    return self.sessions.pop(index)
-            if self.sessions:
-                # Too small: a larger one takes its place, and its memory is free before the new one is allocated.
-                self.sessions.pop()
-        return new_session(model, rows, dtype, device)
-
-
-_STATES = weakref.WeakKeyDictionary()
-_STATES_LOCK = threading.Lock()
-
-
-def state_of(model):
-    """The `_ModelState` of `model`, made on first use. Kept outside the model: a deep copy or a pickle takes none along."""
-    with _STATES_LOCK:
-        if model not in _STATES:
-            _STATES[model] = _ModelState()
-        return _STATES[model]
-
-
-def forget(model=None):
-    """Free every cache, compiled step and graph kept for `model`, or for all models."""
-    with _STATES_LOCK:
-        if model is None:
-            _STATES.clear()
-        else:
-            _STATES.pop(model, None)
 
 
 def last_run(model):
@@ -241,13 +49,14 @@ def last_run(model):
     Raises:
         ValueError: `generate` has not been called on `model` since `patch()`.
     """
-    state = _STATES.get(model)
-    if state is None or state.last_call is None:
+    call = last_call(model)
+    if call is None:
         raise ValueError("`model` has not generated since patch(): call model.generate(...) first.")
-    return state.last_call.report()
+    return call.report()
 
 
-def _log_once(model, reason):
+def _leave_to_stock(model, call, reason):
+    call.served_by_stock(reason)
     logged = state_of(model).logged
     if reason not in logged:
         logged.add(reason)
@@ -270,7 +79,7 @@ def generate_call(model, engine, arguments):
     finally:
         _CALL.reset(token)
     if not call.windows:
-        call.served_by_stock(call.stock_reason or "beam search and assisted decoding are not served yet")
+        _leave_to_stock(model, call, call.stock_reason or "beam search and assisted decoding are not served yet")
     state_of(model).last_call = call
 
 
@@ -299,7 +108,7 @@ def _describe(model, engine, arguments):
             prompt_ids = arguments.get("prompt_ids")
             length = (setting("max_new_tokens") or 0) + (0 if prompt_ids is None else len(prompt_ids))
             cache.check_fits(model.config, rows, length, activation_dtype(model), decoder_device(model))
-    return _Call(
+    return Call(
         model,
         engine,
         stock_reason=stock_reason,
@@ -328,12 +137,12 @@ def sample(
     """`GenerationMixin._sample` for Whisper; `stock` is the method it replaces, and serves what this does not."""
     call = _CALL.get()
     if call is None or call.model() is not model:
-        call = _Call(model)
+        call = Call(model)
     state = state_of(model)
     job = _Job(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs, call)
     reason = job.why_stock(state, synced_gpus)
     if reason is not None:
-        call.served_by_stock(reason)
+        _leave_to_stock(model, call, reason)
         return stock(
             model,
             input_ids,
@@ -368,7 +177,11 @@ class _Job:
         self.max_length = min(lengths) if lengths else None
 
     def why_stock(self, state, synced_gpus):
-        """Why transformers' own loop must serve, or None. Raises ValueError if a cache of the user's cannot hold the call."""
+        """Why transformers' own loop must serve, or None.
+
+        Raises:
+            ValueError: the caller passed a cache of this package that cannot hold the call.
+        """
         config, kwargs = self.config, self.kwargs
         if self.call.stock_reason:
             return self.call.stock_reason
@@ -415,41 +228,36 @@ class _Job:
         return state.refresh(self.model)
 
     def run(self, state):
+        """Decode on the engine asked for, or on the reference engine where that one cannot."""
         device = self.input_ids.device
-        dtype = activation_dtype(self.model)
-        engine, reason = self._choose_engine(state, device)
-        try:
-            return self._run_on(state, engine, reason, dtype, device)
-        except _EngineFailed as failure:
-            # Never a crash: the reference engine repeats the window from its start. Nothing of it has been handed out yet.
-            reason = f"the {engine.name} engine failed ({failure})"
-            state.failed[engine.name] = reason
-            logger.warning("%s; the eager engine serves from here on.", reason)
-            return self._run_on(state, state.engine(self.model, "eager"), reason, dtype, device)
-
-    def _choose_engine(self, state, device):
-        wanted = self.call.engine
-        name = default_engine(device) if wanted == "auto" else wanted
+        name = default_engine(device) if self.call.engine == "auto" else self.call.engine
         reason = state.failed.get(name) or ENGINES[name].why_not(self.model, device)
-        if reason:
-            name = "eager"
-        return state.engine(self.model, name), reason
+        if reason is None:
+            try:
+                return self._run_on(state, state.engine(self.model, ENGINES[name]))
+            except _EngineFailed as failure:
+                # Never a crash. Nothing of the window has been handed out yet.
+                reason = state.failed[name] = f"the {name} engine could not be built: {failure}"
+                logger.warning("%s. The eager engine serves from here on.", reason)
+        return self._run_on(state, state.engine(self.model, ENGINES["eager"]), reason)
 
-    def _run_on(self, state, engine, reason, dtype, device):
-        rows_wanted = engine.rows_for(self.batch_size)
+    def _run_on(self, state, engine, reason=None):
+        rows = engine.rows_for(self.batch_size)
         if self.user_cache is not None:
-            rows_wanted = self.batch_size if rows_wanted > self.user_cache.max_batch_size else rows_wanted
+            rows = min(rows, self.user_cache.max_batch_size)
         compiles, captures = engine.compiles, engine.captures
-        window = _Window(engine.name, reason, self.batch_size, clock=_Clock(device))
-        with state.session(self.model, rows_wanted, dtype, device, self.user_cache) as session:
-            result, window.steps = self._decode(engine, session, rows_wanted, window.clock)
+        device = self.input_ids.device
+        window = Window(engine.name, reason, self.batch_size, clock=Clock(device))
+        with state.session(self.model, rows, activation_dtype(self.model), device, self.user_cache) as session:
+            _prepare(engine, session.rows(rows))
+            result, window.steps = self._decode(engine, session, rows, window.clock)
         window.compiles, window.captures = engine.compiles - compiles, engine.captures - captures
         self.call.windows.append(window)
         return result
 
-    def _decode(self, engine, session, rows_wanted, clock):
-        choice = _choice_for(self, session)
-        padded, rows = session.rows(rows_wanted), session.rows(self.batch_size)
+    def _decode(self, engine, session, padded_rows, clock):
+        choice = choice_for(self, session)
+        padded, rows = session.rows(padded_rows), session.rows(self.batch_size)
         mask = self.kwargs.get("decoder_attention_mask")
         clock.mark()
         logits, extra = engine.prefill(
@@ -464,7 +272,7 @@ class _Job:
         slot = self.prompt_length
         finished = choice.first(logits, extra)
         while not finished:
-            logits = _step(engine, padded, slot)[: self.batch_size]
+            logits = engine.step(padded, slot)[: self.batch_size]
             slot += 1
             finished = choice.next(logits, slot)
         steps = choice.steps()
@@ -495,18 +303,17 @@ class _Job:
 
 
 class _EngineFailed(Exception):
-    """A step could not be built or launched."""
+    """What an engine needs could not be compiled or captured."""
 
 
-def _step(engine, rows, slot):
-    if engine.name == "eager":
-        return engine.step(rows, slot)
+def _prepare(engine, rows):
     try:
-        return engine.step(rows, slot)
+        engine.prepare(rows)
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:
-        raise _EngineFailed(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+        lines = str(error).splitlines() or [""]
+        raise _EngineFailed(f"{type(error).__name__}: {lines[0]}") from error
 
 
 def _has_content(cache):
@@ -518,175 +325,13 @@ def default_engine(device):
     return "compile" if device.type == "cuda" else "eager"
 
 
-def _choice_for(job, session):
-    own_criteria = all(type(c) in (MaxLengthCriteria, EosTokenCriteria) for c in job.stopping_criteria)
-    if job.streamer is None and own_criteria:
-        try:
-            vocab_size = job.model.config.vocab_size
-            plan = build_plan(job.logits_processor, job.prompt_length, vocab_size, job.input_ids.device)
-            return _DeviceChoice(job, session, plan)
-        except UnsupportedProcessor as unsupported:
-            logger.debug("%s: the loop steps with the host", unsupported)
-    return _HostChoice(job, session)
-
-
-class _Choice:
-    """Chooses each next token from its logits and writes it into the session; keeps what the caller asked to see."""
-
-    extra_index = None
-
-    def __init__(self, job, session):
-        config = job.config
-        self.job = job
-        self.session = session
-        self.rows = session.rows(job.batch_size)
-        self.do_sample = config.do_sample
-        self.pad = config._pad_token_tensor
-        self.has_eos = any(hasattr(criterion, "eos_token_id") for criterion in job.stopping_criteria)
-        self.unfinished = torch.ones(job.batch_size, dtype=torch.bool, device=session.device)
-        wants = config.return_dict_in_generate
-        self._raw = [] if wants and config.output_logits else None
-        self._scores = [] if wants and config.output_scores else None
-
-    def _pick(self, scores):
-        if self.do_sample:
-            return torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
-        return torch.argmax(scores, dim=-1)
-
-    def _pad_finished(self, tokens):
-        # Finished rows go on as padding, as in stock.
-        return torch.where(self.unfinished, tokens, self.pad) if self.has_eos else tokens
-
-    def scores(self, steps):
-        return None if self._scores is None else tuple(self._scores[:steps])
-
-    def raw_logits(self, steps):
-        return None if self._raw is None else tuple(self._raw[:steps])
-
-
-class _DeviceChoice(_Choice):
-    """Token choice as tensor code: the host queues it and looks at the finished flag of some steps ago."""
-
-    def __init__(self, job, session, plan):
-        super().__init__(job, session)
-        self.plan = plan
-        self.extra_index = plan.no_speech_index
-        eos = [c.eos_token_id.to(session.device) for c in job.stopping_criteria if type(c) is EosTokenCriteria]
-        self.eos = torch.cat([ids.reshape(-1) for ids in eos]) if eos else None
-        self.watch = session.watch
-        self.watch.restart()
-        self.length = session.length
-        self.max_steps = max(job.max_length - job.prompt_length, 1)
-        # Scores that only transformers' average log-probability will read need not be kept: the chosen tokens' will do.
-        self.only_logprobs = self._scores is not None and not job.call.keeps_results
-        self.temperature = job.config.temperature if self.do_sample and job.config.temperature else 1.0
-        self._queued = 0
-        self._generator_offsets = [] if self.do_sample and session.device.type == "cuda" else None
-
-    def first(self, logits, extra):
-        return self._take(logits, self.plan.first, extra)
-
-    def next(self, logits, slot):
-        return self._take(logits, self.plan.rest)
-
-    def _take(self, logits, process, *extra):
-        rows, length = self.rows, self.length
-        if self._raw is not None:
-            self._raw.append(logits.clone())
-        scores = process(rows.tokens, length[0], logits, *extra)
-        if self._scores is not None and not self.only_logprobs:
-            self._scores.append(scores.clone())
-        chosen = self._pick(scores)
-        if self.only_logprobs:
-            logprobs = torch.log_softmax(scores * self.temperature, dim=-1).gather(1, chosen[:, None])
-            rows.token_logprobs[:, self._queued] = logprobs[:, 0]
-        tokens = self._pad_finished(chosen)
-        rows.tokens.index_copy_(1, length, tokens[:, None])
-        length += 1
-        if self.eos is not None:
-            self.unfinished &= torch.isin(tokens, self.eos, invert=True)
-        self._queued += 1
-        if self._generator_offsets is not None:
-            self._generator_offsets.append(_generator(self.session.device).get_offset())
-        self.watch.record(~self.unfinished.any())
-        return self._queued >= self.max_steps or self.watch.risen_at() is not None
-
-    def steps(self):
-        """Steps that count: up to the one that finished the last row. Later ones were queued before the host knew."""
-        risen = self.watch.risen_at(drain=True)
-        steps = self._queued if risen is None else risen + 1
-        if self._generator_offsets and steps < self._queued:
-            # The next draw must be the one that stock would make.
-            _generator(self.session.device).set_offset(self._generator_offsets[steps - 1])
-        return steps
-
-    def scores(self, steps):
-        if self.only_logprobs:
-            # One tensor `(batch,)` a step, on the host, where `average_logprob` finds them.
-            return tuple(self.rows.token_logprobs[:, :steps].cpu().unbind(1))
-        return super().scores(steps)
-
-
-class _HostChoice(_Choice):
-    """Token choice with processors, criteria and streamers of the user's own, which see what stock would show them."""
-
-    def __init__(self, job, session):
-        super().__init__(job, session)
-        self._steps = 0
-
-    def first(self, logits, extra):
-        return self.next(logits, self.job.prompt_length)
-
-    def next(self, logits, slot):
-        job, tokens = self.job, self.rows.tokens
-        scores = job.logits_processor(tokens[:, :slot].clone(), logits.clone())
-        if self._raw is not None:
-            self._raw.append(logits.clone())
-        if self._scores is not None:
-            self._scores.append(scores)
-        chosen = self._pad_finished(self._pick(scores))
-        tokens[:, slot] = chosen
-        self.session.length += 1
-        if job.streamer is not None:
-            job.streamer.put(chosen.cpu())
-        scores_so_far = None if self._scores is None else tuple(self._scores)
-        self.unfinished &= ~job.stopping_criteria(tokens[:, : slot + 1].clone(), scores_so_far)
-        self._steps += 1
-        return not bool(self.unfinished.any())
-
-    def steps(self):
-        return self._steps
-
-
-def _generator(device):
-    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
-
-
-def average_logprob(stock, scores, tokens, *args, **kwargs):
-    """`_retrieve_avg_logprobs` that also reads the per-token log-probabilities `_DeviceChoice` keeps in place of scores.
-
-    Args:
-        stock: the method it replaces, called where `scores` are scores.
-        scores: per step a float tensor, `(vocab_size,)` scores or a 0-dim log-probability of the token chosen.
-        tokens: `(length,)` int64 tokens, the end token included.
-    """
-    if scores[0].dim() != 0:
-        return stock(scores, tokens, *args, **kwargs)
-    logprobs = torch.stack(list(scores))
-    if logprobs.shape[0] > tokens.shape[0]:
-        logprobs = logprobs[: tokens.shape[0]]
-    else:
-        tokens = tokens[-logprobs.shape[0] :]
-    return _compat.average_logprob(logprobs, tokens, args, kwargs)
-
-
 def warmup(model, batch_sizes=(1,), *, engine=None):
     """Allocate, compile and capture ahead of time what `generate` will need for these batch sizes.
 
     Args:
         model: a Whisper model on the device and in the dtype it will be used in.
-        batch_sizes: batch sizes (rows: audio files times `num_return_sequences`) to be ready for. Smaller batches than the
-            largest one need nothing more.
+        batch_sizes: batch sizes (rows: audio files times `num_return_sequences`) to be ready for. Smaller batches than
+            the largest one need nothing more.
         engine: name of an engine, or None for the one that `patch` was told to use.
 
     Returns:
@@ -701,27 +346,36 @@ def warmup(model, batch_sizes=(1,), *, engine=None):
     for size in sizes:
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"`batch_sizes` has {size!r}: pass positive integers.")
-    call = _Call(model, check_engine(engine) if engine is not None else engine_of(model))
+    call = Call(model, engine_of(model) if engine is None else check_engine(engine))
     state = state_of(model)
-    config = model.generation_config
-    device, dtype = decoder_device(model), activation_dtype(model)
-    start = config.decoder_start_token_id
-    for size in reversed(sizes):
-        shape = (size, model.config.max_source_positions, model.config.d_model)
-        generation_config = _compat.plain_generation_config(model)
-        job = _Job(
-            model,
-            torch.full((size, 1), 0 if start is None else start, dtype=torch.int64, device=device),
-            [],
-            [MaxLengthCriteria(max_length=4)],
-            generation_config,
-            None,
-            {"encoder_outputs": (torch.zeros(shape, dtype=dtype, device=device),)},
-            call,
-        )
+    for size in [sizes[-1], *sizes]:
+        # The largest first, for its buffers; then upwards, so that each batch size meets what it will meet.
+        job = _warmup_job(model, size, call)
         reason = job.why_stock(state, synced_gpus=False)
         if reason is not None:
             raise ValueError(f"`model` cannot be warmed up: {reason}.")
         with torch.inference_mode(False), torch.no_grad():
             job.run(state)
     return call.report()
+
+
+def _warmup_job(model, batch_size, call):
+    device = decoder_device(model)
+    states = torch.zeros(
+        batch_size,
+        model.config.max_source_positions,
+        model.config.d_model,
+        dtype=activation_dtype(model),
+        device=device,
+    )
+    settings = {"return_dict_in_generate": False, "do_sample": False, "cache_implementation": None}
+    return _Job(
+        model,
+        torch.zeros(batch_size, 1, dtype=torch.int64, device=device),
+        logits_processor=[],
+        stopping_criteria=[MaxLengthCriteria(max_length=4)],
+        config=types.SimpleNamespace(**settings, _pad_token_tensor=None),
+        streamer=None,
+        model_kwargs={"encoder_outputs": (states,)},
+        call=call,
+    )

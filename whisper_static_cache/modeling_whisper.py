@@ -1,9 +1,9 @@
 """Whisper's decoder as a function over a model's own modules and a preallocated cache.
 
-One function serves the prompt (prefill) and the one-token step. It calls the model's linears, layer norms, embeddings and
-activation as modules, so that whatever stands in their place (LoRA, low-bit linears) is honoured; only the wiring between
-them, which has not changed since Whisper came to transformers, is written here. `why_not_plain` says when a model is wired
-differently, and then the stock path serves it.
+One function serves the prompt (prefill) and the one-token step. It calls the model's linears, layer norms, embeddings
+and activation as modules, so that whatever stands in their place (LoRA, low-bit linears) is honoured; only the wiring
+between them, which has not changed since Whisper came to transformers, is written here. `why_not_plain` says when a
+model is wired differently, and then the stock path serves it.
 """
 
 import torch
@@ -24,12 +24,14 @@ def decoder_forward(decoder, input_ids, position_ids, buffers, write_at, attenti
         decoder: the model's `WhisperDecoder`.
         input_ids: `(batch, length)` int64.
         position_ids: `(batch or 1, length)` int64, indices into the learned positions.
-        buffers: per layer `(self_keys, self_values, cross_keys, cross_values)`, each `(batch, heads, slots, head_dim)`; the
-            cross-attention ones are filled already (`project_cross_attention`).
-        write_at: where the first of the `length` new entries goes. An `int`, known to the host: attention then reads the
-            slots up to the last one written and no others, which is what a growing cache does. Or an int64 tensor of shape
-            `(length,)`, known to the device only: attention reads every slot, and `attention_mask` must hide the unwritten ones.
-        attention_mask: None (causal), or bool, broadcastable to `(batch, heads, length, slots read)`, True where a query may look.
+        buffers: per layer `(self_keys, self_values, cross_keys, cross_values)`, each `(batch, heads, slots,
+            head_dim)`; the cross-attention ones are filled already (`project_cross_attention`).
+        write_at: where the first of the `length` new entries goes. An `int`, known to the host: attention then reads
+            the slots up to the last one written and no others, which is what a growing cache does. Or an int64 tensor
+            of shape `(length,)`, known to the device only: attention reads every slot, and `attention_mask` must hide
+            the unwritten ones.
+        attention_mask: None (causal), or bool, broadcastable to `(batch, heads, length, slots read)`, True where a
+            query may look.
 
     Returns:
         `(batch, length, d_model)` hidden states after the final layer norm.
@@ -73,7 +75,7 @@ def decoder_forward(decoder, input_ids, position_ids, buffers, write_at, attenti
 
 
 def project_cross_attention(decoder, encoder_hidden_states, buffers):
-    """Fill the cross-attention keys and values of every layer from `(batch, source_length, d_model)` encoder states."""
+    """Fill every layer's cross-attention keys and values from encoder states `(batch, source_length, d_model)`."""
     for layer, (_, _, cross_keys, cross_values) in zip(decoder.layers, buffers):
         attention = layer.encoder_attn
         cross_keys.copy_(_heads(attention.k_proj(encoder_hidden_states), attention))
@@ -87,7 +89,8 @@ def decode_step(decoder, proj_out, tokens, length, position_offset, valid, buffe
         decoder, proj_out: the model's decoder and output head.
         tokens: `(batch, max_length)` int64, valid in `[:, :length]`; the last valid token is the one to feed.
         length: int64 tensor of shape `(1,)`.
-        position_offset: `(batch, 1)` int64, subtracted from the slot to get the learned position (left padding), or None.
+        position_offset: `(batch, 1)` int64, subtracted from the slot to get the learned position (left padding), or
+            None.
         valid: `(batch, slots)` bool, False where a slot holds padding, or None.
         buffers: as in `decoder_forward`, unwritten slots finite.
 
@@ -107,8 +110,8 @@ def decode_step(decoder, proj_out, tokens, length, position_offset, valid, buffe
 def padded_prompt_mask(valid):
     """`(batch, 1, length, length)` bool mask of a left-padded prompt, from `(batch, length)` bool.
 
-    A query may look at valid earlier positions and always at itself: a padding position that could look nowhere would give
-    NaN, and a NaN value reaches every query, masked or not, through its product with a zero weight.
+    A query may look at valid earlier positions and always at itself: a padding position that could look nowhere would
+    give NaN, and a NaN value reaches every query, masked or not, through its product with a zero weight.
     """
     length = valid.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=valid.device).tril()
@@ -163,8 +166,8 @@ def _forwards_as_its_class(module):
 class ModuleFingerprint:
     """Notices that a model's decoder or head is no longer the one seen before: moved, cast, requantised, hooked.
 
-    Everything that a compiled step or a captured graph has baked in is compared: which module stands where, and where each
-    parameter's storage is. A deep copy is another model and never gets here.
+    Everything that a compiled step or a captured graph has baked in is compared: which module stands where, and where
+    each parameter's storage is. A deep copy is another model and never gets here.
     """
 
     def __init__(self, model):

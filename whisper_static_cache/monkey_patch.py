@@ -1,8 +1,8 @@
 """patch() and unpatch(): the only place that assigns into transformers.
 
-Three attributes of `WhisperForConditionalGeneration` are replaced, the rows of `_ROWS`. Each replacement asks first whether
-the model at hand is switched on, so that `patch(model)` leaves every other model on the stock path, and calls the attribute
-it replaced where it is not.
+Three attributes of `WhisperForConditionalGeneration` are replaced, the rows of `_ROWS`. Each replacement asks first
+whether the model at hand is switched on, so that `patch(model)` leaves every other model on the stock path, and calls
+the attribute it replaced where it is not.
 """
 
 import contextlib
@@ -60,7 +60,7 @@ def _make_sample(stock):
 def _make_average_logprob(stock):
     @functools.wraps(stock)
     def _retrieve_avg_logprobs(scores, tokens, *args, **kwargs):
-        from .generation_whisper import average_logprob
+        from .token_choice import average_logprob
 
         return average_logprob(stock, scores, tokens, *args, **kwargs)
 
@@ -95,8 +95,8 @@ def patch(model=None, *, engine="auto"):
 
     Args:
         model: one `WhisperForConditionalGeneration` to switch on; None switches on all, present and future.
-        engine: "auto", "compile" (torch.compile, CUDA graphs on a GPU) or "eager" (the same step uncompiled). "auto" takes
-            "compile" on a CUDA device and "eager" elsewhere.
+        engine: "auto", "compile" (torch.compile, CUDA graphs on a GPU) or "eager" (the same step uncompiled). "auto"
+            takes "compile" on a CUDA device and "eager" elsewhere.
 
     Raises:
         ValueError: the engine is not known.
@@ -107,7 +107,7 @@ def patch(model=None, *, engine="auto"):
     check_engine(engine)
     if model is not None and not isinstance(model, _whisper_class()):
         raise TypeError(
-            f"`model` is a {type(model).__name__}: pass a WhisperForConditionalGeneration, or nothing to patch all of them."
+            f"`model` is a {type(model).__name__}: pass a WhisperForConditionalGeneration, or nothing to patch all."
         )
     with _LOCK:
         _apply()
@@ -124,7 +124,7 @@ def unpatch(model=None):
         model: the one model to switch off again, if it was switched on by itself; None undoes every patch.
     """
     global _EVERYWHERE
-    from .generation_whisper import forget
+    from .sessions import forget
 
     with _LOCK:
         if model is not None:

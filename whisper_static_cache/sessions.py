@@ -1,0 +1,158 @@
+"""What is kept between calls: for each model its engines and sessions, for each running call one session."""
+
+import contextlib
+import threading
+import weakref
+
+import torch
+
+from .cache_utils import EncoderDecoderStaticCache
+from .cuda_graphs import FinishedWatch
+from .modeling_whisper import ModuleFingerprint, why_not_plain
+
+
+class Session:
+    """What one running call owns: the cache's buffers and the loop's tensors, reused from call to call.
+
+    A session serves one call at a time. It keeps no reference to the cache object that the buffers came from, so that
+    a cache of the user's can be collected while the session is remembered under it.
+
+    Args:
+        cache: the `EncoderDecoderStaticCache` whose buffers the session works on.
+    """
+
+    def __init__(self, cache):
+        buffers = cache.layer_buffers
+        self.max_batch_size = cache.max_batch_size
+        self.device = buffers[0].self_keys.device
+        self.slots = buffers[0].self_keys.shape[2]
+        self.source_length = buffers[0].cross_keys.shape[2]
+        self.buffers = [tuple(layer) for layer in buffers]
+        # One column more than the cache has slots: the last token chosen is never fed.
+        self.tokens = torch.zeros(self.max_batch_size, self.slots + 1, dtype=torch.int64, device=self.device)
+        self.length = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.position_offset = torch.zeros(self.max_batch_size, 1, dtype=torch.int64, device=self.device)
+        self.valid = torch.ones(self.max_batch_size, self.slots, dtype=torch.bool, device=self.device)
+        self.token_logprobs = torch.zeros(self.max_batch_size, self.slots + 1, device=self.device)
+        self.watch = FinishedWatch(self.device, self.slots + 1)
+        self.padded_prompt = False
+        self.graph_pool = None
+        self.graphs = {}
+        self._rows = {}
+
+    def rows(self, count):
+        """Views of the first `count` rows of every tensor: `Rows`."""
+        if count not in self._rows:
+            self._rows[count] = Rows(self, count)
+        return self._rows[count]
+
+    def clear(self):
+        """Leave no trace of the last call in what a step may read without having written it."""
+        torch._foreach_zero_([buffer for layer in self.buffers for buffer in layer[:2]])
+
+
+class Rows:
+    """Views of a session's first `count` rows."""
+
+    def __init__(self, session, count):
+        self.session = session
+        self.count = count
+        self.buffers = [tuple(buffer[:count] for buffer in layer) for layer in session.buffers]
+        self.tokens = session.tokens[:count]
+        self.position_offset = session.position_offset[:count]
+        self.valid = session.valid[:count]
+        self.token_logprobs = session.token_logprobs[:count]
+
+
+class ModelState:
+    """What is kept for a model between calls: engines, sessions, the last report."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.last_call = None
+        self.logged = set()
+        self._forget()
+
+    def _forget(self):
+        # What an engine could not do although it said it could: name -> reason.
+        self.failed = {}
+        self.fingerprint = None
+        self.engines = {}
+        self.sessions = []
+        self.user_sessions = weakref.WeakKeyDictionary()
+
+    def refresh(self, model):
+        """Drop what was built for the model as it no longer is; return why it cannot be served, or None."""
+        with self.lock:
+            if self.fingerprint is None or not self.fingerprint.still_holds():
+                self._forget()
+                self.fingerprint = ModuleFingerprint(model)
+        return why_not_plain(model)
+
+    def engine(self, model, kind):
+        """The model's engine of class `kind`, made on first use."""
+        with self.lock:
+            if kind.name not in self.engines:
+                self.engines[kind.name] = kind(model)
+            return self.engines[kind.name]
+
+    @contextlib.contextmanager
+    def session(self, model, rows, dtype, device, user_cache):
+        """A session for at least `rows` rows that no other call is using."""
+        session = self._take(model, rows, dtype, device, user_cache)
+        try:
+            yield session
+        finally:
+            with self.lock:
+                if user_cache is None:
+                    self.sessions.append(session)
+                else:
+                    self.user_sessions[user_cache] = session
+
+    def _take(self, model, rows, dtype, device, user_cache):
+        with self.lock:
+            if user_cache is not None:
+                if user_cache in self.user_sessions:
+                    session = self.user_sessions.pop(user_cache)
+                    if session is None:
+                        raise ValueError(
+                            "`past_key_values` is in use by another generate call: give each thread its own."
+                        )
+                else:
+                    session = Session(user_cache)
+                self.user_sessions[user_cache] = None
+                return session
+            for index, session in enumerate(self.sessions):
+                if session.max_batch_size >= rows and session.device == device:
+                    return self.sessions.pop(index)
+            if self.sessions:
+                # Too small: a larger one takes its place, and its memory is free before the new one is allocated.
+                self.sessions.pop()
+        return Session(EncoderDecoderStaticCache(model.config, rows, dtype=dtype, device=device))
+
+
+_STATES = weakref.WeakKeyDictionary()
+_STATES_LOCK = threading.Lock()
+
+
+def state_of(model):
+    """The `ModelState` of `model`, made on first use. Kept outside the model: a deep copy takes none along."""
+    with _STATES_LOCK:
+        if model not in _STATES:
+            _STATES[model] = ModelState()
+        return _STATES[model]
+
+
+def forget(model=None):
+    """Free every cache, compiled step and graph kept for `model`, or for all models."""
+    with _STATES_LOCK:
+        if model is None:
+            _STATES.clear()
+        else:
+            _STATES.pop(model, None)
+
+
+def last_call(model):
+    """The `Call` that `model` finished last, or None."""
+    state = _STATES.get(model)
+    return None if state is None else state.last_call
