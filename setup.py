@@ -13,8 +13,10 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "whisper_static_cache" / "__init__.py").read_text()).group(1)
 
 EXTRAS = {
-    # Low-bit decoder weights. gemlite's kernels need CUDA, which its own wheels do not check.
-    "quantize": ["hqq>=0.2.8", "torchao>=0.17", "safetensors", "gemlite>=0.6; platform_system == 'Linux'"],
+    # Low-bit decoder weights.
+    "quantize": ["hqq>=0.2.8", "torchao>=0.17", "safetensors"],
+    # Beside "quantize" where CUDA is: no marker can ask for that, and its triton is large.
+    "cuda": ["gemlite>=0.6"],
     # Reading and resampling of audio files.
     "audio": ["soundfile>=0.12", "soxr>=0.3"],
     "demo": ["soundfile>=0.12", "soxr>=0.3", "tokenizers"],
