@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 import torch._dynamo.testing
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -149,7 +149,7 @@ def assert_same(ours, theirs):
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
-@exact(max_examples=60)
+@exact(max_examples=150)
 @given(data=st.data())
 def test_processor_equals_transformers(name, data):
     tokens, prompt_length, length = data.draw(histories())
@@ -182,7 +182,11 @@ def test_lists_in_the_order_of_whisper_equal_transformers(data):
         *([timestamps(prompt_length)] if data.draw(st.booleans()) else []),
         *some(["temperature", "top_k", "top_p", "min_p", "typical", "epsilon", "eta", "normalization"]),
     ]
-    assert_same(*run(processors, tokens, prompt_length, length, data.draw(logits(len(tokens)))))
+    scores = data.draw(logits(len(tokens)))
+    before_eta = LogitsProcessorList(p for p in processors if not isinstance(p, stock.EtaLogitsWarper))
+    # Eta has torch.distributions refuse a row without a finite score; ours leaves that to the sampling that follows.
+    assume(before_eta(tokens[:, :length], scores).isfinite().any(dim=-1).all())
+    assert_same(*run(processors, tokens, prompt_length, length, scores))
 
 
 @pytest.mark.parametrize("width", [2, 1501], ids=["few timestamps", "Whisper's timestamps"])
@@ -398,10 +402,13 @@ def test_token_lists_are_read_from_the_device_once_and_again_when_changed(monkey
     assert _ids(processor, "suppress_tokens") == [7]
 
 
-def test_division_on_cuda_is_a_product_with_the_float32_reciprocal():
-    operation, operand = _division(0.3, torch.device("cuda"))
-    assert operation is torch.mul
-    assert operand == (torch.ones(()) / torch.tensor(0.3)).item()
+@pytest.mark.gpu
+def test_division_by_a_number_on_a_gpu():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(1, 4096, generator=generator).cuda()
+    for value in (torch.rand(300, generator=generator, dtype=torch.float64) * 3 + 0.01).tolist():
+        operation, operand = _division(value, scores.device)
+        assert_same(operation(scores, operand), scores / value)
 
 
 @pytest.mark.gpu
@@ -458,6 +465,8 @@ def no_speech_list(model, prompt, features, init_tokens=3):
     detector.set_model(model)
     detector.set_begin_index(prompt.shape[1])
     model._setup_no_speech_detection([detector], features, prompt, {})
+    if detector.inputs.keys() - inspect.signature(model.forward).parameters.keys():
+        pytest.skip("the detector of this release calls the model with an argument it does not take, and raises")
     suppress = stock.SuppressTokensLogitsProcessor([1, 2])
     return detector, LogitsProcessorList([repetition(1.5), detector, suppress])
 

@@ -140,7 +140,7 @@ class ProcessorPlan:
 def build_plan(logits_processor, prompt_length, vocab_size, device):
     """The tensor code that stands for a list of transformers' logits processors.
 
-    Cheap enough for every call of `generate`: it reads parameters and allocates nothing on the device.
+    Cheap enough for every call of `generate`: it reads parameters and leaves the allocation to the first use.
 
     Parameters
     ----------

@@ -10,6 +10,7 @@ The floating-point operations are transformers' own in transformers' order, so t
 `logits_process` puts the classes together into a plan.
 """
 
+import functools
 import math
 import types
 import weakref
@@ -94,10 +95,11 @@ def _vocabulary_ids(stock, name, vocab_size):
 def _division(value, device):
     """Operation and operand that stand for ``scores / value`` with a Python number.
 
-    CUDA kernels multiply by the float32 reciprocal where the divisor is a number, and divide where it is a tensor.
+    Where the divisor is a number, CUDA kernels multiply by its reciprocal, which is asked of them: they round it their
+    own way.
     """
     if device.type == "cuda":
-        return torch.mul, float(torch.tensor(1.0) / torch.tensor(value, dtype=torch.float32))
+        return torch.mul, torch.ones((), device=device) / value
     return torch.div, value
 
 
@@ -105,7 +107,7 @@ def _division(value, device):
 
 
 class Processor:
-    """One processor of the list. Construction reads transformers' object and touches no device.
+    """One processor of the list. Construction reads transformers' object; `materialize` is what allocates.
 
     ``attributes`` are all the instance attributes that the class has had in the supported releases, ``static`` is what
     the tensor code depends on by structure, ``numbers`` what it reads from device tensors of the same names, which
@@ -525,6 +527,11 @@ class TopP(KeepFilter):
         return removed.scatter(1, order, removed)
 
 
+# Validation of a distribution's parameters reads them on the host. Without it a row that holds no finite score is not
+# refused here, but by the sampling that follows.
+_unchecked = functools.partial(Categorical, validate_args=False)
+
+
 class TopH(Filter):
     attributes = frozenset({"top_n", "top_h", "filter_value"})
 
@@ -536,7 +543,7 @@ class TopH(Filter):
 
     def removed(self, scores):
         top_scores, order = scores.topk(self.top_n, dim=-1)
-        top = Categorical(logits=top_scores, validate_args=False)  # validation reads from the device
+        top = _unchecked(logits=top_scores)
         threshold = (top.entropy() * self.top_h)[:, None]
         kept = (-top.probs * torch.log(top.probs)).cumsum(dim=-1) <= threshold
         kept[:, :1].fill_(True)
@@ -604,5 +611,5 @@ class Eta(Epsilon):
         return epsilon
 
     def threshold(self, scores):
-        entropy = Categorical(logits=scores, validate_args=False).entropy()  # validation reads from the device
+        entropy = _unchecked(logits=scores).entropy()
         return torch.min(self.epsilon, torch.sqrt(self.epsilon) * torch.exp(-entropy))[:, None]
