@@ -108,6 +108,8 @@ def _describe(model, engine, arguments):
             prompt_ids = arguments.get("prompt_ids")
             length = (setting("max_new_tokens") or 0) + (0 if prompt_ids is None else len(prompt_ids))
             cache.check_fits(model.config, rows, length, activation_dtype(model), decoder_device(model))
+        # What the last call left there is over; language detection is the first to use it.
+        cache.reset()
     return Call(
         model,
         engine,
@@ -229,17 +231,23 @@ class _Job:
 
     def run(self, state):
         """Decode on the engine asked for, or on the reference engine where that one cannot."""
+        engine, reason = self.engine(state)
+        if reason is None:
+            try:
+                return self._run_on(state, engine)
+            except _EngineFailed as failure:
+                # Never a crash. Nothing of the window has been handed out yet.
+                reason = state.failed[engine.name] = f"the {engine.name} engine could not be built: {failure}"
+                logger.warning("%s. The eager engine serves from here on.", reason)
+                engine = state.engine(self.model, ENGINES["eager"])
+        return self._run_on(state, engine, reason)
+
+    def engine(self, state):
+        """The engine to decode on, and the reason if it is not the one asked for."""
         device = self.input_ids.device
         name = default_engine(device) if self.call.engine == "auto" else self.call.engine
         reason = state.failed.get(name) or ENGINES[name].why_not(self.model, device)
-        if reason is None:
-            try:
-                return self._run_on(state, state.engine(self.model, ENGINES[name]))
-            except _EngineFailed as failure:
-                # Never a crash. Nothing of the window has been handed out yet.
-                reason = state.failed[name] = f"the {name} engine could not be built: {failure}"
-                logger.warning("%s. The eager engine serves from here on.", reason)
-        return self._run_on(state, state.engine(self.model, ENGINES["eager"]), reason)
+        return state.engine(self.model, ENGINES["eager" if reason else name]), reason
 
     def _run_on(self, state, engine, reason=None):
         rows = engine.rows_for(self.batch_size)
@@ -312,8 +320,9 @@ def _prepare(engine, rows):
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:
-        lines = str(error).splitlines() or [""]
-        raise _EngineFailed(f"{type(error).__name__}: {lines[0]}") from error
+        cause = getattr(error, "inner_exception", error)
+        lines = str(cause).splitlines() or [""]
+        raise _EngineFailed(f"{type(cause).__name__}: {lines[0]}") from error
 
 
 def _has_content(cache):
@@ -348,13 +357,16 @@ def warmup(model, batch_sizes=(1,), *, engine=None):
             raise ValueError(f"`batch_sizes` has {size!r}: pass positive integers.")
     call = Call(model, engine_of(model) if engine is None else check_engine(engine))
     state = state_of(model)
-    for size in [sizes[-1], *sizes]:
-        # The largest first, for its buffers; then upwards, so that each batch size meets what it will meet.
+    for size in sizes:
         job = _warmup_job(model, size, call)
         reason = job.why_stock(state, synced_gpus=False)
         if reason is not None:
             raise ValueError(f"`model` cannot be warmed up: {reason}.")
         with torch.inference_mode(False), torch.no_grad():
+            # Buffers for the largest batch first: growing them later would throw away what is captured on these.
+            rows = job.engine(state)[0].rows_for(sizes[-1])
+            with state.session(model, rows, activation_dtype(model), decoder_device(model), None):
+                pass
             job.run(state)
     return call.report()
 

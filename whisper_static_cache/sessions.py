@@ -40,6 +40,10 @@ class Session:
         self.graphs = {}
         self._rows = {}
 
+    def works_on(self, cache):
+        """Whether these are still `cache`'s buffers: moving it to another device gives it new ones."""
+        return self.buffers[0][0] is cache.layer_buffers[0].self_keys
+
     def rows(self, count):
         """Views of the first `count` rows of every tensor: `Rows`."""
         if count not in self._rows:
@@ -112,15 +116,12 @@ class ModelState:
     def _take(self, model, rows, dtype, device, user_cache):
         with self.lock:
             if user_cache is not None:
-                if user_cache in self.user_sessions:
-                    session = self.user_sessions.pop(user_cache)
-                    if session is None:
-                        raise ValueError(
-                            "`past_key_values` is in use by another generate call: give each thread its own."
-                        )
-                else:
+                session = self.user_sessions.get(user_cache)
+                if session is _IN_USE:
+                    raise ValueError("`past_key_values` is in use by another generate call: give each thread its own.")
+                if session is None or not session.works_on(user_cache):
                     session = Session(user_cache)
-                self.user_sessions[user_cache] = None
+                self.user_sessions[user_cache] = _IN_USE
                 return session
             for index, session in enumerate(self.sessions):
                 if session.max_batch_size >= rows and session.device == device:
@@ -131,6 +132,8 @@ class ModelState:
         return Session(EncoderDecoderStaticCache(model.config, rows, dtype=dtype, device=device))
 
 
+# Stands in `user_sessions` while a call has the session.
+_IN_USE = object()
 _STATES = weakref.WeakKeyDictionary()
 _STATES_LOCK = threading.Lock()
 

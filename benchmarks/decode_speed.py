@@ -1,0 +1,252 @@
+"""Decode speed through `model.generate`, stock and patched, in one run.
+
+    python benchmarks/decode_speed.py --shapes large-v2 turbo --cases stock-static compile --output results/decode.jsonl
+
+Every case generates 64 and 192 forced tokens several times; the speed is the slope between the two medians, so that
+the encoder, the prompt and the call itself cancel out. Weights are random at the real shape: speed needs no others. Each
+case's tokens are compared with those of transformers' dynamic cache where that is a case of the same run; the share that
+agrees is in the row, since in half precision random weights make near-ties. One JSON line a case, with the machine and
+the versions.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutput
+
+import whisper_static_cache
+
+
+# d_model, layers of encoder and decoder, heads, mel bins, vocabulary (openai/whisper model cards).
+SHAPES = {
+    "tiny": (384, 4, 4, 6, 80, 51865),
+    "base": (512, 6, 6, 8, 80, 51865),
+    "small": (768, 12, 12, 12, 80, 51865),
+    "medium": (1024, 24, 24, 16, 80, 51865),
+    "large-v2": (1280, 32, 32, 20, 80, 51865),
+    "turbo": (1280, 32, 4, 20, 128, 51866),
+}
+CASES = ("stock-dynamic", "stock-static", "eager", "compile")
+SHORT, LONG = 64, 192
+
+
+def build_model(shape, device, dtype):
+    """A Whisper model of the named shape with random weights, and a complete generation configuration."""
+    d_model, encoder_layers, decoder_layers, heads, mel_bins, vocab_size = SHAPES[shape]
+    config = WhisperConfig(
+        d_model=d_model,
+        encoder_layers=encoder_layers,
+        decoder_layers=decoder_layers,
+        encoder_attention_heads=heads,
+        decoder_attention_heads=heads,
+        encoder_ffn_dim=4 * d_model,
+        decoder_ffn_dim=4 * d_model,
+        num_mel_bins=mel_bins,
+        vocab_size=vocab_size,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = WhisperForConditionalGeneration(config)
+    model = model.to(dtype).to_empty(device=device).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layer_norm" in name:
+                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+            else:
+                parameter.normal_(0.0, 0.03)
+    model.tie_weights()
+    no_timestamps = vocab_size - 1502
+    model.generation_config = GenerationConfig(
+        pad_token_id=50257,
+        bos_token_id=50257,
+        eos_token_id=50257,
+        decoder_start_token_id=50258,
+        is_multilingual=True,
+        lang_to_id={"<|en|>": 50259},
+        task_to_id={"transcribe": 50359, "translate": 50358},
+        no_timestamps_token_id=no_timestamps,
+        max_initial_timestamp_index=50,
+        suppress_tokens=[1, 2, 7, 8, 9, 10, 14, 25],
+        begin_suppress_tokens=[220, 50257],
+        max_length=448,
+        return_timestamps=False,
+    )
+    return model
+
+
+def generate(model, states, tokens, timestamps, **arguments):
+    """One window decoded to exactly `tokens` new tokens, from encoder states already there."""
+    if timestamps:
+        # One inner call: a random model's timestamps would start windows that speech would not.
+        arguments["force_unique_generate_call"] = True
+    return model.generate(
+        encoder_outputs=BaseModelOutput(last_hidden_state=states),
+        language="en",
+        task="transcribe",
+        return_timestamps=timestamps,
+        min_new_tokens=tokens,
+        max_new_tokens=tokens,
+        **arguments,
+    )
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_case(case, model, batch, timestamps, repeats, reference):
+    """Time one case; returns its part of the row, and the tokens it gave."""
+    device, dtype = model.device, model.dtype
+    generator = torch.Generator(device).manual_seed(1)
+    shape = (batch, model.config.max_source_positions, model.config.d_model)
+    states = torch.randn(shape, generator=generator, device=device).to(dtype)
+    stock = case.startswith("stock")
+    arguments = {"cache_implementation": "static"} if case == "stock-static" else {}
+    if not stock:
+        whisper_static_cache.patch(model, engine=case)
+    try:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        start = time.perf_counter()
+        generate(model, states, SHORT, timestamps, **arguments)
+        synchronize(device)
+        first = time.perf_counter() - start
+        tokens = generate(model, states, LONG, timestamps, **arguments)
+        times = {SHORT: [], LONG: []}
+        for _ in range(repeats):
+            for length, seconds in times.items():
+                synchronize(device)
+                start = time.perf_counter()
+                generate(model, states, length, timestamps, **arguments)
+                synchronize(device)
+                seconds.append(time.perf_counter() - start)
+        slope = (statistics.median(times[LONG]) - statistics.median(times[SHORT])) / (LONG - SHORT)
+        row = {
+            "engine": case,
+            "ms_per_token": round(1000 * slope, 4),
+            "tok_s": round(batch / slope, 1),
+            "first_call_s": round(first, 2),
+            "repeats": repeats,
+        }
+        if device.type == "cuda":
+            row["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+        if not stock:
+            report = whisper_static_cache.last_run(model)
+            row.update(served_by=report.engine, reason=report.reason, compiles_when_warm=report.compiles)
+        if reference is not None:
+            row["tokens_equal_to_dynamic"] = round((tokens == reference).float().mean().item(), 4)
+        return row, tokens
+    finally:
+        if not stock:
+            whisper_static_cache.unpatch(model)
+
+
+def step_bytes(model, batch):
+    """Bytes that one step must read: decoder linears, output head, cross-attention K/V (float weights)."""
+    size = model.proj_out.weight.element_size()
+    config = model.config
+    linears = sum(m.weight.numel() for m in model.model.decoder.modules() if isinstance(m, torch.nn.Linear))
+    # Cross-attention's own k and v are projected once a window, not once a step.
+    linears -= 2 * config.decoder_layers * config.d_model**2
+    cross = 2 * batch * config.decoder_layers * config.max_source_positions * config.d_model
+    return size * (linears + model.proj_out.weight.numel() + cross)
+
+
+def copy_bandwidth(device):
+    """Bytes a second of a large device-to-device copy, read plus written; None on the CPU."""
+    if device.type != "cuda":
+        return None
+    source = torch.empty(2**30, dtype=torch.uint8, device=device).random_(0, 255)
+    target = torch.empty_like(source)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    times = []
+    for _ in range(20):
+        start.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return 2 * source.numel() / statistics.median(times)
+
+
+def machine(device):
+    """What the figures were measured on."""
+
+    def run(*command):
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        return result.stdout.strip() or None
+
+    facts = {
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "cpu": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "package": whisper_static_cache.__version__,
+        "commit": run("git", "rev-parse", "--short", "HEAD"),
+        "command": "python benchmarks/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+    if device.type == "cuda":
+        import triton
+
+        facts["triton"] = triton.__version__
+        facts["driver"] = run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return facts
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["turbo"])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--batches", nargs="+", type=int, default=[1])
+    parser.add_argument("--timestamps", nargs="+", type=int, choices=(0, 1), default=[0])
+    parser.add_argument("--dtype", default="float16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="file to append JSON lines to")
+    options = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    facts, bandwidth = machine(device), copy_bandwidth(device)
+    for shape in options.shapes:
+        model = build_model(shape, device, dtype)
+        for batch in options.batches:
+            for timestamps in map(bool, options.timestamps):
+                reference = None
+                for case in options.cases:
+                    measured, tokens = time_case(case, model, batch, timestamps, options.repeats, reference)
+                    reference = tokens if case == "stock-dynamic" else reference
+                    row = {"shape": shape, "bits": 16 if dtype.itemsize == 2 else 32, "group_size": None}
+                    row.update(batch=batch, timestamps=timestamps, dtype=options.dtype, **measured)
+                    row["bytes_per_step"] = step_bytes(model, batch)
+                    if bandwidth:
+                        achieved = row["bytes_per_step"] / (measured["ms_per_token"] / 1000)
+                        row["copy_bandwidth_tb_s"] = round(bandwidth / 1e12, 3)
+                        row["percent_of_copy_bandwidth"] = round(100 * achieved / bandwidth, 1)
+                    row.update(facts)
+                    print(json.dumps(row), flush=True)
+                    if options.output:
+                        with options.output.open("a") as file:
+                            file.write(json.dumps(row) + "\n")
+        del model
+        gc.collect()
+
+
+if __name__ == "__main__":
+    main()

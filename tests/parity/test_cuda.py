@@ -1,0 +1,139 @@
+"""Parity and the promises of the loop on a GPU: stock's tokens, no waiting for the host, nothing captured once warm."""
+
+import pytest
+import torch
+
+import whisper_static_cache
+from whisper_static_cache import engines, token_choice
+
+from ..conftest import tiny_features, tiny_model
+from .compare import assert_same
+from .test_generate import LONG, TEMPERATURES, Favour, Recorder, Row, StopAt
+
+
+pytestmark = pytest.mark.gpu
+
+ROWS = {
+    "short": Row({}),
+    "short-batch3": Row({}, batch=3),
+    "timestamps": Row({"return_timestamps": True}, batch=2),
+    "scores": Row({"return_dict_in_generate": True, "output_scores": True, "output_logits": True}, batch=2),
+    "sampling": Row({"do_sample": True, "temperature": 0.7}, batch=3),
+    "sampling-filters": Row({"do_sample": True, "temperature": 0.7, "top_k": 7, "top_p": 0.9}, batch=2),
+    "repetition": Row({"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}, batch=2),
+    "processor": Row(lambda model: {"logits_processor": [Favour()]}, batch=2),
+    "criterion": Row(lambda model: {"stopping_criteria": [StopAt()]}, batch=3),
+    "streamer": Row(lambda model: {"streamer": Recorder()}),
+    "long": Row(LONG, batch=3, windows=2.3, attention_mask=True),
+    "long-condition": Row({**LONG, "condition_on_prev_tokens": True}, batch=2, windows=2.3, attention_mask=True),
+    "long-fallback": Row(
+        {**LONG, "temperature": TEMPERATURES, "logprob_threshold": -0.5, "no_speech_threshold": 0.1},
+        batch=2,
+        windows=2.3,
+        attention_mask=True,
+    ),
+}
+
+
+def run(model, row):
+    from transformers import LogitsProcessorList, StoppingCriteriaList
+
+    arguments = row.arguments(model) if callable(row.arguments) else dict(row.arguments)
+    for name, kind in (("logits_processor", LogitsProcessorList), ("stopping_criteria", StoppingCriteriaList)):
+        if name in arguments:
+            arguments[name] = kind(arguments[name])
+    features = tiny_features(row.batch, row.windows, 0, model.config).cuda()
+    if row.attention_mask:
+        mask = torch.ones(row.batch, features.shape[-1], dtype=torch.long)
+        for index in range(1, row.batch):
+            mask[index, features.shape[-1] - 11 * index :] = 0
+        arguments["attention_mask"] = mask.cuda()
+    torch.manual_seed(1234)
+    result = model.generate(features, **arguments)
+    after = torch.rand(4, device="cuda")
+    streamer = arguments.get("streamer")
+    return {"result": result, "random state afterwards": after, "streamed": streamer and streamer.seen}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model().cuda()
+
+
+@pytest.mark.parametrize("engine", engines.ENGINES)
+@pytest.mark.parametrize("name", ROWS)
+def test_stocks_result(model, name, engine):
+    expected = run(model, ROWS[name])
+    whisper_static_cache.patch(model, engine=engine)
+    try:
+        assert_same(expected, run(model, ROWS[name]), rtol=1e-3, atol=1e-3)
+        assert whisper_static_cache.last_run(model).engine == engine
+        # Once more on warm buffers and graphs.
+        assert_same(expected, run(model, ROWS[name]), rtol=1e-3, atol=1e-3)
+        assert whisper_static_cache.last_run(model).captures == 0
+    finally:
+        whisper_static_cache.monkey_patch._MODELS.pop(model)
+
+
+@pytest.mark.parametrize("engine", engines.ENGINES)
+@pytest.mark.parametrize("arguments", [{}, {"return_timestamps": True}, {"do_sample": True, "top_p": 0.9}])
+def test_no_step_waits_for_the_device(model, monkeypatch, engine, arguments):
+    kind = engines.ENGINES[engine]
+    steps = []
+
+    def without_sync(function):
+        def call(*args):
+            steps.append(function)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return function(*args)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        return call
+
+    with whisper_static_cache.patched(model, engine=engine):
+        features = tiny_features(2, config=model.config).cuda()
+        model.generate(features, language="en", **arguments)
+        monkeypatch.setattr(kind, "step", without_sync(kind.step))
+        monkeypatch.setattr(token_choice.DeviceChoice, "next", without_sync(token_choice.DeviceChoice.next))
+        model.generate(features, language="en", **arguments)
+    assert len(steps) > 4
+
+
+def test_few_graphs_serve_every_batch(model):
+    with whisper_static_cache.patched(model, engine="compile"):
+        warm = whisper_static_cache.warmup(model, batch_sizes=(1, 2, 4))
+        assert warm.captures <= 3
+        for size in (3, 1, 4, 2):
+            expected = None
+            with whisper_static_cache.patched(model, engine="eager"):
+                expected = model.generate(tiny_features(size, config=model.config).cuda())
+            assert torch.equal(model.generate(tiny_features(size, config=model.config).cuda()), expected)
+            report = whisper_static_cache.last_run(model)
+            assert (report.compiles, report.captures) == (0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_runs_on_every_engine(dtype):
+    model = tiny_model(3).cuda().to(dtype)
+    features = tiny_features(2, config=model.config).cuda().to(dtype)
+    for engine in engines.ENGINES:
+        with whisper_static_cache.patched(model, engine=engine):
+            tokens = model.generate(features, language="en")
+            assert whisper_static_cache.last_run(model).engine == engine
+            assert torch.equal(model.generate(features, language="en"), tokens)
+
+
+def test_a_model_moved_to_the_gpu_and_back():
+    model = tiny_model(4)
+    features = tiny_features(2, config=model.config)
+    expected = model.generate(features)
+    whisper_static_cache.patch(model, engine="compile")
+    try:
+        for device in ("cpu", "cuda", "cpu", "cuda"):
+            model.to(device)
+            assert torch.equal(model.generate(features.to(device)).cpu(), expected)
+            assert whisper_static_cache.last_run(model).engine == "compile"
+    finally:
+        whisper_static_cache.unpatch(model)
