@@ -59,9 +59,12 @@ def load_ctranslate2(folder, dtype=torch.float32):
 def _read_json(path):
     try:
         with open(path, encoding="utf-8") as stream:
-            return json.load(stream)
+            content = json.load(stream)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is missing or is not JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a JSON object.")
+    return content
 
 
 class Variable(NamedTuple):
@@ -108,6 +111,11 @@ class ModelBin:
                 raise CheckpointError(f"{path} is damaged: variable {name} of shape {shape} has {size} bytes.")
             self._unread[name] = Variable(shape, TYPES[code], self._position, size)
             self._skip(size)
+        # Nothing needs the aliases (the output projection is the embeddings in every Whisper), but a file that ends
+        # among them is not whole.
+        (count,) = self._unpack("I")
+        for _ in range(2 * count):
+            self._string()
         if any(name.endswith("/weight_scale") for name in self._unread):
             raise CheckpointError(f"{path} holds quantized weights: convert the model again with float16 or float32.")
 
@@ -141,9 +149,12 @@ class ModelBin:
     def __contains__(self, name):
         return name in self._unread
 
-    def shape(self, name):
-        """Shape of a variable that has not been taken yet."""
-        return self._variable(name).shape
+    def shape(self, name, rank):
+        """Shape, a tuple of `rank` integers, of a variable that has not been taken yet."""
+        shape = self._variable(name).shape
+        if len(shape) != rank:
+            raise CheckpointError(f"{self.path} is damaged: variable {name} of shape {shape} should have rank {rank}.")
+        return shape
 
     def take(self, name):
         """Reads a variable, once, as a tensor of its own dtype that shares no memory with the file."""
@@ -166,19 +177,22 @@ def _read_config(weights, vocabulary):
     """WhisperConfig with the sizes of a `ModelBin` and the token ids of a `Vocabulary`."""
     from transformers import WhisperConfig
 
+    vocab_size, d_model = weights.shape("decoder/embeddings/weight", 2)
     sizes = {}
     for side in ("encoder", "decoder"):
+        heads = int(weights.take(f"{side}/num_heads"))
+        if heads < 1 or d_model % heads:
+            raise CheckpointError(f"{weights.path} does not fit together: {heads} heads for a width of {d_model}.")
+        sizes[f"{side}_attention_heads"] = heads
         sizes[f"{side}_layers"] = weights.count_layers(side)
-        sizes[f"{side}_attention_heads"] = int(weights.take(f"{side}/num_heads"))
-        sizes[f"{side}_ffn_dim"] = weights.shape(f"{side}/layer_0/ffn/linear_0/weight")[0]
-    vocab_size, d_model = weights.shape("decoder/embeddings/weight")
+        sizes[f"{side}_ffn_dim"] = weights.shape(f"{side}/layer_0/ffn/linear_0/weight", 2)[0]
     end, start = vocabulary["<|endoftext|>"], vocabulary["<|startoftranscript|>"]
     return WhisperConfig(
         vocab_size=vocab_size,
         d_model=d_model,
-        num_mel_bins=weights.shape("encoder/conv1/weight")[1],
-        max_source_positions=weights.shape(SOURCE_POSITIONS)[0] if SOURCE_POSITIONS in weights else 1500,
-        max_target_positions=weights.shape("decoder/position_encodings/encodings")[0],
+        num_mel_bins=weights.shape("encoder/conv1/weight", 3)[1],
+        max_source_positions=weights.shape(SOURCE_POSITIONS, 2)[0] if SOURCE_POSITIONS in weights else 1500,
+        max_target_positions=weights.shape("decoder/position_encodings/encodings", 2)[0],
         pad_token_id=end,
         # As in the published configurations, where the English-only models have another one than the multilingual.
         bos_token_id=start if vocab_size == ENGLISH_ONLY_VOCAB_SIZE else end,
