@@ -6,12 +6,13 @@ module moves and never saved.
 """
 
 import importlib.util
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from .ops.packing import LEVELS, unpack_planes
+from .ops.packing import LEVELS, segments
 
 
 # Above this many rows a packed kernel, made for the decode step, is slower than one dequantisation and a dense
@@ -50,7 +51,7 @@ class TorchBackend:
 
     name = "torch"
     # Each row of activations repeats the unpacking, so that the dense product wins beyond a few.
-    max_fused_rows = 4
+    max_fused_rows = 8
 
     def why_not(self, spec):
         return None
@@ -68,19 +69,24 @@ class TorchBackend:
         return F.linear(x, linear.dequantize())
 
     def _fused(self, linear, x):
-        flat = x.reshape(-1, 1, linear.in_features).float()
-        shape = (linear.out_features, linear.in_features)
-        groups = (*linear.scales.shape, linear.group_size)
-        scales = linear.scales[..., None].expand(groups).reshape(shape)
-        zeros = linear.zeros[..., None].expand(groups).reshape(shape)
-        total = 0
-        for plane, first, digits in unpack_planes(linear.packed, linear.bits, linear.in_features):
-            span = slice(first, first + digits.shape[1])
-            weight = digits.to(scales.dtype) * plane.place
-            if plane.place == 1:
-                weight = weight - zeros[:, span]
-            weight = weight * scales[:, span]
-            total = total + (flat[..., span] * weight.float()).sum(-1)
+        runs = segments(linear.packed, linear.bits, linear.in_features)
+        # Where a run holds whole groups the compiler vectorises over its elements. Where groups straddle runs, as with
+        # 3 bits and 384 inputs, it does so only over chunks that lie in one group: without them, 3 times the time.
+        chunk = math.gcd(linear.group_size, *(values.shape[1] for _, values in runs))
+        if chunk == linear.group_size:
+            chunk = 1
+        flat = x.reshape(-1, 1, linear.in_features // chunk, chunk).float()
+        expanded = (*linear.scales.shape, linear.group_size // chunk)
+        scales = linear.scales[..., None].expand(expanded).reshape(linear.out_features, -1, 1)
+        zeros = linear.zeros[..., None].expand(expanded).reshape(linear.out_features, -1, 1)
+        products = {}
+        for first, values in runs:
+            span = slice(first // chunk, (first + values.shape[1]) // chunk)
+            weight = values.reshape(linear.out_features, -1, chunk).to(scales.dtype)
+            weight = (weight - zeros[:, span]) * scales[:, span]
+            products.setdefault(values.shape[1], []).append(flat[..., span, :] * weight.float())
+        # Runs of one length are added up before the sum over elements, so that each byte is read once.
+        total = sum(sum(same).sum((-2, -1)) for same in products.values())
         return total.to(x.dtype).reshape(*x.shape[:-1], linear.out_features)
 
 

@@ -108,23 +108,8 @@ def plane_digits(part, plane):
     ]
 
 
-def unpack_planes(packed, bits, in_features):
-    """Yield ``(plane, first_element, digits)`` for every digit of every plane, cut to `in_features` elements.
-
-    `digits` is a uint8 tensor ``(rows, n)`` for elements ``first_element`` to ``first_element + n``.
-    """
-    start = 0
-    for plane in PLANES[bits]:
-        width = plane_width(plane, in_features)
-        for index, digits in enumerate(plane_digits(packed[:, start : start + width], plane)):
-            first = index * width
-            if first < in_features:
-                yield plane, first, digits[:, : in_features - first]
-        start += width
-
-
-def unpack(packed, bits, in_features):
-    """The integers that `pack` was given.
+def segments(packed, bits, in_features):
+    """The integers of packed rows as runs of neighbouring elements, each run read from neighbouring bytes.
 
     Args:
         packed: uint8 tensor ``(rows, packed_width(bits, in_features))``.
@@ -132,13 +117,37 @@ def unpack(packed, bits, in_features):
         in_features: integers in a row.
 
     Returns:
-        uint8 tensor ``(rows, in_features)``.
+        List of ``(first_element, integers)`` in order, integers uint8 ``(rows, n)``. All runs have one length where
+        `in_features` is a multiple of it, as for every size of Whisper but in the ternary format.
     """
-    pieces = {}
-    for plane, _, digits in unpack_planes(packed, bits, in_features):
-        pieces.setdefault(plane, []).append(digits if plane.place == 1 else digits * plane.place)
-    values = None
-    for digits in pieces.values():
-        whole = digits[0] if len(digits) == 1 else torch.cat(digits, dim=1)
-        values = whole if values is None else values + whole
+    widths = [plane_width(plane, in_features) for plane in PLANES[bits]]
+    run = min(widths)
+    if any(width % run for width in widths):
+        # Rows too short for the planes' padding to be in proportion: one run, of all the elements.
+        return [(0, _unpack_whole(packed, bits, in_features, widths))]
+    columns = {}
+    start = 0
+    for plane, width in zip(PLANES[bits], widths):
+        part = packed[:, start : start + width]
+        start += width
+        halves = [plane_digits(part[:, at : at + run], plane) for at in range(0, width, run)]
+        for digit in range(plane.digits):
+            for half, digits in enumerate(halves):
+                first = digit * width + half * run
+                if first < in_features:
+                    value = digits[digit] if plane.place == 1 else digits[digit] * plane.place
+                    columns[first] = columns[first] + value if first in columns else value
+    return [(first, columns[first][:, : in_features - first]) for first in sorted(columns)]
+
+
+def _unpack_whole(packed, bits, in_features, widths):
+    values = 0
+    for plane, part in zip(PLANES[bits], packed.split(widths, dim=1)):
+        values = values + torch.cat(plane_digits(part, plane), dim=1)[:, :in_features] * plane.place
     return values
+
+
+def unpack(packed, bits, in_features):
+    """The integers that `pack` was given, uint8 ``(rows, in_features)``; arguments as for `segments`."""
+    runs = [values for _, values in segments(packed, bits, in_features)]
+    return runs[0] if len(runs) == 1 else torch.cat(runs, dim=1)
