@@ -320,7 +320,7 @@ def _generate(model, processor, features, settings):
     for segment in result["segments"][0]:
         text = processor.tokenizer.decode(segment["tokens"], skip_special_tokens=True)
         if text.strip():
-            # In its earliest supported releases transformers takes the prompt of short audio for a time, and that is before the start.
+            # For short audio, the earliest supported releases take a token of the prompt for the first time.
             segments.append(Segment(max(0.0, float(segment["start"])), float(segment["end"]), text))
     return result["sequences"].cpu(), segments
 
