@@ -1,4 +1,4 @@
-"""Parity and the promises of the loop on a GPU: stock's tokens, no waiting for the host, nothing captured once warm."""
+"""Parity and the promises of the loop on a GPU: stock's tokens, no wait for the host, nothing captured once warm."""
 
 import pytest
 import torch

@@ -191,6 +191,22 @@ def run(model, row, seed=0):
     return {"result": result, "random state afterwards": after, "streamed": streamer and streamer.seen}
 
 
+def run_stock(model, row):
+    """Stock's result; where stock itself fails on this release there is nothing to compare with."""
+    arguments = row.arguments if isinstance(row.arguments, dict) else {}
+    known = {
+        "cache_implementation": "early releases size the static cache by the encoder's heads",
+        "output_attentions": "in 4.5x sdpa attention returns no attentions",
+    }
+    reason = next((why for name, why in known.items() if name in arguments), None)
+    try:
+        return run(model, row)
+    except (RuntimeError, TypeError) as error:
+        if reason is None:
+            raise
+        pytest.skip(f"transformers' own path fails here ({reason}): {error}")
+
+
 @pytest.fixture(scope="module")
 def models():
     return {name: tiny_model(index, **shape) for index, (name, shape) in enumerate(SHAPES.items())}
@@ -203,7 +219,7 @@ def test_eager_gives_stocks_result(models, name, shape):
     if row.multilingual_only and shape == "english":
         pytest.skip("an English-only model takes no language")
     model = models[shape]
-    expected = run(model, row)
+    expected = run_stock(model, row)
     with whisper_static_cache.patched(engine="eager"):
         assert_same(expected, run(model, row))
 
@@ -212,7 +228,7 @@ def test_eager_gives_stocks_result(models, name, shape):
 def test_compile_gives_stocks_result(models, name):
     row = ROWS[name]
     model = models["plain"]
-    expected = run(model, row)
+    expected = run_stock(model, row)
     whisper_static_cache.patch(model, engine="compile")
     try:
         assert_same(expected, run(model, row))
