@@ -17,10 +17,15 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "EncoderDecoderStaticCache": "cache_utils",
     "RunReport": "run_report",
+    "decoder_footprint": "quantization",
     "is_patched": "monkey_patch",
     "last_run": "generation_whisper",
+    "load_quantized": "quantization",
     "patch": "monkey_patch",
     "patched": "monkey_patch",
+    "quantize_decoder": "quantization",
+    "save_quantized": "quantization",
+    "set_backend": "quantization",
     "unpatch": "monkey_patch",
     "warmup": "generation_whisper",
 }
@@ -28,10 +33,15 @@ _EXPORTS = {
 __all__ = [
     "EncoderDecoderStaticCache",
     "RunReport",
+    "decoder_footprint",
     "is_patched",
     "last_run",
+    "load_quantized",
     "patch",
     "patched",
+    "quantize_decoder",
+    "save_quantized",
+    "set_backend",
     "unpatch",
     "warmup",
 ]
