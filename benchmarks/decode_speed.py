@@ -1,12 +1,12 @@
 """Decode speed through `model.generate`, stock and patched, in one run.
 
-    python benchmarks/decode_speed.py --shapes large-v2 turbo --cases stock-static compile --output results/decode.jsonl
+    python benchmarks/decode_speed.py --shapes large-v2 turbo --cases stock-static compile --output rows.jsonl
 
 Every case generates 64 and 192 forced tokens several times; the speed is the slope between the two medians, so that
-the encoder, the prompt and the call itself cancel out. Weights are random at the real shape: speed needs no others. Each
-case's tokens are compared with those of transformers' dynamic cache where that is a case of the same run; the share that
-agrees is in the row, since in half precision random weights make near-ties. One JSON line a case, with the machine and
-the versions.
+the encoder, the prompt and the call itself cancel out. Weights are random at the real shape: speed needs no others.
+Each case's tokens are compared with those of transformers' dynamic cache where that is a case of the same run; the
+share that agrees is in the row, since in half precision random weights make near-ties. One JSON line a case, with
+the machine and the versions.
 """
 
 import argparse

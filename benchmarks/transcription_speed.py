@@ -1,11 +1,11 @@
 """Seconds to transcribe a folder of speech: transformers' two paths and the patched one, turn by turn in one run.
 
-    python benchmarks/transcription_speed.py --models tiny.en base --threads 2 --output results/transcription.jsonl
+    python benchmarks/transcription_speed.py --models tiny.en base --threads 2 --output rows.jsonl
 
-The folder has LibriSpeech's layout (`<speaker>/<chapter>/*.flac`). Every engine transcribes every file once a round, the
-engines in turn, so that a machine that slows down slows them all; the row has the medians over rounds, the ratio to the
-faster of stock's two paths, and whether all tokens are the same. Two figures are taken: of `generate` from log-mel
-features, which includes the encoder, and from encoder states, which is the decoder's share.
+The folder has LibriSpeech's layout (`<speaker>/<chapter>/*.flac`). Every engine transcribes every file once a round,
+the engines in turn, so that a machine that slows down slows them all; the row has the medians over rounds, the ratio
+to the faster of stock's two paths, and whether all tokens are the same. Two figures are taken: of `generate` from
+log-mel features, which includes the encoder, and from encoder states, which is the decoder's share.
 """
 
 import argparse

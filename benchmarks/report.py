@@ -1,0 +1,95 @@
+"""Rewrite the measured tables of README.md from the rows in benchmarks/results.
+
+python benchmarks/report.py            # rewrite
+python benchmarks/report.py --check    # exit 1 if README.md is not what the rows give
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+START, END = "<!-- measured:start -->\n", "<!-- measured:end -->"
+
+
+def rows(pattern):
+    """The rows of every results file that matches `pattern`, in order."""
+    return [json.loads(line) for path in sorted(RESULTS.glob(pattern)) for line in path.read_text().splitlines()]
+
+
+def table(header, lines):
+    """A Markdown table."""
+    return "\n".join(["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines)])
+
+
+def decode_section():
+    """Decode speed on GPUs, ours beside stock's of the same run."""
+    found = rows("decode_*.jsonl")
+    if not found:
+        return ""
+    lines = []
+    for row in found:
+        if row["engine"].startswith("stock"):
+            continue
+        case = ("gpu", "shape", "batch", "timestamps", "dtype", "command")
+        same = [r for r in found if r["engine"].startswith("stock") and all(r[k] == row[k] for k in case)]
+        best = max((r["tok_s"] for r in same), default=None)
+        name = f"{row['shape']}, {row['dtype']}, batch {row['batch']}" + (", timestamps" if row["timestamps"] else "")
+        stock = "not measured" if best is None else f"{best:,.0f}"
+        ratio = "" if best is None else f"{row['tok_s'] / best:.2f}x"
+        lines.append([name, row["engine"], stock, f"{row['tok_s']:,.0f}", ratio, f"{row['first_call_s']} s"])
+    first = found[0]
+    machine = f"{first['gpu']}, torch {first['torch']}, transformers {first['transformers']}, commit {first['commit']}"
+    header = ["case", "engine", "stock static, tok/s", "patched, tok/s", "ratio", "first call"]
+    return (
+        f"Decoding on a GPU, random weights at the real shape, slope between 64 and 192 tokens ({machine}; "
+        f"`{first['command']}`):\n\n{table(header, lines)}\n"
+    )
+
+
+def transcription_section():
+    """Seconds to transcribe real speech on a CPU, ours beside stock's two paths."""
+    found = rows("transcription_*.jsonl")
+    if not found:
+        return ""
+    keys = list(dict.fromkeys((r["model"], r["measured"]) for r in found))
+    lines = []
+    for model, measured in keys:
+        group = {r["engine"]: r for r in found if (r["model"], r["measured"]) == (model, measured)}
+        what = "generate" if measured == "generate" else "decoder only"
+        seconds = [f"{group[e]['seconds']:.2f} s" for e in ("stock-dynamic", "stock-static")]
+        ours = [f"{group[e]['seconds']:.2f} s ({group[e]['speed_up_over_faster_stock']:.2f}x)" for e in group][2:]
+        same = "yes" if all(r["tokens_identical"] for r in group.values()) else "no"
+        lines.append([f"{model}, {what}", *seconds, *ours, same])
+    first = found[0]
+    machine = (
+        f"{first['cpu']}, {first['threads']} threads, torch {first['torch']}, transformers {first['transformers']}"
+    )
+    header = ["model", "stock dynamic", "stock static", "patched eager", "patched compile", "tokens identical"]
+    return (
+        f"Real speech on a CPU, fp32, {first['files']} utterances, medians of {first['rounds']} turns in one run; in brackets "
+        f"the speed-up over the faster stock path ({machine}; only the ratios carry over to another machine; "
+        f"`{first['command']}`):\n\n{table(header, lines)}\n"
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    before, rest = text.split(START)
+    _, after = rest.split(END)
+    sections = [section for section in (decode_section(), transcription_section()) if section]
+    new = before + START + "\n" + "\n".join(sections) + "\n" + END + after
+    if options.check:
+        sys.exit(new != text and "README.md differs from benchmarks/results: run python benchmarks/report.py")
+    readme.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
