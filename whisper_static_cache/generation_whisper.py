@@ -200,8 +200,8 @@ class _Job:
                 return f"the argument `{name}` is given"
         if config.cache_implementation not in _REPLACED_CACHES:
             return f'cache_implementation="{config.cache_implementation}"'
-        if getattr(config, "compile_config", None) is not None:
-            return "compile_config asks for transformers' own compilation"
+        if getattr(getattr(config, "compile_config", None), "_compile_all_devices", False):
+            return "compile_config insists on transformers' own compilation"
         if config.cache_implementation and self.call.keeps_results and self.call.is_shortform:
             return f'the caller sees the cache of cache_implementation="{config.cache_implementation}"'
         if self.user_cache is None and _has_content(kwargs.get("past_key_values")):

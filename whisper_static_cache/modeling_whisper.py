@@ -181,16 +181,20 @@ class ModuleFingerprint:
         self._seen = self._describe()
 
     def _describe(self):
-        described = []
-        for table, name in self._tensors:
-            tensor = table.get(name)
-            described.append(None if tensor is None else (id(tensor), tensor.data_ptr(), tensor.dtype))
-        return described
+        return [_identity(table.get(name)) for table, name in self._tensors]
 
     def still_holds(self):
         return all(table.get(name) is child for table, name, child in self._children) and (
             self._seen == self._describe()
         )
+
+
+def _identity(tensor):
+    """What tells one parameter's storage from another's; a tensor subclass (torchao's) may have none to point at."""
+    if tensor is None:
+        return None
+    address = tensor.data_ptr() if type(tensor) in (torch.Tensor, nn.Parameter) else None
+    return id(tensor), address, tensor.dtype, tensor.device
 
 
 def decoder_device(model):

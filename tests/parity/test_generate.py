@@ -197,6 +197,7 @@ def run_stock(model, row):
     known = {
         "cache_implementation": "early releases size the static cache by the encoder's heads",
         "output_attentions": "in 4.5x sdpa attention returns no attentions",
+        "no_speech_threshold": "in 4.50 the no-speech detector passes forward an argument that it does not take",
     }
     reason = next((why for name, why in known.items() if name in arguments), None)
     try:
