@@ -70,8 +70,8 @@ def transcription_section():
     )
     header = ["model", "stock dynamic", "stock static", "patched eager", "patched compile", "tokens identical"]
     return (
-        f"Real speech on a CPU, fp32, {first['files']} utterances, medians of {first['rounds']} turns in one run; in brackets "
-        f"the speed-up over the faster stock path ({machine}; only the ratios carry over to another machine; "
+        f"Real speech on a CPU, fp32, {first['files']} utterances, medians of {first['rounds']} turns in one run; in "
+        f"brackets the speed-up over the faster stock path ({machine}; only the ratios carry over to another machine; "
         f"`{first['command']}`):\n\n{table(header, lines)}\n"
     )
 

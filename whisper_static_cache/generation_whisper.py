@@ -247,7 +247,7 @@ class _Job:
     def engine(self, state):
         """The engine to decode on, and the reason if it is not the one asked for."""
         device = self.input_ids.device
-        name = default_engine(device) if self.call.engine == "auto" else self.call.engine
+        name = default_engine(self.model, device) if self.call.engine == "auto" else self.call.engine
         reason = state.failed.get(name) or ENGINES[name].why_not(self.model, device)
         return state.engine(self.model, ENGINES["eager" if reason else name]), reason
 
@@ -331,9 +331,13 @@ def _has_content(cache):
     return cache is not None and cache.get_seq_length() > 0
 
 
-def default_engine(device):
-    """The engine that "auto" means on `device`."""
-    return "compile" if device.type == "cuda" else "eager"
+def default_engine(model, device):
+    """The engine that "auto" means: "compile" on a CUDA device, and on the CPU for low-bit linears that need it."""
+    if device.type == "cuda":
+        return "compile"
+    if device.type == "cpu" and any(getattr(m, "prefers_compile", False) for m in model.model.decoder.modules()):
+        return "compile"
+    return "eager"
 
 
 def warmup(model, batch_sizes=(1,), *, engine=None):

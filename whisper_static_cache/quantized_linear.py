@@ -117,6 +117,11 @@ class QuantizedLinear(nn.Module):
         return PackedWeight(self)
 
     @property
+    def prefers_compile(self):
+        """Whether a step is slow unless compiled: uncompiled, the `torch` backend writes out the whole dense weight."""
+        return self.backend == "torch"
+
+    @property
     def spec(self):
         """`LinearSpec` of this module where it is now."""
         device, dtype = self.scales.device, self.scales.dtype
