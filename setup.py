@@ -20,6 +20,8 @@ EXTRAS = {
     # Reading and resampling of audio files.
     "audio": ["soundfile>=0.12", "soxr>=0.3"],
     "demo": ["soundfile>=0.12", "soxr>=0.3", "tokenizers"],
+    # The plots of benchmarks/.
+    "benchmarks": ["jiwer>=3", "matplotlib>=3.8"],
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3.5",

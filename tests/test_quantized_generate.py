@@ -1,0 +1,104 @@
+"""The patched generate on a quantised decoder: stock's tokens from every engine, and nothing compiled on the way."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import whisper_static_cache
+
+from .conftest import tiny_features, tiny_model
+
+
+ENGINES = ("eager", "compile")
+LONG_FORM = {
+    "return_timestamps": True,
+    "temperature": (0.0, 0.4, 0.8),
+    "logprob_threshold": -0.1,
+    "compression_ratio_threshold": 1.2,
+    "no_speech_threshold": 0.2,
+}
+
+
+@pytest.fixture(autouse=True)
+def unpatched():
+    yield
+    whisper_static_cache.unpatch()
+
+
+def quantized_model(bits=4, seed=0, **options):
+    # Two layers: every step is compiled once a test.
+    model = tiny_model(seed, decoder_layers=2, encoder_layers=1)
+    return whisper_static_cache.quantize_decoder(model, bits, 16, method="rtn", progress=False, **options)
+
+
+def generate(model, *args, **kwargs):
+    torch.manual_seed(0)
+    return model.generate(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("engine", "bits", "head_bits"), [("eager", 4, None), ("eager", 3, 8), ("eager", 1.58, None), ("compile", 3, 8)]
+)
+def test_the_tokens_of_stock_in_batches_of_one_to_five(engine, bits, head_bits):
+    model = quantized_model(bits, head_bits=head_bits)
+    inputs = [tiny_features(size, seed=size) for size in (5, 1, 2, 3, 4)]
+    expected = [generate(model, one) for one in inputs]
+    with whisper_static_cache.patched(model, engine=engine):
+        for one, tokens in zip(inputs, expected):
+            assert torch.equal(generate(model, one), tokens)
+            assert whisper_static_cache.last_run(model).engine == engine
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_long_form_with_timestamps_and_temperature_fallback(engine):
+    model = quantized_model()
+    recording = tiny_features(windows=3.3)
+    arguments = [{"return_timestamps": True}, LONG_FORM]
+    expected = [generate(model, recording, **one) for one in arguments]
+    with whisper_static_cache.patched(model, engine=engine):
+        for one, tokens in zip(arguments, expected):
+            assert torch.equal(generate(model, recording, **one), tokens)
+            assert whisper_static_cache.last_run(model).engine == engine
+
+
+def test_nothing_compiles_after_warmup():
+    model = quantized_model(seed=5)
+    whisper_static_cache.patch(model, engine="compile")
+    assert whisper_static_cache.warmup(model, batch_sizes=(1, 5)).compiles == 2
+    counters.clear()
+    workload = [
+        (tiny_features(1), {}),
+        (tiny_features(5, seed=1), {}),
+        (tiny_features(3), {"max_new_tokens": 7}),
+        (tiny_features(1), {"prompt_ids": torch.tensor([108, 5, 6, 7, 8])}),
+        (tiny_features(2), {"do_sample": True, "temperature": 0.6}),
+        (tiny_features(1, windows=2.2), LONG_FORM),
+    ]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for inputs, arguments in workload:
+            generate(model, inputs, **arguments)
+            report = whisper_static_cache.last_run(model)
+            assert (report.engine, report.reason, report.compiles) == ("compile", None, 0), arguments
+    assert counters["stats"]["unique_graphs"] == 0
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_saved_and_loaded_the_tokens_are_the_same(tmp_path, engine):
+    model = quantized_model(2)
+    expected = generate(model, tiny_features(2))
+    whisper_static_cache.save_quantized(model, tmp_path)
+    loaded = whisper_static_cache.load_quantized(tmp_path)
+    with whisper_static_cache.patched(loaded, engine=engine):
+        assert torch.equal(generate(loaded, tiny_features(2)), expected)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_model_quantised_after_its_first_call(engine):
+    model = tiny_model(decoder_layers=2, encoder_layers=1)
+    expected = generate(quantized_model(2), tiny_features(2))
+    whisper_static_cache.patch(model, engine=engine)
+    dense = generate(model, tiny_features(2))
+    whisper_static_cache.quantize_decoder(model, 2, 16, method="rtn", progress=False)
+    tokens = generate(model, tiny_features(2))
+    assert not torch.equal(tokens, dense)
+    assert torch.equal(tokens, expected)
