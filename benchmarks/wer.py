@@ -8,7 +8,8 @@ The speech is a folder in LibriSpeech's layout (`<speaker>/<chapter>/*.flac` and
 utterance and long form by chapter, its utterances joined with half a second of silence; or sets of the Open ASR
 leaderboard, where a hub can be reached. Decoding is greedy, without temperature fallback. Texts are compared after
 transformers' `EnglishTextNormalizer({})`. The seconds are those of `generate`, encoder included, from log-mel
-features, after a first call that is not counted. One JSON line a configuration and style, with the machine and the versions.
+features, after a first call that is not counted. One JSON line a configuration and style, with the machine and the
+versions.
 """
 
 import argparse

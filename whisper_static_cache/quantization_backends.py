@@ -155,7 +155,13 @@ class Int4Backend:
 
 
 class GemliteBackend:
-    """Triton kernels of the gemlite package (0.6): CUDA, 8, 4 and 2 bits; 3 bits run as 4, and ternary digits as 2."""
+    """Triton kernels of the gemlite package (0.6): CUDA, 8, 4 and 2 bits; 3 bits run as 4, and ternary digits as 2.
+
+    Only on request. Checked so far on an H100 with gemlite 0.6.0.post2: a 384 x 384 linear of 4 bits at group 64 in
+    float16 agrees with the reference (SQNR 60 dB at 1, 4 and 17 rows), after 38 s of tuning. The whole comparison in
+    the tests, of larger and odd shapes, failed there at 8 bits and at 4 bits, for a reason not yet found; the other
+    widths were not reached.
+    """
 
     name = "gemlite"
 
@@ -171,7 +177,9 @@ class GemliteBackend:
         return None
 
     def is_fast(self, spec):
-        return True
+        # `auto` takes nothing that has not passed its comparison with the reference, nor half a minute of tuning for
+        # every shape.
+        return False
 
     def layout(self, linear):
         from gemlite.helper import A16Wn
