@@ -1,0 +1,151 @@
+"""4-bit decoding on the CPU against float32 and against faster-whisper's int8, on the same audio, turn by turn.
+
+    python benchmarks/cpu_quantized.py --models tiny.en base --threads 2 --output rows.jsonl
+
+Every engine transcribes every file once a round, the engines in turn, so that a machine that slows down slows them
+all; greedy, without timestamps or temperature fallback, from the samples to the text. Rows have the median seconds
+over rounds, the ratios to float32 and to faster-whisper, and two figures of memory: the bytes of the decoder, of ours
+alone since CTranslate2 does not tell, and by how much the process grew from loading the model to the end of its first
+transcription (what a compiler took on the way included). faster-whisper is used where it is installed; without it its
+rows and ratios are left out, and a line says so.
+"""
+
+import argparse
+import importlib.util
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from decode_speed import machine
+from wer import SPEECH, word_errors
+
+import whisper_static_cache
+from whisper_static_cache.audio import load_audio
+from whisper_static_cache.checkpoints import CHECKPOINTS, fetch_checkpoint, load_checkpoint
+
+
+def resident_bytes():
+    """Bytes of this process in memory, or None where /proc is not."""
+    path = Path("/proc/self/status")
+    lines = path.read_text().splitlines() if path.is_file() else ()
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS")), None)
+
+
+class Ours:
+    """The patched generate on a float32 model, or on one with a 4-bit decoder."""
+
+    def __init__(self, name, bits, compute_dtype, engine, max_new_tokens):
+        self.model, self.processor = load_checkpoint(name)
+        if bits:
+            whisper_static_cache.quantize_decoder(self.model, bits, compute_dtype=compute_dtype, progress=False)
+        footprint = whisper_static_cache.decoder_footprint(self.model)
+        self.bytes = {"decoder_bytes": footprint.total - footprint.caches}
+        self.max_new_tokens = max_new_tokens
+        whisper_static_cache.patch(self.model, engine=engine)
+
+    def __call__(self, samples):
+        features = self.processor(samples, sampling_rate=16000, return_tensors="pt").input_features
+        language = {"language": "en", "task": "transcribe"} if self.model.generation_config.is_multilingual else {}
+        tokens = self.model.generate(features, max_new_tokens=self.max_new_tokens, **language)
+        return self.processor.batch_decode(tokens, skip_special_tokens=True)[0]
+
+
+class FasterWhisper:
+    """faster-whisper in int8, on the same weights."""
+
+    def __init__(self, name, threads, max_new_tokens):
+        from faster_whisper import WhisperModel
+
+        folder = fetch_checkpoint(name) if name in CHECKPOINTS else Path(name)
+        self.model = WhisperModel(str(folder), device="cpu", compute_type="int8", cpu_threads=threads)
+        self.bytes = {"decoder_bytes": None}
+        self.max_new_tokens = max_new_tokens
+
+    def __call__(self, samples):
+        segments, _ = self.model.transcribe(
+            samples,
+            beam_size=1,
+            temperature=0.0,
+            language="en",
+            without_timestamps=True,
+            condition_on_previous_text=False,
+            max_new_tokens=self.max_new_tokens,
+        )
+        return " ".join(segment.text for segment in segments)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["tiny.en", "base"], help="names or folders with a model.bin")
+    parser.add_argument("--folder", type=Path, default=SPEECH, help="speech in LibriSpeech's layout")
+    parser.add_argument("--files", type=int, default=10, help="files to take, spread over the folder")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--engine", choices=("eager", "compile"), default="compile")
+    parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--output", type=Path, help="file to append JSON lines to")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    transformers.utils.logging.set_verbosity_error()
+    paths = sorted(options.folder.rglob("*.flac")) or parser.error(f"--folder {options.folder} holds no .flac file")
+    paths = paths[:: max(len(paths) // options.files, 1)][: options.files]
+    recordings = [load_audio(path) for path in paths]
+    said = dict(
+        line.split(" ", 1) for path in options.folder.rglob("*.trans.txt") for line in path.read_text().splitlines()
+    )
+    facts = machine(torch.device("cpu"))
+    facts["command"] = " ".join(part.rsplit("/", 1)[-1] for part in facts["command"].split(" "))
+    for name in options.models:
+        makers = {
+            "fp32": lambda name=name: Ours(name, None, None, options.engine, options.max_new_tokens),
+            "4-bit float32": lambda name=name: Ours(name, 4, None, options.engine, options.max_new_tokens),
+            "4-bit bfloat16": lambda name=name: Ours(name, 4, torch.bfloat16, options.engine, options.max_new_tokens),
+        }
+        if importlib.util.find_spec("faster_whisper"):
+            makers["faster-whisper int8"] = lambda name=name: FasterWhisper(
+                name, options.threads, options.max_new_tokens
+            )
+        else:
+            print("faster-whisper is not installed: pip install faster-whisper for its rows.", file=sys.stderr)
+        engines, grown = {}, {}
+        for label, make in makers.items():
+            before = resident_bytes()
+            engines[label] = make()
+            engines[label](recordings[0])
+            grown[label] = None if before is None else resident_bytes() - before
+        seconds, texts = {label: [] for label in engines}, {}
+        for _ in range(options.rounds):
+            for label, engine in engines.items():
+                start = time.perf_counter()
+                texts[label] = [engine(samples) for samples in recordings]
+                seconds[label].append(time.perf_counter() - start)
+        medians = {label: statistics.median(times) for label, times in seconds.items()}
+        for label, median in medians.items():
+            row = {
+                "model": Path(name).name,
+                "configuration": label,
+                "engine": "CTranslate2" if label.startswith("faster") else options.engine,
+                "seconds": round(median, 3),
+                "real_time_factor": round(sum(map(len, recordings)) / 16000 / median, 2),
+                "speed_over_fp32": round(medians["fp32"] / median, 3),
+                "wer": round(100 * word_errors([said[path.stem] for path in paths], texts[label]).wer, 2),
+                **engines[label].bytes,
+                "process_grew_bytes": grown[label],
+                "files": len(paths),
+                "rounds": options.rounds,
+                **facts,
+            }
+            if "faster-whisper int8" in medians:
+                row["speed_over_faster_whisper"] = round(medians["faster-whisper int8"] / median, 3)
+            print(json.dumps(row), flush=True)
+            if options.output:
+                with options.output.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
