@@ -15,6 +15,7 @@ import importlib.util
 import json
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -61,7 +62,15 @@ class FasterWhisper:
         from faster_whisper import WhisperModel
 
         folder = fetch_checkpoint(name) if name in CHECKPOINTS else Path(name)
-        self.model = WhisperModel(str(folder), device="cpu", compute_type="int8", cpu_threads=threads)
+        with tempfile.TemporaryDirectory() as copy:
+            # CTranslate2 wants the tokens in a file of its own beside the weights.
+            for file in folder.resolve().iterdir():
+                (Path(copy) / file.name).symlink_to(file)
+            if not any(folder.glob("vocabulary.*")):
+                tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+                tokens = {**tokenizer["model"]["vocab"], **{t["content"]: t["id"] for t in tokenizer["added_tokens"]}}
+                (Path(copy) / "vocabulary.json").write_text(json.dumps(sorted(tokens, key=tokens.get)))
+            self.model = WhisperModel(copy, device="cpu", compute_type="int8", cpu_threads=threads)
         self.bytes = {"decoder_bytes": None}
         self.max_new_tokens = max_new_tokens
 
