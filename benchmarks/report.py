@@ -40,12 +40,14 @@ def decode_section():
         name = f"{row['shape']}, {row['dtype']}, batch {row['batch']}" + (", timestamps" if row["timestamps"] else "")
         stock = "not measured" if best is None else f"{best:,.0f}"
         ratio = "" if best is None else f"{row['tok_s'] / best:.2f}x"
-        lines.append([name, row["engine"], stock, f"{row['tok_s']:,.0f}", ratio, f"{row['first_call_s']} s"])
+        agree = f"{row['tokens_equal_to_first_case']:.0%}"
+        lines.append([name, row["engine"], stock, f"{row['tok_s']:,.0f}", ratio, agree, f"{row['first_call_s']} s"])
     first = found[0]
     machine = f"{first['gpu']}, torch {first['torch']}, transformers {first['transformers']}, commit {first['commit']}"
-    header = ["case", "engine", "stock static, tok/s", "patched, tok/s", "ratio", "first call"]
+    header = ["case", "engine", "stock static, tok/s", "patched, tok/s", "ratio", "same tokens", "first call"]
     return (
-        f"Decoding on a GPU, random weights at the real shape, slope between 64 and 192 tokens ({machine}; "
+        "Decoding on a GPU, random weights at the real shape, slope between 64 and 192 tokens; random weights in half "
+        f"precision make near-ties, in fp32 the GPU tests find every token the same ({machine}; "
         f"`{first['command']}`):\n\n{table(header, lines)}\n"
     )
 
@@ -76,6 +78,33 @@ def transcription_section():
     )
 
 
+def wer_section():
+    """Word error rate by bits, short and long form."""
+    found = rows("wer_*.jsonl")
+    if not found:
+        return ""
+    chosen = {}
+    for row in found:
+        # hqq's solver runs in half precision on a GPU; where both are there, the row solved on the CPU is shown.
+        key = row["model"], row["configuration"], row["style"]
+        if key not in chosen or row["solved_on"] == "cpu":
+            chosen[key] = row
+    lines = []
+    for model, config in dict.fromkeys(key[:2] for key in chosen):
+        pair = [chosen.get((model, config, form)) for form in ("short", "long")]
+        some = next(row for row in pair if row)
+        wer = [f"{row['wer']:.2f}" if row else "not measured" for row in pair]
+        lines.append([model, config, *wer, f"{some['bits_per_weight']:g}", f"{some['decoder_bytes'] / 2**20:.0f} MiB"])
+    lines.sort(key=lambda line: (line[0], line[1] != "fp32", -float(line[4])))
+    first = found[0]
+    header = ["model", "bits:group", "WER short, %", "WER long, %", "bits a weight with scales", "decoder"]
+    return (
+        "Word error rate of quantised decoders, plain HQQ, greedy, on 50 utterances of LibriSpeech test-other, by "
+        f"themselves and joined by chapter ({first['gpu']}, fp32 arithmetic; benchmarks/results/wer_h100.jsonl):\n\n"
+        f"{table(header, lines)}\n"
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
@@ -84,7 +113,7 @@ def main():
     text = readme.read_text()
     before, rest = text.split(START)
     _, after = rest.split(END)
-    sections = [section for section in (decode_section(), transcription_section()) if section]
+    sections = [section for section in (decode_section(), transcription_section(), wer_section()) if section]
     new = before + START + "\n" + "\n".join(sections) + "\n" + END + after
     if options.check:
         sys.exit(new != text and "README.md differs from benchmarks/results: run python benchmarks/report.py")

@@ -118,7 +118,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def prefers_compile(self):
-        """Whether a step is slow unless compiled: uncompiled, the `torch` backend writes out the whole dense weight."""
+        """Whether a step is slow unless compiled: uncompiled, the `torch` backend writes out the dense weight."""
         return self.backend == "torch"
 
     @property
