@@ -27,6 +27,15 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=f"needs the real checkpoints: {reason}"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def unpatched_afterwards():
+    """No module's tests find transformers patched by those before them."""
+    yield
+    import whisper_static_cache
+
+    whisper_static_cache.unpatch()
+
+
 def tiny_config(**overrides):
     """A Whisper configuration small enough for thousands of calls, every size of it different from the others."""
     from transformers import WhisperConfig
