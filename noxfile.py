@@ -31,20 +31,15 @@ TESTS = (
 )
 
 
-@nox.session(python=False)
-@nox.parametrize("release", RELEASES)
+@nox.session
+@nox.parametrize("release", [nox.param(release, id=release) for release in RELEASES])
 def releases(session, release):
     """One release, in an environment of its own."""
-    environment = session.create_tmp()
-    session.run("python3", "-m", "venv", environment)
-    python = f"{environment}/bin/python"
     # torch by its exact version: an unpinned one pulls gigabytes of CUDA packages.
-    pinned = (f"torch=={TORCH}", f"transformers=={release}")
-    session.run(python, "-m", "pip", "install", "-q", *pinned, "pytest", "pytest-xdist", "hypothesis")
-    session.run(python, "-m", "pip", "install", "-q", "--no-deps", "-e", ".")
-    environment_variables = {"OMP_NUM_THREADS": "1"}
+    session.install(f"torch=={TORCH}", f"transformers=={release}", "pytest", "pytest-xdist", "hypothesis")
+    session.install("--no-deps", "-e", ".")
     arguments = session.posargs or ("-n", "2", "-q", "-k", "not compile or nothing_compiles")
-    session.run(python, "-m", "pytest", *TESTS, *arguments, env=environment_variables)
+    session.run("python", "-m", "pytest", *TESTS, *arguments, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session
