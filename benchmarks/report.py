@@ -94,10 +94,19 @@ def wer_section():
         pair = [chosen.get((model, config, form)) for form in ("short", "long")]
         some = next(row for row in pair if row)
         wer = [f"{row['wer']:.2f}" if row else "not measured" for row in pair]
-        lines.append([model, config, *wer, f"{some['bits_per_weight']:g}", f"{some['decoder_bytes'] / 2**20:.0f} MiB"])
+        size = f"{some['decoder_bytes'] / 2**20:.0f} MiB"
+        lines.append([model, config, *wer, f"{some['bits_per_weight']:g}", size, some["solved_on"] or ""])
     lines.sort(key=lambda line: (line[0], line[1] != "fp32", -float(line[4])))
     first = found[0]
-    header = ["model", "bits:group", "WER short, %", "WER long, %", "bits a weight with scales", "decoder"]
+    header = [
+        "model",
+        "bits:group",
+        "WER short, %",
+        "WER long, %",
+        "bits a weight with scales",
+        "decoder",
+        "solved on",
+    ]
     return (
         "Word error rate of quantised decoders, plain HQQ, greedy, on 50 utterances of LibriSpeech test-other, by "
         f"themselves and joined by chapter ({first['gpu']}, fp32 arithmetic; benchmarks/results/wer_h100.jsonl):\n\n"

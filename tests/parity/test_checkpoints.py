@@ -66,14 +66,17 @@ SHORT_ROWS = {
     "prompt": {"prompt": "Four score and seven years ago"},
     "scores": {"return_dict_in_generate": True, "output_scores": True, "max_new_tokens": 20},
     "sampling": {"do_sample": True, "temperature": 0.6, "max_new_tokens": 40},
+    "max-length": {"max_length": 20},
+    "return-sequences": {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": 12},
     "language": {"language": "en", "task": "transcribe"},
+    "language-list": {"language": ["en", "de"], "max_new_tokens": 20},
 }
 
 
 @pytest.mark.parametrize("name", SHORT_ROWS)
 def test_short_form(checkpoint, clip, name):
     model, processor, which = checkpoint
-    if name == "language" and which == "tiny.en":
+    if "language" in SHORT_ROWS[name] and which == "tiny.en":
         pytest.skip("an English-only model takes no language")
     arguments = dict(SHORT_ROWS[name])
     if "prompt" in arguments:
