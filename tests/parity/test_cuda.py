@@ -8,7 +8,7 @@ from whisper_static_cache import engines, token_choice
 
 from ..conftest import tiny_features, tiny_model
 from .compare import assert_same
-from .test_generate import LONG, TEMPERATURES, Favour, Recorder, Row, StopAt
+from .rows import LONG, TEMPERATURES, Favour, Recorder, Row, StopAt
 
 
 pytestmark = pytest.mark.gpu
