@@ -380,17 +380,32 @@ def test_compute_dtype_is_apart_from_the_models():
     assert model.dtype == torch.float32
 
 
+@pytest.fixture
+def briefly_tuned(monkeypatch):
+    """gemlite chooses among two tunings of each kernel, not twenty: all of them take half a minute a shape."""
+    try:
+        from gemlite.core import GEMLITE_TRITON_KERNELS
+    except ImportError:
+        return
+    for kernel in (kernel for family in GEMLITE_TRITON_KERNELS for kernel in family.kernel):
+        monkeypatch.setattr(kernel, "configs", kernel.configs[:2])
+
+
 @pytest.mark.gpu
+@pytest.mark.usefixtures("briefly_tuned")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["torchao", "gemlite"])
-@pytest.mark.parametrize(("bits", "group_size"), [(8, 64), (4, 64), (4, 32), (3, 32), (2, 16), (1.58, 16)])
+@pytest.mark.parametrize(("bits", "group_size"), [(8, 64), (4, 64), (4, 32), (3, 32), (2, 16), (2, 32), (1.58, 32)])
 def test_cuda_kernels_against_the_torch_backend(bits, group_size, backend, dtype):
-    for out_features, in_features in ((384, 384), (51, 1280), (1536, 384), (51865, 384)):
+    for out_features, in_features in ((384, 384), (51, 1280), (51865, 384)):
         spec = LinearSpec(in_features, out_features, bits, group_size, dtype, torch.device("cuda"))
         reason = BACKENDS[backend].why_not(spec)
         if reason is not None:
             pytest.skip(reason)
         linear = random_linear(out_features, in_features, bits, group_size, dtype, "auto", "cuda")
+        # What a kernel reads beyond its tensors, it shall not find to be zeros by luck.
+        free = [torch.full((2**power,), torch.nan, dtype=dtype, device="cuda") for power in range(8, 22)]
+        del free
         linear.set_backend(backend)
         for rows in (1, 4, 17, 70):
             x = torch.randn(rows, in_features, device="cuda", dtype=dtype)
