@@ -169,9 +169,10 @@ ROWS = {
 }
 
 
-def run(model, row, seed=0):
-    """One call of `generate`, from the same random state, on a fresh set of arguments."""
+def run(model, row, seed=0, overrides=None):
+    """One call of `generate`, from the same random state, on a fresh set of arguments and those of `overrides`."""
     arguments = row.arguments(model) if callable(row.arguments) else dict(row.arguments)
+    arguments.update(overrides or {})
     if "input_features" not in arguments:
         arguments["input_features"] = tiny_features(row.batch, row.windows, seed, model.config, model.dtype)
     if row.attention_mask:

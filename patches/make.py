@@ -1,0 +1,314 @@
+"""Make the patch series for a release of transformers from this package's own modules.
+
+    python patches/make.py 5.23.0            # rewrites patches/5.23.0/
+    python patches/make.py --check           # every release in RELEASES: fails where a series is not up to date
+
+A module of the package becomes a new file beside Whisper's own, with its imports rewritten and the seams of `_compat`
+resolved for that release; upstream's files get the small edits listed here; tests and documentation are copied from
+`parts/`. The released wheel is the base: its `transformers/` is `src/transformers/` of the source tree. Wheels are
+kept in `build/wheels` and fetched with pip when missing.
+"""
+
+import argparse
+import ast
+import difflib
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ROOT / "patches" / "parts"
+RUFF = ("--config", str(ROOT / "patches" / "ruff.toml"))  # upstream's settings
+WHEELS = ROOT / "build" / "wheels"
+RELEASES = ("4.57.6", "5.17.0", "5.23.0")
+WHISPER = "src/transformers/models/whisper"
+
+LICENSE = """\
+# Copyright 2026 The HuggingFace Inc. team.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+
+# Module of the package -> file beside Whisper's own upstream.
+MODULES = {
+    "cache_utils": "cache_whisper",
+    "modeling_whisper": "decode_step_whisper",
+    "cuda_graphs": "cuda_graphs_whisper",
+    "logits_process": "device_logits_process_whisper",
+    "logits_processors": "device_logits_processors_whisper",
+    "engines": "engines_whisper",
+    "sessions": "sessions_whisper",
+    "run_report": "run_report_whisper",
+    "token_choice": "token_choice_whisper",
+    "generation_whisper": "static_generation_whisper",
+    "beam_search": "beam_search_whisper",
+}
+# How a module of the package imports -> how a file beside Whisper's own does.
+IMPORTS = (
+    (r"^from transformers import WhisperConfig$", "from .configuration_whisper import WhisperConfig"),
+    (r"^from transformers\.", "from ..."),
+    (r"^import logging$", "from ...utils import logging"),
+    (r"logging\.getLogger\(", "logging.get_logger("),
+    (r"^ *from \. import _compat\n", ""),
+)
+
+
+class Tree(dict):
+    """Files of a source tree by path: read from the wheel when first asked for, changed by the steps."""
+
+    def __init__(self, release):
+        super().__init__()
+        self.release = release
+        self.archive = zipfile.ZipFile(wheel(release))
+
+    def __missing__(self, path):
+        self[path] = self.archive.read(path.removeprefix("src/")).decode()
+        return self[path]
+
+    def add(self, path, text):
+        if path.removeprefix("src/") in self.archive.namelist():
+            raise ValueError(f"{path} exists in transformers {self.release} already: choose another name.")
+        self[path] = text
+
+    def edit(self, path, pattern, replacement):
+        """Replace the one match of a regular expression."""
+        self[path] = substitute(self[path], pattern, replacement, path)
+
+
+def substitute(text, pattern, replacement, where):
+    text, count = re.subn(pattern, lambda match: match.expand(replacement), text, flags=re.MULTILINE)
+    if count != 1:
+        raise ValueError(f"{where}: {count} matches of {pattern!r} where one is expected; mend patches/make.py.")
+    return text
+
+
+def wheel(release):
+    """Path of the release's wheel, fetched with pip if it is not there yet."""
+    path = WHEELS / f"transformers-{release}-py3-none-any.whl"
+    if not path.exists():
+        command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps"]
+        subprocess.run([*command, "--only-binary=:all:", "-d", WHEELS, f"transformers=={release}"], check=True)
+    return path
+
+
+# --- the package's modules -------------------------------------------------------------------------------------------
+
+
+def definition(tree, name):
+    """The top-level statement that defines `name`, or None."""
+    for node in tree.body:
+        targets = [getattr(target, "id", None) for target in getattr(node, "targets", [])]
+        if getattr(node, "name", None) == name or name in targets:
+            return node
+    return None
+
+
+def without(source, *names):
+    """`source` without the top-level definitions of `names`, and the comments directly above them."""
+    for name in names:
+        node = definition(ast.parse(source), name)
+        if node is None:
+            raise ValueError(f"{name} is not defined at the top level; mend patches/make.py.")
+        lines = source.splitlines(keepends=True)
+        first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) - 1
+        while lines[first - 1].startswith("#"):
+            first -= 1
+        source = "".join(lines[:first] + lines[node.end_lineno :])
+    return source
+
+
+def taken(module, name):
+    """The source of one top-level definition of a module of the package."""
+    source = (ROOT / "whisper_static_cache" / f"{module}.py").read_text()
+    return ast.get_source_segment(source, definition(ast.parse(source), name))
+
+
+def ported(module, drop=(), edits=(), append=""):
+    """A module of the package as a file upstream.
+
+    Args:
+        module: its name in the package.
+        drop: top-level names that stay in the package.
+        edits: pairs of regular expression and replacement, each for one match.
+        append: source added at the end.
+    """
+    source = (ROOT / "whisper_static_cache" / f"{module}.py").read_text()
+    source = without(source, *drop)
+    if definition(ast.parse(source), "__all__"):
+        source = without(source, "__all__")  # upstream exports whatever a file lists there
+    for pattern, replacement in edits:
+        source = substitute(source, pattern, replacement, module)
+    source = f"{source}\n\n{append}" if append else source
+    for pattern, replacement in IMPORTS:
+        source = re.sub(pattern, replacement, source, flags=re.MULTILINE)
+    for name, upstream in MODULES.items():
+        source = re.sub(rf"^( *from )\.{name} import", rf"\1.{upstream} import", source, flags=re.MULTILINE)
+        source = re.sub(rf"^from \. import {name} as", f"from . import {upstream} as", source, flags=re.MULTILINE)
+    left = re.findall(r".*(?:_compat|whisper_static_cache|monkey_patch).*", source)
+    if left:
+        raise ValueError(f"{module}: left over from the package: {left}; mend patches/make.py.")
+    return polished(LICENSE + source)
+
+
+def polished(source):
+    """`source` with unused imports removed, sorted and formatted as upstream does."""
+    for command in (("check", "--fix", "-q", "--select=F401,I"), ("format", "-q")):
+        run = [sys.executable, "-m", "ruff", *command, *RUFF, "--stdin-filename=file.py", "-"]
+        source = subprocess.run(run, input=source, text=True, capture_output=True, check=True).stdout
+    return source
+
+
+def method(source):
+    """Source of methods, formatted, to stand before another one."""
+    return polished(f"class _:\n{source}").split("\n", 1)[1] + "\n"
+
+
+# --- step 1: the cache -----------------------------------------------------------------------------------------------
+
+OWN_CACHE = '''\
+    def {name}(self, {arguments}):
+        """A static cache that persists across calls and serves any smaller batch: a larger one replaces it."""
+        if cache_implementation != "static":
+            return super().{name}({arguments})
+        states = model_kwargs["encoder_outputs"][0]
+        cache = getattr(self, "_cache", None)
+        wanted = (states.device, self.dtype, states.shape[1])
+        if (
+            not isinstance(cache, EncoderDecoderStaticCache)
+            or cache.max_batch_size < batch_size
+            or (cache.device, cache.dtype, cache.max_source_len) != wanted
+        ):
+            cache = EncoderDecoderStaticCache(
+                self.config, batch_size, max_source_len=states.shape[1], device=states.device, dtype=self.dtype
+            )
+        self._cache = cache
+        return cache
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, EncoderDecoderStaticCache):
+            # Each decode is a recording, a window or a temperature of its own.
+            cache.reset()
+
+'''
+
+
+def static_cache(tree):
+    is_v4 = tree.release.startswith("4.")
+    source = ported(
+        "cache_utils",
+        edits=(
+            (r"^from \._compat import .*\n", "from transformers.utils.import_utils import requires\n"),
+            (
+                r"^(from transformers\.cache_utils import) .*",
+                r"\1 Cache, EncoderDecoderCache, StaticCache, StaticLayer",
+            ),
+            (r"^class _StaticHalf\(LayerColumns, StaticCache\)", "class _StaticHalf(StaticCache)"),
+            (r"^        init_cache\(self, layers\)", "        Cache.__init__(self, layers=layers)"),
+            (r"^        init_module\(self\)\n", ""),
+            # `crop(0)` keeps nothing in 4.57 and removes nothing in 5.x
+            (r"tokens > 0 or CROP_ZERO_EMPTIES:", "tokens >= 0:" if is_v4 else "tokens > 0:"),
+            (r"^class EncoderDecoderStaticCache", '@requires(backends=("torch",))\n\\g<0>'),
+        ),
+        append='__all__ = ["EncoderDecoderStaticCache"]\n',
+    )
+    tree.add(f"{WHISPER}/cache_whisper.py", source)
+    configuration = r"^ *from \.configuration_whisper"
+    tree.edit(f"{WHISPER}/__init__.py", configuration, "    from .cache_whisper import *\n\\g<0>")
+    path = f"{WHISPER}/generation_whisper.py"
+    own_import = "from .cache_whisper import EncoderDecoderStaticCache\n"
+    tree.edit(path, r"^from \.tokenization_whisper", own_import + r"\g<0>")
+    name, rest = ("_prepare_static_cache", "prefill_chunk_size, model_kwargs")
+    if is_v4:
+        name, rest = ("_get_cache", "model_kwargs")
+    own = OWN_CACHE.format(name=name, arguments=f"cache_implementation, batch_size, max_cache_len, {rest}")
+    tree.edit(path, r"^    def generate_with_fallback\(", method(own) + r"\g<0>")
+    # The batch of a long recording shrinks; rows were added back for a cache that could not.
+    padding = r'if generation_config\.cache_implementation == "static" and cur_bsz < batch_size:'
+    tree.edit(path, rf"^ {{12}}{padding}\n(?: {{16}}.*\n)+\n", "")
+    tree.edit(path, r"^ {12}if cur_bsz < batch_size:\n(?: {16}.*\n)+\n", "")
+
+
+STEPS = (("0001-static-cache", static_cache),)
+
+
+# --- diffs -----------------------------------------------------------------------------------------------------------
+
+
+def series(release):
+    """The series for a release: file name -> text of the patch, its pull request's text first."""
+    tree = Tree(release)
+    patches = {}
+    for name, step in STEPS:
+        before = dict(tree)
+        step(tree)
+        for path in sorted((PARTS / name).rglob("*")):
+            if path.is_file() and path.name != "pull_request.md":
+                tree.add(str(path.relative_to(PARTS / name)), path.read_text())
+        text = (PARTS / name / "pull_request.md").read_text().rstrip().replace("{release}", release)
+        known = {path: before[path] if path in before else original(tree, path) for path in tree}
+        diffs = [diff(path, known[path], tree[path]) for path in sorted(tree) if known[path] != tree[path]]
+        patches[f"{name}.patch"] = f"Subject: {text}\n---\n" + "".join(diffs)
+    return patches
+
+
+def original(tree, path):
+    name = path.removeprefix("src/")
+    return tree.archive.read(name).decode() if path.startswith("src/") and name in tree.archive.namelist() else None
+
+
+def diff(path, before, after):
+    """One file's part of a patch as git writes it; `before` is None for a new file."""
+    head = f"diff --git a/{path} b/{path}\n"
+    if before is None:
+        head += "new file mode 100644\n"
+    lines = difflib.unified_diff(
+        (before or "").splitlines(keepends=True),
+        after.splitlines(keepends=True),
+        "/dev/null" if before is None else f"a/{path}",
+        f"b/{path}",
+    )
+    return head + "".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("releases", nargs="*", help=f"of transformers; all of {', '.join(RELEASES)} if none is named")
+    parser.add_argument("--check", action="store_true", help="write nothing, fail where a series is not up to date")
+    options = parser.parse_args()
+    stale = []
+    for release in options.releases or RELEASES:
+        folder = ROOT / "patches" / release
+        made = series(release)
+        if {path.name: path.read_text() for path in folder.glob("*.patch")} == made:
+            continue
+        stale.append(release)
+        if not options.check:
+            folder.mkdir(exist_ok=True)
+            for path in folder.glob("*.patch"):
+                path.unlink()
+            for name, text in made.items():
+                (folder / name).write_text(text)
+    print(
+        "\n".join(f"{release}: {'not up to date' if options.check else 'written'}" for release in stale)
+        or "up to date"
+    )
+    return options.check and bool(stale)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
