@@ -683,10 +683,11 @@ def test_loading_makes_no_dense_copy_of_a_quantised_weight(tmp_path):
 def test_linears_are_freed_one_by_one(method):
     model = wide_model(decoder_layers=3)
     weights = [weakref.ref(m.weight) for m in model.model.decoder.modules() if isinstance(m, nn.Linear)]
-    alive = []
+    alive, sizes = [], []
     solver = quantization._SOLVERS[method]
 
     def spy(weight, bits, group_size):
+        sizes.append(weight.numel())
         alive.append(sum(ref() is not None for ref in weights))
         return solver(weight, bits, group_size)
 
@@ -694,6 +695,7 @@ def test_linears_are_freed_one_by_one(method):
         patch.setitem(quantization._SOLVERS, method, spy)
         quantize_decoder(model, method=method, progress=False)
     assert alive == list(range(len(weights), 0, -1))
+    assert sizes == sorted(sizes)
 
 
 def test_footprint_adds_up():

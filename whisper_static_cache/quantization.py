@@ -49,8 +49,8 @@ def quantize_decoder(
 ):
     """Replace linears of a Whisper model's decoder, in place, by `QuantizedLinear`.
 
-    One linear is quantised and its full-precision weight dropped before the next is looked at. A request that cannot
-    be served raises before anything is changed.
+    One linear is quantised and its full-precision weight dropped before the next is looked at, the smallest first. A
+    request that cannot be served raises before anything is changed.
 
     Args:
         model: a transformers Whisper model with a decoder, full-precision, on any real device.
@@ -100,6 +100,9 @@ def quantize_decoder(
 
     from tqdm.auto import tqdm
 
+    # hqq's solver needs several times the memory of what it solves: by the turn of the largest linears, the others have
+    # made room for it.
+    plan = dict(sorted(plan.items(), key=lambda item: model.get_submodule(item[0]).weight.numel()))
     for name, width in tqdm(plan.items(), desc="Quantising the decoder", unit="linear", disable=not progress):
         linear = model.get_submodule(name)
         size = group_size or DEFAULT_GROUP_SIZES[width]
