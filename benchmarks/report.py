@@ -97,7 +97,7 @@ def wer_section():
         size = f"{some['decoder_bytes'] / 2**20:.0f} MiB"
         lines.append([model, config, *wer, f"{some['bits_per_weight']:g}", size, some["solved_on"] or ""])
     lines.sort(key=lambda line: (line[0], line[1] != "fp32", -float(line[4])))
-    first = found[0]
+    machines = " and ".join(dict.fromkeys(row["gpu"] or "a CPU" for row in found))
     header = [
         "model",
         "bits:group",
@@ -109,7 +109,7 @@ def wer_section():
     ]
     return (
         "Word error rate of quantised decoders, plain HQQ, greedy, on 50 utterances of LibriSpeech test-other, by "
-        f"themselves and joined by chapter ({first['gpu']}, fp32 arithmetic; benchmarks/results/wer_h100.jsonl):\n\n"
+        f"themselves and joined by chapter (fp32 arithmetic, on {machines}; benchmarks/results/wer_*.jsonl):\n\n"
         f"{table(header, lines)}\n"
     )
 

@@ -100,8 +100,8 @@ def quantize_decoder(
 
     from tqdm.auto import tqdm
 
-    # hqq's solver needs several times the memory of what it solves: by the turn of the largest linears, the others have
-    # made room for it.
+    # hqq's solver needs several times the memory of what it solves: when it comes to the largest linears, the others
+    # have made room for it.
     plan = dict(sorted(plan.items(), key=lambda item: model.get_submodule(item[0]).weight.numel()))
     for name, width in tqdm(plan.items(), desc="Quantising the decoder", unit="linear", disable=not progress):
         linear = model.get_submodule(name)
