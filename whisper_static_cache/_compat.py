@@ -86,9 +86,9 @@ class LayerColumns:
         return LayerColumn(self.layers, "values")
 
 
-def release():
-    """The transformers release, for messages."""
-    return f"transformers {transformers.__version__}"
+def version():
+    """The transformers release, as "5.23.0"."""
+    return transformers.__version__
 
 
 @functools.lru_cache(maxsize=1)

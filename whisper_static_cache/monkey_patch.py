@@ -1,8 +1,8 @@
 """patch() and unpatch(): the only place that assigns into transformers.
 
-Three attributes of `WhisperForConditionalGeneration` are replaced, the rows of `_ROWS`. Each replacement asks first
-whether the model at hand is switched on, so that `patch(model)` leaves every other model on the stock path, and calls
-the attribute it replaced where it is not.
+Three attributes of `WhisperForConditionalGeneration` are replaced, the rows of `compat_symbols.PATCHED`. Each
+replacement asks first whether the model at hand is switched on, so that `patch(model)` leaves every other model on the
+stock path, and calls the attribute it replaced where it is not.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import threading
 import weakref
 
 from . import _compat
+from .compat_symbols import PATCHED, check_live
 from .engines import ENGINES
 
 
@@ -67,25 +68,8 @@ def _make_average_logprob(stock):
     return staticmethod(_retrieve_avg_logprobs)
 
 
-# (attribute, what makes the replacement from the attribute replaced, the parameters it counts on)
-_ROWS = (
-    ("generate", _make_generate, ("self", "input_features", "generation_config")),
-    (
-        "_sample",
-        _make_sample,
-        (
-            "self",
-            "input_ids",
-            "logits_processor",
-            "stopping_criteria",
-            "generation_config",
-            "synced_gpus",
-            "streamer",
-            "model_kwargs",
-        ),
-    ),
-    ("_retrieve_avg_logprobs", _make_average_logprob, ("scores", "tokens")),
-)
+# What makes the replacement from the attribute replaced, in the order of `PATCHED`.
+_ROWS = (_make_generate, _make_sample, _make_average_logprob)
 
 
 def patch(model=None, *, engine="auto"):
@@ -101,7 +85,8 @@ def patch(model=None, *, engine="auto"):
     Raises:
         ValueError: the engine is not known.
         TypeError: `model` is not a Whisper model with a language modelling head.
-        RuntimeError: this transformers release has other signatures than the package knows; nothing has been patched.
+        RuntimeError: a symbol of transformers that the package counts on is missing or different; the sentence names
+            it, both signatures and the newest release known to work, and nothing has been patched.
     """
     global _EVERYWHERE
     check_engine(engine)
@@ -200,29 +185,15 @@ def _apply():
     """Put the rows in place, all or none."""
     if _APPLIED:
         return
+    check_live(_compat.version())
     target = _whisper_class()
     replacements = []
-    for attribute, make, parameters in _ROWS:
-        found = getattr(target, attribute, None)
-        _check_signature(target, attribute, found, parameters)
-        replacements.append((attribute, make(found)))
+    for symbol, make in zip(PATCHED, _ROWS):
+        attribute = symbol.name.rpartition(".")[2]
+        replacements.append((attribute, make(getattr(target, attribute))))
     for attribute, replacement in replacements:
         _APPLIED[target, attribute] = (target.__dict__.get(attribute, _INHERITED), replacement)
         setattr(target, attribute, replacement)
-
-
-def _check_signature(target, attribute, found, expected):
-    name = f"{target.__module__}.{target.__name__}.{attribute}"
-    if found is None:
-        raise RuntimeError(
-            f"{name} does not exist in {_compat.release()}: use a release of transformers from 4.46 to 5.23."
-        )
-    actual = tuple(inspect.signature(found).parameters)
-    if actual[: len(expected)] != expected:
-        raise RuntimeError(
-            f"{name} has the parameters {actual} in {_compat.release()} where {expected} were expected: "
-            "use a release of transformers from 4.46 to 5.23."
-        )
 
 
 def _revert():
