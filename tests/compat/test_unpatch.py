@@ -30,7 +30,8 @@ def code_of(value):
     code = getattr(function, "__code__", None)
     if code is None:
         return None
-    return marshal.dumps(code), repr(function.__defaults__), sorted(vars(function))
+    # Version 0 writes nothing that depends on how often an object is referred to.
+    return marshal.dumps(code, 0), repr(function.__defaults__), sorted(vars(function))
 
 
 def snapshot():
