@@ -438,6 +438,16 @@ def test_stock_when_the_model_is_not_plain():
     assert "training mode" in whisper_static_cache.last_run(model).reason
 
 
+@pytest.mark.parametrize("engine", ["eager", "compile"])
+def test_served_after_a_call_that_left_transformers_own_hooks_behind(engine):
+    model = tiny_model(9)
+    model.generate(features(), return_dict_in_generate=True, output_hidden_states=True)
+    expected = model.generate(features())
+    whisper_static_cache.patch(model, engine=engine)
+    assert torch.equal(expected, model.generate(features()))
+    assert whisper_static_cache.last_run(model).engine == engine
+
+
 def test_a_hook_on_a_linear_is_called_by_every_engine():
     model = tiny_model(9)
     calls = []

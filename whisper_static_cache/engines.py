@@ -12,7 +12,13 @@ import types
 import torch
 
 from .cuda_graphs import CapturedCall
-from .modeling_whisper import decode_step, decoder_forward, padded_prompt_mask, project_cross_attention
+from .modeling_whisper import (
+    decode_step,
+    decoder_forward,
+    forward_hooks,
+    padded_prompt_mask,
+    project_cross_attention,
+)
 
 
 class EagerEngine:
@@ -111,7 +117,7 @@ class CompileEngine(EagerEngine):
         if device.type not in ("cuda", "cpu"):
             return f"torch.compile is not used on {device.type}"
         for module in (*model.model.decoder.modules(), model.proj_out):
-            if module._forward_hooks or module._forward_pre_hooks:
+            if forward_hooks(module):
                 return f"{type(module).__name__} has a forward hook, which a compiled step would not call"
         return None
 

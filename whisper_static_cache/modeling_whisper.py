@@ -148,10 +148,18 @@ def why_not_plain(model):
     return None
 
 
+def forward_hooks(module):
+    """The forward hooks and pre-hooks on `module` that do something.
+
+    From 5.3 a call that asks for attentions or hidden states leaves transformers' own hooks behind, for ever: they
+    collect where such a call is running, and such a call is stock's.
+    """
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return [hook for hook in hooks if getattr(hook, "__module__", None) != "transformers.utils.output_capturing"]
+
+
 def _is_hooked(module):
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    return bool(forward_hooks(module) or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _forwards_as_its_class(module):
