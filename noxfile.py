@@ -15,6 +15,7 @@ import os
 import platform
 import shutil
 import sys
+import sysconfig
 import time
 from pathlib import Path
 from xml.etree import ElementTree
@@ -72,8 +73,9 @@ def share_torch(session, version):
         shutil.rmtree(partial, ignore_errors=True)
         session.run_install(*pip, "--target", str(partial), f"torch=={version}")
         partial.rename(layer)
-    site = session.run_install("python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", silent=True)
-    (Path(site.strip()) / "shared_torch.pth").write_text(f"{layer}\n")
+    paths = {"base": session.virtualenv.location, "platbase": session.virtualenv.location}
+    site = Path(sysconfig.get_path("purelib", sysconfig.get_default_scheme(), paths))
+    (site / "shared_torch.pth").write_text(f"{layer}\n")
 
 
 def install_release(session, release):
