@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from torch._dynamo.utils import counters
 
 import whisper_static_cache
@@ -104,6 +105,69 @@ def test_a_model_quantised_after_its_first_call(engine):
     tokens = generate(model, tiny_features(2))
     assert not torch.equal(tokens, dense)
     assert torch.equal(tokens, expected)
+
+
+def torchao_config(bits):
+    quantization = pytest.importorskip("torchao.quantization", reason="needs the torchao package")
+    from transformers import TorchAoConfig
+
+    if bits == 8:
+        return TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    granularity = quantization.PerGroup(32)
+    return TorchAoConfig(quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=granularity))
+
+
+def hqq_config():
+    pytest.importorskip("hqq.core.quantize", reason="needs the hqq package")
+    from transformers import HqqConfig
+
+    return HqqConfig(nbits=4, group_size=64, axis=1)
+
+
+def model_with_hqq_linears():
+    """What HqqConfig makes of a model, in releases that no longer load it, or not without a GPU."""
+    core = pytest.importorskip("hqq.core.quantize", reason="needs the hqq package")
+    model = tiny_model(d_model=64, decoder_ffn_dim=128, decoder_layers=2, encoder_layers=1)
+    config = core.BaseQuantizeConfig(nbits=4, group_size=64, axis=1)
+    for module in list(model.model.decoder.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, torch.nn.Linear):
+                setattr(module, name, core.HQQLinear(child, config, compute_dtype=torch.float32, device="cpu"))
+    return model
+
+
+def loaded_through_transformers(config, folder):
+    from transformers import WhisperForConditionalGeneration
+
+    dense = tiny_model(d_model=64, decoder_ffn_dim=128, encoder_ffn_dim=64, decoder_layers=2, encoder_layers=1)
+    dense.save_pretrained(folder)
+    load = WhisperForConditionalGeneration.from_pretrained
+    try:
+        model = load(folder, quantization_config=config, device_map="cpu")
+    except (ImportError, NotImplementedError, RuntimeError, TypeError) as error:
+        pytest.skip(f"transformers {transformers.__version__} cannot load it here: {str(error).splitlines()[0]}")
+    model.generation_config = dense.generation_config
+    from accelerate.hooks import remove_hook_from_module
+
+    # With HqqConfig transformers wraps every module's forward, to move its inputs to its device, be there one or many.
+    return remove_hook_from_module(model, recurse=True)
+
+
+@pytest.mark.parametrize("kind", ["hqq linears", "HqqConfig", "TorchAoConfig int8", "TorchAoConfig int4"])
+def test_models_that_others_quantised_run_compiled_with_the_tokens_of_stock(tmp_path, kind):
+    if kind == "hqq linears":
+        model = model_with_hqq_linears()
+    else:
+        config = hqq_config() if kind == "HqqConfig" else torchao_config(int(kind[-1]))
+        model = loaded_through_transformers(config, tmp_path)
+    inputs = [tiny_features(size, seed=size) for size in (1, 3)]
+    expected = [generate(model, one) for one in inputs]
+    for engine in ENGINES:
+        with whisper_static_cache.patched(model, engine=engine):
+            for one, tokens in zip(inputs, expected):
+                assert torch.equal(generate(model, one), tokens)
+                report = whisper_static_cache.last_run(model)
+                assert (report.engine, report.reason) == (engine, None)
 
 
 @pytest.mark.gpu
