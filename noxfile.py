@@ -37,6 +37,7 @@ OLDEST_TORCH = "2.6.0"
 LATEST = "latest"
 RESULTS = ROOT / "benchmarks" / "results"
 TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis")
+QUANTISERS = ("hqq==0.2.8.post1", "torchao==0.18.0")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 # What depends on the release; the compile engine runs the same step on all of them and is tested on the pinned one.
 TESTS = (
@@ -83,7 +84,7 @@ def install_release(session, release):
     share_torch(session, TORCH)
     # A bound that is a pre-release admits pre-releases of transformers, and of nothing else.
     wanted = f"transformers>={NEWEST}rc0" if release == LATEST else f"transformers=={release}"
-    session.install(wanted, *TEST_TOOLS, *(("--upgrade",) if release == LATEST else ()))
+    session.install(wanted, *TEST_TOOLS, *QUANTISERS, *(("--upgrade",) if release == LATEST else ()))
 
 
 def write_row(name, row):
@@ -150,7 +151,7 @@ def torches(session, torch):
     that version is then untested there.
     """
     share_torch(session, torch)
-    session.install(f"transformers=={NEWEST}", *TEST_TOOLS)
+    session.install(f"transformers=={NEWEST}", *TEST_TOOLS, *QUANTISERS)
     arguments = session.posargs or ("-q", "-n", "2")
     session.run("python", "-m", "pytest", *TESTS, *arguments, env=ENVIRONMENT)
 

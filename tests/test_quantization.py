@@ -30,6 +30,8 @@ from whisper_static_cache.quantization_backends import BACKENDS, LinearSpec, sel
 from whisper_static_cache.quantized_linear import QuantizedLinear
 
 
+pytest.importorskip("hqq.core.quantize", reason="needs the hqq package: its solver is the default method")
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -301,8 +301,9 @@ class _Job:
             return sequences
         cache = self.user_cache
         if cache is None:
-            # Nobody sees the cache of a long recording: transformers drops it, and only its presence counts.
-            visible = cached if self.call.keeps_results and self.call.is_shortform else 0
+            # Nobody sees the cache of a long recording: transformers drops it, and only its presence counts. That of a
+            # short one it takes apart layer by layer, even where the caller asked for tokens alone.
+            visible = cached if self.call.is_shortform else 0
             cache = _compat.dynamic_cache(rows.buffers, visible)
         return GenerateEncoderDecoderOutput(
             sequences=sequences,

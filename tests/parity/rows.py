@@ -89,6 +89,10 @@ ROWS = {
     "bad-words": Row({"bad_words_ids": [[5], [9, 11]]}, batch=2),
     "scores": Row({"return_dict_in_generate": True, "output_scores": True, "output_logits": True}, batch=2),
     "dict-only": Row({"return_dict_in_generate": True}, batch=2),
+    "fallback": Row({"temperature": (0.0, 0.3), "logprob_threshold": -0.5}, batch=3),
+    "fallback-dict": Row(
+        {"temperature": (0.0, 0.3), "compression_ratio_threshold": 1.0, "return_dict_in_generate": True}, batch=2
+    ),
     "dict-timestamps": Row(
         {"return_dict_in_generate": True, "output_scores": True, "return_timestamps": True}, batch=2
     ),
