@@ -4,15 +4,19 @@
 
 Every engine transcribes every file once a round, the engines in turn, so that a machine that slows down slows them
 all; greedy, without timestamps or temperature fallback, from the samples to the text. Rows have the median seconds
-over rounds, the ratios to float32 and to faster-whisper, and two figures of memory: the bytes of the decoder, of ours
-alone since CTranslate2 does not tell, and by how much the process grew from loading the model to the end of its first
-transcription (what a compiler took on the way included). faster-whisper is used where it is installed; without it its
+over rounds, the ratios to float32 and to faster-whisper, and the same of the decoder alone, which is what the bits
+are about: prompt and steps by the package's own clock, and for faster-whisper the whole less its features and its
+encoder, timed apart. Memory: the bytes of the decoder, of ours alone since CTranslate2 does not tell, and by how much
+a process of its own grew from loading the model to the end of its first transcription (what a compiler took on the
+way included), with the most it held. faster-whisper is used where it is installed; without it its
 rows and ratios are left out, and a line says so.
 """
 
 import argparse
 import importlib.util
 import json
+import multiprocessing
+import resource
 import statistics
 import sys
 import tempfile
@@ -39,20 +43,26 @@ def resident_bytes():
 class Ours:
     """The patched generate on a float32 model, or on one with a 4-bit decoder."""
 
-    def __init__(self, name, bits, compute_dtype, engine, max_new_tokens):
+    def __init__(self, name, bits, compute_dtype, head_bits, engine, max_new_tokens):
         self.model, self.processor = load_checkpoint(name)
         if bits:
-            whisper_static_cache.quantize_decoder(self.model, bits, compute_dtype=compute_dtype, progress=False)
+            options = {"compute_dtype": compute_dtype, "head_bits": head_bits, "progress": False}
+            whisper_static_cache.quantize_decoder(self.model, bits, **options)
         footprint = whisper_static_cache.decoder_footprint(self.model)
         self.bytes = {"decoder_bytes": footprint.total - footprint.caches}
         self.max_new_tokens = max_new_tokens
         whisper_static_cache.patch(self.model, engine=engine)
 
     def __call__(self, samples):
+        """Text, seconds, and those of the decoder."""
+        start = time.perf_counter()
         features = self.processor(samples, sampling_rate=16000, return_tensors="pt").input_features
         language = {"language": "en", "task": "transcribe"} if self.model.generation_config.is_multilingual else {}
         tokens = self.model.generate(features, max_new_tokens=self.max_new_tokens, **language)
-        return self.processor.batch_decode(tokens, skip_special_tokens=True)[0]
+        text = self.processor.batch_decode(tokens, skip_special_tokens=True)[0]
+        seconds = time.perf_counter() - start
+        run = whisper_static_cache.last_run(self.model)
+        return text, seconds, run.prefill_seconds + run.decode_seconds
 
 
 class FasterWhisper:
@@ -75,6 +85,16 @@ class FasterWhisper:
         self.max_new_tokens = max_new_tokens
 
     def __call__(self, samples):
+        """Text, seconds, and those of all but features and encoder, which are run again to be timed."""
+        from faster_whisper.audio import pad_or_trim
+
+        start = time.perf_counter()
+        text = self.transcribe(samples)
+        middle = time.perf_counter()
+        self.model.encode(pad_or_trim(self.model.feature_extractor(samples)))
+        return text, middle - start, (middle - start) - (time.perf_counter() - middle)
+
+    def transcribe(self, samples):
         segments, _ = self.model.transcribe(
             samples,
             beam_size=1,
@@ -85,6 +105,34 @@ class FasterWhisper:
             max_new_tokens=self.max_new_tokens,
         )
         return " ".join(segment.text for segment in segments)
+
+
+# Bits of the linears, their dtype, and bits of the output head, which is most of what a step of a small model reads.
+CONFIGURATIONS = {
+    "fp32": (None, None, None),
+    "4-bit float32": (4, None, None),
+    "4-bit bfloat16": (4, torch.bfloat16, None),
+    "4-bit bfloat16, 8-bit head": (4, torch.bfloat16, 8),
+    "4-bit bfloat16, 4-bit head": (4, torch.bfloat16, 4),
+}
+OTHER = "faster-whisper int8"
+
+
+def make(label, name, options):
+    """The engine of one configuration."""
+    torch.set_num_threads(options.threads)
+    if label == OTHER:
+        return FasterWhisper(name, options.threads, options.max_new_tokens)
+    return Ours(name, *CONFIGURATIONS[label], options.engine, options.max_new_tokens)
+
+
+def grow(label, name, options, samples):
+    """In a process of its own: bytes that it grew by, and the most that it held."""
+    before = resident_bytes()
+    make(label, name, options)(samples)
+    after = resident_bytes()
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"process_grew_bytes": None if before is None else after - before, "process_peak_bytes": peak}
 
 
 def main():
@@ -108,48 +156,46 @@ def main():
     )
     facts = machine(torch.device("cpu"))
     facts["command"] = " ".join(part.rsplit("/", 1)[-1] for part in facts["command"].split(" "))
+    labels = [*CONFIGURATIONS, OTHER]
+    if not importlib.util.find_spec("faster_whisper"):
+        print("faster-whisper is not installed: pip install faster-whisper for its rows.", file=sys.stderr)
+        labels.remove(OTHER)
     for name in options.models:
-        makers = {
-            "fp32": lambda name=name: Ours(name, None, None, options.engine, options.max_new_tokens),
-            "4-bit float32": lambda name=name: Ours(name, 4, None, options.engine, options.max_new_tokens),
-            "4-bit bfloat16": lambda name=name: Ours(name, 4, torch.bfloat16, options.engine, options.max_new_tokens),
-        }
-        if importlib.util.find_spec("faster_whisper"):
-            makers["faster-whisper int8"] = lambda name=name: FasterWhisper(
-                name, options.threads, options.max_new_tokens
-            )
-        else:
-            print("faster-whisper is not installed: pip install faster-whisper for its rows.", file=sys.stderr)
-        engines, grown = {}, {}
-        for label, make in makers.items():
-            before = resident_bytes()
-            engines[label] = make()
-            engines[label](recordings[0])
-            grown[label] = None if before is None else resident_bytes() - before
-        seconds, texts = {label: [] for label in engines}, {}
+        memory = {}
+        for label in labels:
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                memory[label] = pool.apply(grow, (label, name, options, recordings[0]))
+        engines = {label: make(label, name, options) for label in labels}
+        for engine in engines.values():
+            engine(recordings[0])
+        totals, decoders, texts = {label: [] for label in labels}, {label: [] for label in labels}, {}
         for _ in range(options.rounds):
             for label, engine in engines.items():
-                start = time.perf_counter()
-                texts[label] = [engine(samples) for samples in recordings]
-                seconds[label].append(time.perf_counter() - start)
-        medians = {label: statistics.median(times) for label, times in seconds.items()}
-        for label, median in medians.items():
+                texts[label], seconds, decoding = zip(*(engine(samples) for samples in recordings))
+                totals[label].append(sum(seconds))
+                decoders[label].append(sum(decoding))
+        totals = {label: statistics.median(times) for label, times in totals.items()}
+        decoders = {label: statistics.median(times) for label, times in decoders.items()}
+        for label in labels:
             row = {
                 "model": Path(name).name,
                 "configuration": label,
-                "engine": "CTranslate2" if label.startswith("faster") else options.engine,
-                "seconds": round(median, 3),
-                "real_time_factor": round(sum(map(len, recordings)) / 16000 / median, 2),
-                "speed_over_fp32": round(medians["fp32"] / median, 3),
+                "engine": "CTranslate2" if label == OTHER else options.engine,
+                "seconds": round(totals[label], 3),
+                "decoder_seconds": round(decoders[label], 3),
+                "real_time_factor": round(sum(map(len, recordings)) / 16000 / totals[label], 2),
+                "speed_over_fp32": round(totals["fp32"] / totals[label], 3),
+                "decoder_speed_over_fp32": round(decoders["fp32"] / decoders[label], 3),
                 "wer": round(100 * word_errors([said[path.stem] for path in paths], texts[label]).wer, 2),
                 **engines[label].bytes,
-                "process_grew_bytes": grown[label],
+                **memory[label],
                 "files": len(paths),
                 "rounds": options.rounds,
                 **facts,
             }
-            if "faster-whisper int8" in medians:
-                row["speed_over_faster_whisper"] = round(medians["faster-whisper int8"] / median, 3)
+            if OTHER in labels:
+                row["speed_over_faster_whisper"] = round(totals[OTHER] / totals[label], 3)
+                row["decoder_speed_over_faster_whisper"] = round(decoders[OTHER] / decoders[label], 3)
             print(json.dumps(row), flush=True)
             if options.output:
                 with options.output.open("a") as file:
