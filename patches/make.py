@@ -12,9 +12,11 @@ kept in `build/wheels` and fetched with pip when missing.
 import argparse
 import ast
 import difflib
+import json
 import re
 import subprocess
 import sys
+import textwrap
 import zipfile
 from pathlib import Path
 
@@ -24,6 +26,7 @@ PARTS = ROOT / "patches" / "parts"
 RUFF = ("--config", str(ROOT / "patches" / "ruff.toml"))  # upstream's settings
 WHEELS = ROOT / "build" / "wheels"
 RELEASES = ("4.57.6", "5.17.0", "5.23.0")
+CASE = ("shape", "bits", "batch", "timestamps", "dtype")  # what a row of benchmarks/results was measured on
 WHISPER = "src/transformers/models/whisper"
 
 LICENSE = """\
@@ -108,8 +111,9 @@ def wheel(release):
 
 
 def definition(tree, name):
-    """The top-level statement that defines `name`, or None."""
-    for node in tree.body:
+    """The statement that defines `name`, at the top level or, as `Class.method`, in a class; None without one."""
+    scope, _, name = name.rpartition(".")
+    for node in definition(tree, scope).body if scope else tree.body:
         targets = [getattr(target, "id", None) for target in getattr(node, "targets", [])]
         if getattr(node, "name", None) == name or name in targets:
             return node
@@ -117,14 +121,14 @@ def definition(tree, name):
 
 
 def without(source, *names):
-    """`source` without the top-level definitions of `names`, and the comments directly above them."""
+    """`source` without the definitions of `names`, and the comments directly above them."""
     for name in names:
         node = definition(ast.parse(source), name)
         if node is None:
-            raise ValueError(f"{name} is not defined at the top level; mend patches/make.py.")
+            raise ValueError(f"{name} is not defined any more; mend patches/make.py.")
         lines = source.splitlines(keepends=True)
         first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) - 1
-        while lines[first - 1].startswith("#"):
+        while lines[first - 1].lstrip().startswith("#"):
             first -= 1
         source = "".join(lines[:first] + lines[node.end_lineno :])
     return source
@@ -141,7 +145,7 @@ def ported(module, drop=(), edits=(), append=""):
 
     Args:
         module: its name in the package.
-        drop: top-level names that stay in the package.
+        drop: definitions that stay in the package, as `name` or `Class.method`.
         edits: pairs of regular expression and replacement, each for one match.
         append: source added at the end.
     """
@@ -241,9 +245,125 @@ def static_cache(tree):
     padding = r'if generation_config\.cache_implementation == "static" and cur_bsz < batch_size:'
     tree.edit(path, rf"^ {{12}}{padding}\n(?: {{16}}.*\n)+\n", "")
     tree.edit(path, r"^ {12}if cur_bsz < batch_size:\n(?: {16}.*\n)+\n", "")
+    # Nor need every prompt be as long as the longest possible: only the step of one token is ever compiled.
+    tree.edit(path, r'^ +padding = "max_length" if .* == "static" else "longest"\n\n', "")
+    tree.edit(path, r"padding=padding,\n( +bos_token_tensor=prev_ids)", r'padding="longest",\n\1')
 
 
-STEPS = (("0001-static-cache", static_cache),)
+# --- step 2: the loop ------------------------------------------------------------------------------------------------
+
+ENGINE_CHOICE = '''\
+def default_engine(model, device):
+    """The engine that "auto" means."""
+    return "compile" if device.type == "cuda" else "eager"
+
+
+def on_static_cache(generate):
+    """Decorator of Whisper's `generate`: the decodes of a call know what its caller will see of them."""
+    signature = inspect.signature(generate)
+
+    @functools.wraps(generate)
+    def wrapper(self, *args, **kwargs):
+        arguments = signature.bind(self, *args, **kwargs).arguments
+        arguments = {**arguments, **arguments.pop("kwargs", {})}
+        config = arguments.get("generation_config") or self.generation_config
+        uncompiled = arguments.get("disable_compile", getattr(config, "disable_compile", False))
+        with generate_call(self, "eager" if uncompiled else "auto", arguments):
+            return generate(self, *args, **kwargs)
+
+    return wrapper
+
+
+def reads_logprobs(retrieve):
+    """Decorator of `_retrieve_avg_logprobs`: scores may also be the log-probabilities of the chosen tokens."""
+    return functools.wraps(retrieve)(functools.partial(average_logprob, retrieve))
+'''
+
+LOOP = """\
+    def _sample(self, *args, **kwargs):
+        return sample(GenerationMixin._sample, self, *args, **kwargs)
+
+"""
+
+
+def device_loop(tree):
+    tree.add(f"{WHISPER}/{MODULES['cuda_graphs']}.py", ported("cuda_graphs"))
+    tree.add(f"{WHISPER}/{MODULES['modeling_whisper']}.py", ported("modeling_whisper"))
+    tree.add(f"{WHISPER}/{MODULES['logits_processors']}.py", ported("logits_processors"))
+    tree.add(
+        f"{WHISPER}/{MODULES['logits_process']}.py", ported("logits_process", drop=["ProcessorPlan.greedy_rules"])
+    )
+    tree.add(f"{WHISPER}/{MODULES['run_report']}.py", ported("run_report"))
+    tree.add(
+        f"{WHISPER}/{MODULES['engines']}.py",
+        ported(
+            "engines",
+            drop=["_engines", "ENGINES"],
+            append="ENGINES = {engine.name: engine for engine in (EagerEngine, CompileEngine)}\n",
+        ),
+    )
+    kept = r"^ +# What an engine keeps for this session, by the engine's name\.\n.*\n"
+    tree.add(f"{WHISPER}/{MODULES['sessions']}.py", ported("sessions", edits=[(kept, "")]))
+    tree.add(
+        f"{WHISPER}/{MODULES['token_choice']}.py",
+        ported(
+            "token_choice",
+            drop=["RuledChoice"],
+            edits=(
+                (r"^ +rules = plan\.greedy_rules.*\n.*\n +return RuledChoice.*\n", ""),
+                (r"\n\n    An engine that chooses tokens itself gets .*\n    ", ""),
+                (
+                    r"_compat\.average_logprob\(logprobs, tokens, args, kwargs\)",
+                    "sum(logprobs[index] for index in range(len(logprobs))) / len(tokens)",
+                ),
+            ),
+        ),
+    )
+    tree.add(
+        f"{WHISPER}/{MODULES['generation_whisper']}.py",
+        ported(
+            "generation_whisper",
+            drop=["warmup", "_warmup_job", "default_engine", "_has_content"],
+            edits=(
+                (r"^import logging$", "import functools\nimport inspect\nimport logging"),
+                (r"^(from \.token_choice import)", r"\1 average_logprob,"),
+                (r"_compat\.mask_moves_positions\(\)", "True"),  # in the releases of the series
+                # The cache is the caller's or the model's own here, and either may be seen.
+                (r"^ +if config\.cache_implementation and self\.call\.keeps_results.*\n.*\n", ""),
+                (
+                    r'if self\.user_cache is None and .*\n.*"',
+                    r'if self.user_cache is None:\n            return "the cache is not an EncoderDecoderStaticCache"',
+                ),
+                (r"^        if cache is None:\n(?: {12}.*\n)+", ""),
+                (
+                    r"\n\n    Raises:\n        ValueError: `generate` has not been called on `model` since `patch\(\)`\.\n    ",
+                    "\n    ",
+                ),
+                (r"that `generate` was called on while patched", "that `generate` was called on"),
+                (r"has not generated since patch\(\)", "has not generated"),
+                (
+                    r"# Implementations of stock's that this package's cache stands in for\.",
+                    "# Implementations that this loop serves.",
+                ),
+                (r'"whisper_static_cache_call"', '"whisper_generate_call"'),
+                (r"a cache of this package that cannot", "a cache that cannot"),
+                (r"beam search and assisted decoding are not served yet", "it never sampled"),
+            ),
+            append=ENGINE_CHOICE,
+        ),
+    )
+    path = f"{WHISPER}/generation_whisper.py"
+    tree.edit(
+        path,
+        r"^from \.tokenization_whisper",
+        "from .static_generation_whisper import on_static_cache, reads_logprobs, sample\n\\g<0>",
+    )
+    tree.edit(path, r"^    def generate\($", r"    @on_static_cache\n\g<0>")
+    tree.edit(path, r"^    def _retrieve_avg_logprobs\(", r"    @reads_logprobs\n\g<0>")
+    tree.edit(path, r"^    def generate_with_fallback\(", method(LOOP) + r"\g<0>")
+
+
+STEPS = (("0001-static-cache", static_cache), ("0002-device-loop", device_loop))
 
 
 # --- diffs -----------------------------------------------------------------------------------------------------------
@@ -259,11 +379,48 @@ def series(release):
         for path in sorted((PARTS / name).rglob("*")):
             if path.is_file() and path.name != "pull_request.md":
                 tree.add(str(path.relative_to(PARTS / name)), path.read_text())
-        text = (PARTS / name / "pull_request.md").read_text().rstrip().replace("{release}", release)
+        text = (PARTS / name / "pull_request.md").read_text().rstrip()
+        for field, value in (("{release}", release), ("{rows}", parity_rows()), ("{numbers}", numbers())):
+            text = text.replace(field, value)
         known = {path: before[path] if path in before else original(tree, path) for path in tree}
         diffs = [diff(path, known[path], tree[path]) for path in sorted(tree) if known[path] != tree[path]]
         patches[f"{name}.patch"] = f"Subject: {text}\n---\n" + "".join(diffs)
     return patches
+
+
+def parity_rows():
+    """How many rows the parity table has."""
+    source = (ROOT / "tests" / "parity" / "rows.py").read_text()
+    return str(len(definition(ast.parse(source), "ROWS").value.keys))
+
+
+def numbers():
+    """What benchmarks/results has on the engines that the series brings, as sentences."""
+    results = ROOT / "benchmarks" / "results"
+    rows = [json.loads(line) for line in (results / "decode_h100.jsonl").read_text().splitlines()]
+    lines = []
+    for row in rows:
+        case = [row[key] for key in CASE]
+        if row["engine"] != "compile" or row["bits"] != 16:
+            continue
+        stock = [r for r in rows if r["engine"] == "stock-static" and case == [r[k] for k in CASE]]
+        for other in stock[:1]:
+            lines.append(
+                f"- Decoding, {row['shape']} at random weights, {row['dtype']}, batch {row['batch']}"
+                f"{', timestamps' if row['timestamps'] else ''}: {other['tok_s']:.0f} to {row['tok_s']:.0f} tokens/s, "
+                f"first call {other['first_call_s']:.1f} s to {row['first_call_s']:.1f} s, "
+                f"{row['tokens_equal_to_first_case']:.0%} of the tokens equal "
+                f"({row['gpu']}, torch {row['torch']}, transformers {row['transformers']})."
+            )
+    rows = [json.loads(line) for line in (results / "transcription_cpu.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["engine"] == "eager":
+            lines.append(
+                f"- Real speech on {row['threads']} CPU threads, fp32, {row['model']}, {row['measured']}: "
+                f"{row['speed_up_over_faster_stock']:.2f}x the faster of the dynamic and the static cache, tokens "
+                f"{'identical' if row['tokens_identical'] else 'not identical'}."
+            )
+    return "\n".join(textwrap.fill(line, 119, subsequent_indent="  ") for line in lines)
 
 
 def original(tree, path):

@@ -23,6 +23,13 @@ sys.path.insert(0, str(ROOT / "patches"))
 import make  # noqa: E402
 
 
+# Rows that the device-side loop leaves to transformers' own, with the reason that it gives.
+ENGINES = {
+    "attentions": "stock: attentions or hidden states of every step are asked for",
+    "hidden-states": "stock: attentions or hidden states of every step are asked for",
+    "no-cache": "stock: use_cache is False",
+}
+BEFORE_BEAMS = "stock: it never sampled"
 STEPS = [name for name, _ in make.STEPS]
 
 
@@ -49,6 +56,9 @@ def trees(tmp_path_factory):
                 members = [name for name in archive.namelist() if name.startswith("transformers/")]
                 archive.extractall(root / "src", members)
             subprocess.run(["git", "init", "-q", str(root)], check=True)
+            for package in ("tests", "tests/models", "tests/models/whisper"):
+                (root / package).mkdir()
+                (root / package / "__init__.py").touch()  # as in the repository
             for patch in patches(release)[:steps]:
                 subprocess.run(["git", "apply", "--whitespace=error-all", str(patch)], cwd=root, check=True)
             made[release, steps] = root
@@ -106,18 +116,27 @@ def ruff(root, *arguments):
     assert report.returncode == 0, report.stdout
 
 
+@pytest.fixture(scope="module")
+def stock():
+    return run_rows.results()[0]
+
+
 @pytest.mark.parametrize("steps", range(1, len(STEPS) + 1))
-def test_each_step_gives_stocks_result_on_the_static_cache(trees, installed, steps, tmp_path):
+def test_each_step_gives_stocks_result_on_the_static_cache(trees, installed, stock, steps, tmp_path):
     """Every row of the parity table, on the patched tree and without this package."""
-    stock = run_rows.results()
     root = trees(installed, steps)
     python(root, "-m", "tests.parity.run_rows", str(tmp_path / "rows"), "static")
-    patched = torch.load(tmp_path / "rows", weights_only=False)
+    patched, engines = torch.load(tmp_path / "rows", weights_only=False)
     for name, expected in stock.items():
-        assert not isinstance(expected, str), expected
+        if isinstance(expected, str):
+            assert name == "attentions", expected  # in 4.57 sdpa attention returns none, and generate fails
+            continue
         actual = patched[name]
         assert not isinstance(actual, str), f"{name}: {actual}"
         assert_same(expected, cropped(actual, expected), name)
+        if steps > 1:
+            served = BEFORE_BEAMS if "beams" in name and steps == 2 else ENGINES.get(name, "eager")
+            assert engines[name] == served, name
 
 
 def cropped(actual, expected):
@@ -134,4 +153,4 @@ def cropped(actual, expected):
 @pytest.mark.parametrize("steps", range(1, len(STEPS) + 1))
 def test_each_steps_own_tests_pass(trees, installed, steps):
     root = trees(installed, steps)
-    python(root, "-m", "pytest", "-q", "-p", "no:cacheprovider", ".", cwd=root / "tests" / "models" / "whisper")
+    python(root, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/models/whisper", cwd=root)

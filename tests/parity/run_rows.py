@@ -2,10 +2,11 @@
 
     PYTHONPATH=tree/src python -m tests.parity.run_rows RESULTS static
 
-writes a dictionary, row name -> result, or -> the error's text. With `static`, every row that can asks for
-`cache_implementation="static"`.
+writes two dictionaries: row name -> result, or -> the error's text; row name -> engine. With `static`, every row that
+can asks for `cache_implementation="static"`.
 """
 
+import importlib.util
 import sys
 import warnings
 
@@ -33,16 +34,21 @@ def plain(value):
 
 
 def results(static=False):
-    """The table's results on one tiny model."""
+    """The table's results on one tiny model, and the engine that served each row where transformers can say."""
     model = tiny_model()
-    found = {}
+    found, engines = {}, {}
+    reports = importlib.util.find_spec("transformers.models.whisper.static_generation_whisper")
+    last_run = reports and importlib.import_module(reports.name).last_run
     for name, row in ROWS.items():
         overrides = {"cache_implementation": "static"} if static and name not in DYNAMIC_ONLY else {}
         try:
             found[name] = plain(run(model, row, overrides=overrides))
         except Exception as error:  # whatever it is, it is the row's result
             found[name] = f"{type(error).__name__}: {error}"
-    return found
+        if last_run:
+            report = last_run(model)
+            engines[name] = report.engine if report.reason is None else f"{report.engine}: {report.reason}"
+    return found, engines
 
 
 if __name__ == "__main__":
