@@ -114,6 +114,44 @@ def wer_section():
     )
 
 
+def releases_section():
+    """Release by release: tests, parity, and speed beside that release's own."""
+    tests = rows("releases_tests.jsonl")
+    if not tests:
+        return ""
+    speeds = {row["release"]: row for row in rows("releases_speed.jsonl")}
+    lines = []
+    for row in tests:
+        speed = speeds.get(row["release"])
+        name = row["release"] if row["release"] == row["transformers"] else f"{row['release']}: {row['transformers']}"
+        ratio = f"{speed['ratio']:.2f}x" if speed else "not measured"
+        same = "not measured" if speed is None else "yes" if speed["tokens_identical"] else "no"
+        counts = [str(row[key]) for key in ("passed", "skipped", "parity_identical")]
+        lines.append([name, *counts, f"{row['seconds']} s", ratio, same])
+    first = tests[0]
+    where = f"torch {first['torch']}, Python {first['python']}; `{first['command']}`"
+    if speeds:
+        one = next(iter(speeds.values()))
+        where += (
+            f"; speed: random weights of whisper-tiny.en's shape, fp32, {one['new_tokens']} tokens, {one['threads']} "
+            f"threads, {one['engine']} engine, medians of {one['rounds']} turns, `{one['command']}`"
+        )
+    header = [
+        "transformers",
+        "tests passed",
+        "skipped",
+        "calls of `generate` with stock's result",
+        "time",
+        "decoder's speed beside stock's, CPU",
+        "tokens identical",
+    ]
+    return (
+        "Releases of transformers, each in an environment of its own, on tiny random models. Skipped, by name, is "
+        f"what needs a GPU and what stock itself fails at or does not have on that release ({where}):\n\n"
+        f"{table(header, lines)}\n"
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
@@ -122,7 +160,11 @@ def main():
     text = readme.read_text()
     before, rest = text.split(START)
     _, after = rest.split(END)
-    sections = [section for section in (decode_section(), transcription_section(), wer_section()) if section]
+    sections = [
+        section
+        for section in (decode_section(), transcription_section(), wer_section(), releases_section())
+        if section
+    ]
     new = before + START + "\n" + "\n".join(sections) + "\n" + END + after
     if options.check:
         sys.exit(new != text and "README.md differs from benchmarks/results: run python benchmarks/report.py")
