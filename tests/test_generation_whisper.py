@@ -404,7 +404,10 @@ def test_a_collected_model_takes_its_buffers_along():
 )
 def test_what_is_not_served_goes_to_stock_and_says_so_once(arguments, reason, caplog):
     model = tiny_model(9)
-    expected = stock(model, features(), **_compat.without_dynamic(arguments(model)))
+    try:
+        expected = stock(model, features(), **_compat.without_dynamic(arguments(model)))
+    except UnboundLocalError as error:
+        pytest.skip(f"in 4.55 stock makes a bare DynamicCache of the name, and its own attention fails on it: {error}")
     with whisper_static_cache.patched(model), caplog.at_level(logging.INFO, logger="whisper_static_cache"):
         for _ in range(2):
             tokens = stock(model, features(), **arguments(model))

@@ -18,7 +18,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from .compat_symbols import NEWEST, RELEASES, SYMBOLS, Found, Parameter, difference
+from .compat_symbols import NEWEST, RANGE, RELEASES, SYMBOLS, Found, Parameter, difference, in_range
 
 
 class InputError(Exception):
@@ -239,8 +239,13 @@ def _open(argument, folder):
 def report(sources):
     """Lines of text on one release, and whether it is supported."""
     found = problems(sources)
-    supported = not any(not symbol.otherwise for symbol, _ in found)
-    known = "" if sources.release in RELEASES else f", not in the test matrix (newest there: {NEWEST})"
+    supported = in_range(sources.release) and all(symbol.otherwise for symbol, _ in found)
+    if not in_range(sources.release):
+        known = f", outside of the range {RANGE[0]} up to {RANGE[1]}"
+    elif sources.release not in RELEASES:
+        known = f", not in the test matrix (newest there: {NEWEST})"
+    else:
+        known = ""
     lines = [f"{sources.release}: {'supported' if supported else 'not supported'}{known}"]
     for symbol, what in found:
         effect = f"; {symbol.otherwise}" if symbol.otherwise else ""

@@ -26,6 +26,8 @@ RELEASES = (
     "5.23.0",
 )
 NEWEST = RELEASES[-1]
+# What setup.py allows: from the first, up to and without the second.
+RANGE = ("4.46", "6")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,6 +316,11 @@ class Found:
 
     parameters: tuple | None
     attributes: frozenset
+
+
+def in_range(release):
+    """Whether `release` is one that setup.py allows beside this package."""
+    return _number(RANGE[0]) <= _number(release) < _number(RANGE[1])
 
 
 def _number(release):

@@ -23,7 +23,7 @@ SAMPLE = "def _sample(\n"
 def release(tmp_path):
     """A function that writes a release with one text replaced by another, as a folder or a wheel."""
 
-    def write(old="", new="", *, wheel=False, version="9.0.0"):
+    def write(old="", new="", *, wheel=False, version="5.99.0"):
         folder = tmp_path / "changed" / "transformers"
         changed = 0
         for module in MODULES:
@@ -69,7 +69,7 @@ assert not {"torch", "transformers"} & set(sys.modules)
 @pytest.mark.parametrize("wheel", [False, True])
 def test_an_unknown_release_that_has_everything_is_supported(release, capsys, wheel):
     assert compat.main([str(release(wheel=wheel))]) == 0
-    assert capsys.readouterr().out.startswith("9.0.0: supported, not in the test matrix")
+    assert capsys.readouterr().out.startswith("5.99.0: supported, not in the test matrix")
 
 
 @pytest.mark.parametrize(
@@ -84,23 +84,29 @@ def test_an_unknown_release_that_has_everything_is_supported(release, capsys, wh
 def test_what_patch_needs_is_missed(release, capsys, old, new, said):
     assert compat.main([str(release(old, new))]) == 1
     out = capsys.readouterr().out
-    assert out.startswith("9.0.0: not supported")
+    assert out.startswith("5.99.0: not supported")
     assert said in out and "; see " in out
 
 
 def test_what_patch_can_do_without_is_told_with_its_effect(release, capsys):
     assert compat.main([str(release("class TopKLogitsWarper(", "class TopK("))]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("9.0.0: supported")
+    assert out.startswith("5.99.0: supported")
     assert "TopKLogitsWarper.__call__ is missing" in out
     assert "step with the host; see logits_processors.py" in out
+
+
+@pytest.mark.parametrize("version", ["4.45.2", "6.0.0"])
+def test_a_release_outside_of_the_range_is_not_supported(release, capsys, version):
+    assert compat.main([str(release(version=version))]) == 1
+    assert capsys.readouterr().out.startswith(f"{version}: not supported, outside of the range 4.46 up to 6")
 
 
 def test_several_releases_are_reported_one_by_one(release, capsys):
     bad = release(SAMPLE, "def sample(\n")
     assert compat.main([str(ROOT), str(bad)]) == 1
     heads = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
-    assert [head.split(":")[0] for head in heads] == [transformers.__version__, "9.0.0"]
+    assert [head.split(":")[0] for head in heads] == [transformers.__version__, "5.99.0"]
 
 
 @pytest.mark.parametrize("kind", ["missing", "text", "empty folder", "other wheel"])
@@ -149,7 +155,7 @@ def test_a_version_is_fetched_by_pip_as_a_wheel_alone(release, monkeypatch, caps
         return subprocess.CompletedProcess(command, 0, stdout="", stderr="")
 
     monkeypatch.setattr(compat.subprocess, "run", fetch)
-    assert compat.main(["9.0.0", "latest"]) == 0
-    assert capsys.readouterr().out.count("9.0.0: supported") == 2
+    assert compat.main(["5.99.0", "latest"]) == 0
+    assert capsys.readouterr().out.count("5.99.0: supported") == 2
     assert all("--no-deps" in command and "download" in command for command in commands)
-    assert commands[0][-1] == "transformers==9.0.0" and commands[1][-2:] == ["--pre", "transformers"]
+    assert commands[0][-1] == "transformers==5.99.0" and commands[1][-2:] == ["--pre", "transformers"]

@@ -12,7 +12,16 @@ import transformers
 
 import whisper_static_cache
 from whisper_static_cache import compat, logits_process
-from whisper_static_cache.compat_symbols import PATCHED, RELEASES, SYMBOLS, difference, live
+from whisper_static_cache.compat_symbols import (
+    PATCHED,
+    RANGE,
+    RELEASES,
+    SYMBOLS,
+    _number,
+    difference,
+    in_range,
+    live,
+)
 
 
 PACKAGE = Path(whisper_static_cache.__file__).parent
@@ -108,9 +117,9 @@ def test_a_processor_keeps_no_state_that_its_reproduction_does_not_know(name, so
     )
 
 
-def test_the_matrix_is_in_order_and_all_of_it_is_in_the_supported_range():
-    from whisper_static_cache.compat_symbols import _number
-
+def test_the_matrix_is_in_order_and_in_the_range_that_setup_allows():
     numbers = [_number(release) for release in RELEASES]
     assert numbers == sorted(numbers)
-    assert (4, 46) <= numbers[0][:2] and numbers[-1][0] < 6
+    assert all(in_range(release) for release in RELEASES)
+    first, beyond = RANGE
+    assert f'"transformers>={first},<{beyond}"' in (PACKAGE.parent / "setup.py").read_text()
