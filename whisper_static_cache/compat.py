@@ -91,7 +91,7 @@ class Sources:
         if isinstance(node, ast.ClassDef):
             return Found(None, frozenset(name for _, cls in self._mro(module, node) for name in _set_by(cls)))
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            return Found(_parameters(node.args), frozenset(_set_by(node)))
+            return Found(_parameters(node.args), frozenset(_set_by(node)), frozenset(_asked_of_self(node)))
         return Found(None, frozenset())
 
     def instance_attributes(self, module, name):
@@ -174,6 +174,15 @@ def _set_by(node):
             yield from (target.id for target in inner.targets if isinstance(target, ast.Name))
         else:
             yield getattr(inner, "name", None)
+
+
+def _asked_of_self(function):
+    """Names of `self` that a method reads, and `__call__` where it calls it."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+            yield node.attr
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "self":
+            yield "__call__"
 
 
 def _parameters(arguments):

@@ -41,6 +41,7 @@ class Symbol:
         signatures: the signatures known, each a string of parameters; one must hold. Empty: the name is all there is.
         exact: whether a further optional parameter is a difference too, as where ours overrides the method.
         attributes: names set by a class (in its body or on `self`) or by a function (on any object).
+        asks: all that a method may ask of `self`, where ours calls it with a stand-in; told from sources only.
         since, until: first release with the name and first release without it, where not all supported ones have it.
         otherwise: what happens without it; empty if `patch()` must refuse.
     """
@@ -51,6 +52,7 @@ class Symbol:
     signatures: tuple = ()
     exact: bool = False
     attributes: tuple = ()
+    asks: frozenset = frozenset()
     since: str = ""
     until: str = ""
     otherwise: str = ""
@@ -312,10 +314,11 @@ class Parameter:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What a release has under a name: parameters (None where it is no function) and the names that it sets."""
+    """What a release has under a name: parameters (None where it is no function), names set, names asked of self."""
 
     parameters: tuple | None
     attributes: frozenset
+    asked: frozenset = frozenset()
 
 
 def in_range(release):
@@ -348,7 +351,10 @@ def difference(symbol, found):
             wanted = " or ".join(f"({signature})" for signature in symbol.signatures)
             return f"has the parameters {_show(found.parameters)} where {wanted} were expected"
     missing = [name for name in symbol.attributes if name not in found.attributes]
-    return f"no longer sets {', '.join(missing)}" if missing else None
+    if missing:
+        return f"no longer sets {', '.join(missing)}"
+    unknown = sorted(found.asked - symbol.asks) if symbol.asks else []
+    return f"now asks {', '.join(unknown)} of the model" if unknown else None
 
 
 def _holds(signature, parameters, exact):
