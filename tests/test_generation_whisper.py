@@ -396,11 +396,10 @@ def test_a_collected_model_takes_its_buffers_along():
             },
             "of the caller's",
         ),
-        (lambda model: {"num_beams": 2}, "beam search"),
         (lambda model: {"use_cache": False}, "use_cache"),
         (lambda model: {"output_hidden_states": True, "return_dict_in_generate": True}, "hidden states"),
     ],
-    ids=["dynamic", "own-cache", "beams", "no-cache", "hidden-states"],
+    ids=["dynamic", "own-cache", "no-cache", "hidden-states"],
 )
 def test_what_is_not_served_goes_to_stock_and_says_so_once(arguments, reason, caplog):
     model = tiny_model(9)

@@ -13,7 +13,9 @@ __all__ = ["EncoderDecoderStaticCache", "LayerBuffers"]
 
 
 class LayerBuffers(NamedTuple):
-    """The four buffers of one decoder layer, each `(max_batch_size, heads, length, head_dim)`.
+    """The four buffers of one decoder layer, each `(rows, heads, length, head_dim)`.
+
+    There are `max_batch_size` rows for self-attention and `max_inputs` for cross-attention.
 
     The length is `max_cache_len` for self-attention and `max_source_len` for cross-attention.
     """
@@ -198,6 +200,11 @@ class _CrossAttentionLayer(_StaticLayer):
     def update(self, key_states, value_states, cache_kwargs=None, **kwargs):
         """Write `(batch, heads, source_length, head_dim)` from the first source position on."""
         self.check_states(key_states)
+        if key_states.shape[0] > self.max_batch_size:
+            raise ValueError(
+                f"The cache has max_inputs={self.max_batch_size} and the call has a batch of {key_states.shape[0]}; "
+                f"create EncoderDecoderStaticCache with max_inputs={key_states.shape[0]} or more."
+            )
         self.contents.take_rows(key_states.shape[0])
         self.contents.source_length = key_states.shape[2]
         self.keys.copy_(key_states.detach())
@@ -287,6 +294,9 @@ class EncoderDecoderStaticCache(EncoderDecoderCache):
         max_batch_size: rows to allocate; with beams or several sequences per input, count every one.
         max_cache_len: tokens per row, prompt included; at most and by default `config.max_target_positions`.
         max_source_len: encoder positions per row; at most and by default `config.max_source_positions`.
+        max_inputs: rows of the cross-attention half; by default, and at most, `max_batch_size`. Fewer serve a decoder
+            in which the beams of an input share its row, as Whisper's beam search does under `patch()`; the model's
+            own forward needs one for each row of the batch.
         device: where the model's decoder is.
         dtype: what the decoder computes in, a floating-point `torch.dtype`.
 
@@ -299,11 +309,23 @@ class EncoderDecoderStaticCache(EncoderDecoderCache):
 
     # EncoderDecoderCache.__init__ differs from release to release; it only stores what is stored here.
     def __init__(
-        self, config, max_batch_size=1, *, max_cache_len=None, max_source_len=None, device="cpu", dtype=torch.float32
+        self,
+        config,
+        max_batch_size=1,
+        *,
+        max_cache_len=None,
+        max_source_len=None,
+        max_inputs=None,
+        device="cpu",
+        dtype=torch.float32,
     ):
         if not isinstance(config, WhisperConfig):
             raise TypeError(f"`config` must be a WhisperConfig, not {type(config).__name__}; pass model.config.")
         _check_size("max_batch_size", max_batch_size)
+        max_inputs = max_batch_size if max_inputs is None else max_inputs
+        _check_size("max_inputs", max_inputs)
+        if max_inputs > max_batch_size:
+            raise ValueError(f"`max_inputs` must be at most max_batch_size={max_batch_size}, not {max_inputs}.")
         max_cache_len = _length("max_cache_len", max_cache_len, "max_target_positions", config)
         max_source_len = _length("max_source_len", max_source_len, "max_source_positions", config)
         if not isinstance(dtype, torch.dtype):
@@ -313,16 +335,16 @@ class EncoderDecoderStaticCache(EncoderDecoderCache):
 
         num_layers, heads, head_dim = _decoder_shape(config)
 
-        def layers(kind, length):
-            shape = (max_batch_size, heads, length, head_dim)
+        def layers(kind, rows, length):
+            shape = (rows, heads, length, head_dim)
             return [kind(contents, index, num_layers, shape, dtype, device) for index in range(num_layers)]
 
         init_module(self)
         # A buffer made inside inference_mode() could never be written outside it.
         with torch.inference_mode(False):
             contents = _Contents(max_batch_size, device)
-            self.self_attention_cache = _StaticHalf(layers(_SelfAttentionLayer, max_cache_len))
-            self.cross_attention_cache = _StaticHalf(layers(_CrossAttentionLayer, max_source_len))
+            self.self_attention_cache = _StaticHalf(layers(_SelfAttentionLayer, max_batch_size, max_cache_len))
+            self.cross_attention_cache = _StaticHalf(layers(_CrossAttentionLayer, max_inputs, max_source_len))
         self.contents = contents
         # Attention reads and sets this: whether cross-attention's keys and values are there already.
         self.is_updated = dict.fromkeys(range(num_layers), False)
@@ -337,6 +359,11 @@ class EncoderDecoderStaticCache(EncoderDecoderCache):
     def max_batch_size(self):
         """Rows allocated."""
         return self.contents.max_batch_size
+
+    @property
+    def max_inputs(self):
+        """Rows allocated for cross-attention: `max_batch_size`, or fewer that beams share."""
+        return self.cross_attention_cache.max_batch_size
 
     @property
     def batch_size(self):
@@ -388,7 +415,7 @@ class EncoderDecoderStaticCache(EncoderDecoderCache):
         """Length and offset of the keys that a mask must cover: `(max_cache_len, 0)`."""
         return self.max_cache_len, 0
 
-    def check_fits(self, config, batch_size, length, dtype, device):
+    def check_fits(self, config, batch_size, length, dtype, device, inputs=None):
         """Check that the cache can hold a call, before anything is computed.
 
         Args:
@@ -397,6 +424,7 @@ class EncoderDecoderStaticCache(EncoderDecoderCache):
             length: tokens of the longest row, prompt and new tokens together.
             dtype: what the decoder computes in.
             device: where the decoder is.
+            inputs: rows of the encoder's output, if beams share them; `batch_size` by default.
 
         Raises:
             ValueError: it cannot; the sentence names both numbers.
@@ -412,6 +440,12 @@ class EncoderDecoderStaticCache(EncoderDecoderCache):
             raise ValueError(
                 f"`past_key_values` has max_batch_size={self.max_batch_size} and the call has {batch_size} rows; "
                 f"create EncoderDecoderStaticCache with max_batch_size={batch_size} or more."
+            )
+        inputs = batch_size if inputs is None else inputs
+        if inputs > self.max_inputs:
+            raise ValueError(
+                f"`past_key_values` has max_inputs={self.max_inputs} and the call has {inputs} inputs; "
+                f"create EncoderDecoderStaticCache with max_inputs={inputs} or more."
             )
         if length > self.max_cache_len:
             raise ValueError(
@@ -538,10 +572,11 @@ class EncoderDecoderStaticCache(EncoderDecoderCache):
         # Indexing understands row numbers and booleans alike, and fails here rather than halfway through the layers.
         rows = torch.arange(contents.batch_size, device=self.device)[torch.as_tensor(indices, device=self.device)]
         count = rows.shape[0]
-        if not 1 <= count <= contents.max_batch_size:
+        if not 1 <= count <= self.max_inputs:
+            limit = "max_batch_size" if self.max_inputs == self.max_batch_size else "max_inputs"
             raise ValueError(
-                f"The cache has max_batch_size={contents.max_batch_size} and {count} rows were selected; "
-                "select at least one, or create EncoderDecoderStaticCache with a larger max_batch_size."
+                f"The cache has {limit}={self.max_inputs} and {count} rows were selected; "
+                f"select at least one, or create EncoderDecoderStaticCache with a larger {limit}."
             )
         for buffer in self._all_buffers():
             buffer[:count] = buffer.index_select(0, rows)

@@ -100,6 +100,15 @@ PATCHED = tuple(
             # Up to 4.46 the end token's id stands before the temperature.
             ("scores, tokens, temperature", "scores, tokens, eos_token_id, temperature"),
         ),
+        (
+            "WhisperForConditionalGeneration._beam_search",
+            (
+                "self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, **model_kwargs",
+                # Up to 4.48; left to stock.
+                "self, input_ids, beam_scorer, logits_processor, stopping_criteria, generation_config, synced_gpus, "
+                "**model_kwargs",
+            ),
+        ),
     )
 )
 
@@ -170,6 +179,28 @@ SYMBOLS = (
             {"attributes": ("sequences", "scores", "logits", "past_key_values")},
         ),
         ("GenerationMixin._prepare_special_tokens", (), {"attributes": ("_pad_token_tensor",)}),
+    ),
+    # Transformers' own beam search, called with a stand-in for the model.
+    *_rows(
+        "generation.utils",
+        "beam_search.py",
+        (
+            "GenerationMixin._beam_search",
+            (),
+            {
+                "asks": frozenset(
+                    (
+                        *("__call__", "__class__", "config", "get_output_embeddings", "prepare_inputs_for_generation"),
+                        *("_prefill", "_get_initial_cache_position", "_update_model_kwargs_for_generation"),
+                        *("_reorder_cache", "_temporary_reorder_cache", "_flatten_beam_dim", "_unflatten_beam_dim"),
+                        *("_has_unfinished_sequences", "_beam_search_has_unfinished_sequences"),
+                        *("_check_early_stop_heuristic", "_get_running_beams_for_next_iteration"),
+                        *("_get_top_k_continuations", "_update_finished_beams"),
+                    )
+                )
+            },
+        ),
+        otherwise="beam search may ask something of the stand-in that only a model can answer",
     ),
     *_rows(
         "generation.configuration_utils",

@@ -79,7 +79,7 @@ def generate_call(model, engine, arguments):
     finally:
         _CALL.reset(token)
     if not call.windows:
-        _leave_to_stock(model, call, call.stock_reason or "beam search and assisted decoding are not served yet")
+        _leave_to_stock(model, call, call.stock_reason or "this way of decoding is not served")
     state_of(model).last_call = call
 
 
@@ -102,7 +102,7 @@ def _describe(model, engine, arguments):
     features = arguments.get("input_features")
     frames = 2 * model.config.max_source_positions if features is None else features.shape[-1]
     if isinstance(cache, EncoderDecoderStaticCache):
-        encoded = features if features is not None else _first_tensor(arguments.get("encoder_outputs"))
+        encoded = features if features is not None else first_tensor(arguments.get("encoder_outputs"))
         if encoded is not None:
             rows = encoded.shape[0] * (setting("num_return_sequences") or 1)
             prompt_ids = arguments.get("prompt_ids")
@@ -119,7 +119,7 @@ def _describe(model, engine, arguments):
     )
 
 
-def _first_tensor(encoder_outputs):
+def first_tensor(encoder_outputs):
     if encoder_outputs is None or isinstance(encoder_outputs, torch.Tensor):
         return encoder_outputs
     return encoder_outputs[0]
@@ -134,17 +134,26 @@ def sample(
     generation_config,
     synced_gpus=False,
     streamer=None,
+    job_class=None,
     **model_kwargs,
 ):
-    """`GenerationMixin._sample` for Whisper; `stock` is the method it replaces, and serves what this does not."""
+    """`GenerationMixin._sample` for Whisper; `stock` is the method it replaces, and serves what this does not.
+
+    With a `job_class` of its own, another decoding method of `GenerationMixin`.
+    """
     call = _CALL.get()
     if call is None or call.model() is not model:
         call = Call(model)
     state = state_of(model)
-    job = _Job(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs, call)
+    job = (job_class or Job)(
+        model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs, call
+    )
+    job.stock = stock
     reason = job.why_stock(state, synced_gpus)
     if reason is not None:
         _leave_to_stock(model, call, reason)
+        if streamer is not None:
+            model_kwargs["streamer"] = streamer
         return stock(
             model,
             input_ids,
@@ -152,7 +161,6 @@ def sample(
             stopping_criteria=stopping_criteria,
             generation_config=generation_config,
             synced_gpus=synced_gpus,
-            streamer=streamer,
             **model_kwargs,
         )
     # Buffers outlive the call: made under a caller's inference_mode they could not be written outside of one again.
@@ -160,8 +168,10 @@ def sample(
         return job.run(state)
 
 
-class _Job:
+class Job:
     """One decode: its arguments, whether it can be served, and the loop."""
+
+    beams = 1  # rows of the batch that share an input
 
     def __init__(self, model, input_ids, logits_processor, stopping_criteria, config, streamer, model_kwargs, call):
         self.model = model
@@ -206,7 +216,7 @@ class _Job:
             return f'the caller sees the cache of cache_implementation="{config.cache_implementation}"'
         if self.user_cache is None and _has_content(kwargs.get("past_key_values")):
             return "past_key_values has content"
-        states = _first_tensor(kwargs.get("encoder_outputs"))
+        states = first_tensor(kwargs.get("encoder_outputs"))
         device = decoder_device(self.model)
         if states is None or states.dim() != 3 or states.shape[0] != self.batch_size:
             return "encoder_outputs do not match the batch"
@@ -223,7 +233,8 @@ class _Job:
         source_length = self.model.config.max_source_positions
         if self.user_cache is not None:
             source_length = self.user_cache.max_source_len
-            self.user_cache.check_fits(self.model.config, self.batch_size, self.max_length, dtype, device)
+            inputs = self.batch_size // self.beams
+            self.user_cache.check_fits(self.model.config, self.batch_size, self.max_length, dtype, device, inputs)
         if states.shape[1] != source_length:
             return f"encoder_outputs have {states.shape[1]} positions where the cache has {source_length}"
         mask = kwargs.get("decoder_attention_mask")
@@ -256,10 +267,10 @@ class _Job:
         if self.user_cache is not None:
             rows = min(rows, self.user_cache.max_batch_size)
         compiles, captures = engine.compiles, engine.captures
-        device = self.input_ids.device
+        device, inputs = self.input_ids.device, rows // self.beams
         window = Window(engine.name, reason, self.batch_size, clock=Clock(device))
-        with state.session(self.model, rows, activation_dtype(self.model), device, self.user_cache) as session:
-            _prepare(engine, session.rows(rows))
+        with state.session(self.model, rows, activation_dtype(self.model), device, self.user_cache, inputs) as session:
+            _prepare(engine, session.rows(rows, self.beams))
             result, window.steps = self._decode(engine, session, rows, window.clock)
         window.compiles, window.captures = engine.compiles - compiles, engine.captures - captures
         self.call.windows.append(window)
@@ -273,7 +284,7 @@ class _Job:
         logits, extra = engine.prefill(
             rows,
             self.input_ids,
-            _first_tensor(self.kwargs["encoder_outputs"]),
+            first_tensor(self.kwargs["encoder_outputs"]),
             valid=None if mask is None else mask.bool(),
             mask_moves_positions=_compat.mask_moves_positions(),
             extra_index=choice.extra_index,
@@ -299,18 +310,22 @@ class _Job:
             self.user_cache.mark_filled(self.batch_size, cached)
         if not self.config.return_dict_in_generate:
             return sequences
+        return GenerateEncoderDecoderOutput(
+            sequences=sequences,
+            scores=choice.scores(steps),
+            logits=choice.raw_logits(steps),
+            past_key_values=self._visible_cache(rows.buffers, cached),
+        )
+
+    def _visible_cache(self, buffers, cached):
+        """What the caller is handed as `past_key_values`, `cached` tokens long."""
         cache = self.user_cache
         if cache is None:
             # Nobody sees the cache of a long recording: transformers drops it, and only its presence counts. That of a
             # short one it takes apart layer by layer, even where the caller asked for tokens alone.
             visible = cached if self.call.is_shortform else 0
-            cache = _compat.dynamic_cache(rows.buffers, visible)
-        return GenerateEncoderDecoderOutput(
-            sequences=sequences,
-            scores=choice.scores(steps),
-            logits=choice.raw_logits(steps),
-            past_key_values=cache,
-        )
+            cache = _compat.dynamic_cache(buffers, visible)
+        return cache
 
 
 class _EngineFailed(Exception):
@@ -388,7 +403,7 @@ def _warmup_job(model, batch_size, call):
         device=device,
     )
     settings = {"return_dict_in_generate": False, "do_sample": False, "cache_implementation": None}
-    return _Job(
+    return Job(
         model,
         torch.zeros(batch_size, 1, dtype=torch.int64, device=device),
         logits_processor=[],

@@ -25,7 +25,8 @@ def decoder_forward(decoder, input_ids, position_ids, buffers, write_at, attenti
         input_ids: `(batch, length)` int64.
         position_ids: `(batch or 1, length)` int64, indices into the learned positions.
         buffers: per layer `(self_keys, self_values, cross_keys, cross_values)`, each `(batch, heads, slots,
-            head_dim)`; the cross-attention ones are filled already (`project_cross_attention`).
+            head_dim)`; the cross-attention ones are filled already (`project_cross_attention`), and may have fewer
+            rows: one for the beams of each input.
         write_at: where the first of the `length` new entries goes. An `int`, known to the host: attention then reads
             the slots up to the last one written and no others, which is what a growing cache does. Or an int64 tensor
             of shape `(length,)`, known to the device only: attention reads every slot, and `attention_mask` must hide
@@ -65,13 +66,28 @@ def decoder_forward(decoder, input_ids, position_ids, buffers, write_at, attenti
         residual = hidden
         hidden = layer.encoder_attn_layer_norm(hidden)
         query = _heads(attention.q_proj(hidden) * attention.scaling, attention)
-        hidden = F.scaled_dot_product_attention(query, cross_keys, cross_values, scale=1.0)
+        hidden = _cross_attention(query, cross_keys, cross_values)
         hidden = residual + attention.out_proj(hidden.transpose(1, 2).reshape(batch, length, -1))
 
         residual = hidden
         hidden = layer.final_layer_norm(hidden)
         hidden = residual + layer.fc2(layer.activation_fn(layer.fc1(hidden)))
     return decoder.layer_norm(hidden)
+
+
+def _cross_attention(query, keys, values):
+    """Attention of `(batch, heads, length, head_dim)` queries to the encoder's output.
+
+    `keys` and `values` have a row per input. The rows of `query` may be more, those of one input (its beams) next to
+    each other: they become further queries of that input, so that its keys and values are held and read once.
+    """
+    batch, inputs = query.shape[0], keys.shape[0]
+    if batch == inputs:
+        return F.scaled_dot_product_attention(query, keys, values, scale=1.0)
+    beams, length = batch // inputs, query.shape[2]
+    folded = query.unflatten(0, (inputs, beams)).transpose(1, 2).flatten(2, 3)
+    hidden = F.scaled_dot_product_attention(folded, keys, values, scale=1.0)
+    return hidden.unflatten(2, (beams, length)).transpose(1, 2).flatten(0, 1)
 
 
 def project_cross_attention(decoder, encoder_hidden_states, buffers):

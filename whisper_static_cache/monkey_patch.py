@@ -1,6 +1,6 @@
 """patch() and unpatch(): the only place that assigns into transformers.
 
-Three attributes of `WhisperForConditionalGeneration` are replaced, the rows of `compat_symbols.PATCHED`. Each
+Four attributes of `WhisperForConditionalGeneration` are replaced, the rows of `compat_symbols.PATCHED`. Each
 replacement asks first whether the model at hand is switched on, so that `patch(model)` leaves every other model on the
 stock path, and calls the attribute it replaced where it is not.
 """
@@ -68,8 +68,23 @@ def _make_average_logprob(stock):
     return staticmethod(_retrieve_avg_logprobs)
 
 
+def _make_beam_search(stock):
+    # Up to 4.48 a scorer object keeps the beams, and that loop is left alone.
+    has_scorer = "beam_scorer" in inspect.signature(stock).parameters
+
+    @functools.wraps(stock)
+    def _beam_search(self, *args, **kwargs):
+        if has_scorer or _engine_or_none(self) is None:
+            return stock(self, *args, **kwargs)
+        from .beam_search import beam_search
+
+        return beam_search(stock, self, *args, **kwargs)
+
+    return _beam_search
+
+
 # What makes the replacement from the attribute replaced, in the order of `PATCHED`.
-_ROWS = (_make_generate, _make_sample, _make_average_logprob)
+_ROWS = (_make_generate, _make_sample, _make_average_logprob, _make_beam_search)
 
 
 def patch(model=None, *, engine="auto"):

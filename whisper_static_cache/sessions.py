@@ -23,7 +23,7 @@ class Session:
 
     def __init__(self, cache):
         buffers = cache.layer_buffers
-        self.max_batch_size = cache.max_batch_size
+        self.max_batch_size, self.max_inputs = cache.max_batch_size, cache.max_inputs
         self.device = buffers[0].self_keys.device
         self.slots = buffers[0].self_keys.shape[2]
         self.source_length = buffers[0].cross_keys.shape[2]
@@ -44,11 +44,11 @@ class Session:
         """Whether these are still `cache`'s buffers: moving it to another device gives it new ones."""
         return self.buffers[0][0] is cache.layer_buffers[0].self_keys
 
-    def rows(self, count):
-        """Views of the first `count` rows of every tensor: `Rows`."""
-        if count not in self._rows:
-            self._rows[count] = Rows(self, count)
-        return self._rows[count]
+    def rows(self, count, beams=1):
+        """Views of the first `count` rows of every tensor, `beams` of which share an input: `Rows`."""
+        if (count, beams) not in self._rows:
+            self._rows[count, beams] = Rows(self, count, beams)
+        return self._rows[count, beams]
 
     def clear(self):
         """Leave no trace of the last call in what a step may read without having written it."""
@@ -56,12 +56,13 @@ class Session:
 
 
 class Rows:
-    """Views of a session's first `count` rows."""
+    """Views of a session's first `count` rows, and of the cross-attention rows of their inputs."""
 
-    def __init__(self, session, count):
+    def __init__(self, session, count, beams):
         self.session = session
         self.count = count
-        self.buffers = [tuple(buffer[:count] for buffer in layer) for layer in session.buffers]
+        ends = (count, count, count // beams, count // beams)
+        self.buffers = [tuple(buffer[:end] for buffer, end in zip(layer, ends)) for layer in session.buffers]
         self.tokens = session.tokens[:count]
         self.position_offset = session.position_offset[:count]
         self.valid = session.valid[:count]
@@ -101,9 +102,9 @@ class ModelState:
             return self.engines[kind.name]
 
     @contextlib.contextmanager
-    def session(self, model, rows, dtype, device, user_cache):
-        """A session for at least `rows` rows that no other call is using."""
-        session = self._take(model, rows, dtype, device, user_cache)
+    def session(self, model, rows, dtype, device, user_cache, inputs=None):
+        """A session for at least `rows` rows, of `inputs` inputs if not one each, that no other call is using."""
+        session = self._take(model, rows, rows if inputs is None else inputs, dtype, device, user_cache)
         try:
             yield session
         finally:
@@ -113,7 +114,7 @@ class ModelState:
                 else:
                     self.user_sessions[user_cache] = session
 
-    def _take(self, model, rows, dtype, device, user_cache):
+    def _take(self, model, rows, inputs, dtype, device, user_cache):
         with self.lock:
             if user_cache is not None:
                 session = self.user_sessions.get(user_cache)
@@ -124,12 +125,15 @@ class ModelState:
                 self.user_sessions[user_cache] = _IN_USE
                 return session
             for index, session in enumerate(self.sessions):
-                if session.max_batch_size >= rows and session.device == device:
+                if session.max_batch_size >= rows and session.max_inputs >= inputs and session.device == device:
                     return self.sessions.pop(index)
             if self.sessions:
                 # Too small: a larger one takes its place, and its memory is free before the new one is allocated.
-                self.sessions.pop()
-        return Session(EncoderDecoderStaticCache(model.config, rows, dtype=dtype, device=device))
+                old = self.sessions.pop()
+                # Beams need rows and a batch needs inputs: a model that is used for both must not go to and fro.
+                rows, inputs = max(rows, old.max_batch_size), max(inputs, old.max_inputs)
+                del old
+        return Session(EncoderDecoderStaticCache(model.config, rows, max_inputs=inputs, dtype=dtype, device=device))
 
 
 # Stands in `user_sessions` while a call has the session.

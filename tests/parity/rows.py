@@ -99,6 +99,20 @@ ROWS = {
     "attentions": Row({"return_dict_in_generate": True, "output_attentions": True}),
     "hidden-states": Row({"return_dict_in_generate": True, "output_hidden_states": True}),
     "beams": Row({"num_beams": 3}, batch=2),
+    "beams-2": Row({"num_beams": 2}, batch=3),
+    "beams-5": Row({"num_beams": 5, "num_return_sequences": 2}, batch=1),
+    "beams-timestamps": Row({"num_beams": 3, "return_timestamps": True}, batch=2),
+    "beams-short": Row({"num_beams": 3, "length_penalty": -1.0, "early_stopping": True}, batch=2),
+    "beams-never": Row({"num_beams": 3, "length_penalty": 2.0, "early_stopping": "never"}, batch=2),
+    "beams-sampling": Row({"num_beams": 3, "do_sample": True, "top_k": 20}, batch=2),
+    "beams-penalties": Row({"num_beams": 3, "repetition_penalty": 1.5, "no_repeat_ngram_size": 3}, batch=2),
+    "beams-scores": Row(
+        {"num_beams": 3, "return_dict_in_generate": True, "output_scores": True, "output_logits": True}, batch=2
+    ),
+    "beams-prompt": Row({"num_beams": 3, "prompt_ids": torch.tensor([108, 3, 4, 5])}, batch=2),
+    "beams-processor": Row(
+        lambda model: {"num_beams": 3, "logits_processor": LogitsProcessorList([Favour()])}, batch=2
+    ),
     "no-cache": Row({"use_cache": False}),
     "static-cache-asked-for": Row({"cache_implementation": "static"}, batch=2),
     "logits-processor": Row(lambda model: {"logits_processor": LogitsProcessorList([Favour()])}, batch=2),
@@ -151,6 +165,23 @@ ROWS = {
             "condition_on_prev_tokens": True,
         },
         batch=3,
+        windows=2.3,
+        attention_mask=True,
+    ),
+    "long-beams": Row({**LONG, "num_beams": 5}, batch=2, windows=2.3, attention_mask=True),
+    "long-beams-condition": Row(
+        {**LONG, "num_beams": 2, "condition_on_prev_tokens": True}, batch=2, windows=2.3, attention_mask=True
+    ),
+    "long-beams-fallback": Row(
+        {
+            **LONG,
+            "num_beams": 3,
+            "temperature": TEMPERATURES,
+            "logprob_threshold": -0.5,
+            "compression_ratio_threshold": 1.35,
+            "no_speech_threshold": 0.1,
+        },
+        batch=2,
         windows=2.3,
         attention_mask=True,
     ),

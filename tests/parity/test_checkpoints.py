@@ -125,7 +125,7 @@ def test_speech(checkpoint):
     assert_same(expected, found)
 
 
-# The pipeline's own default in transformers 5 is a beam search of five, which stock serves.
+# The pipeline's own default in transformers 5 is a beam search of five.
 PIPELINE_ROWS = {
     "default": ({}, {}),
     "greedy": ({}, {"generate_kwargs": {"num_beams": 1}}),
