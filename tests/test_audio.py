@@ -4,9 +4,12 @@ import sys
 
 import numpy as np
 import pytest
-import soundfile
 
 from whisper_static_cache.audio import AudioError, load_audio
+
+
+soundfile = pytest.importorskip("soundfile", reason="needs the soundfile package, of the extra audio")
+pytest.importorskip("soxr", reason="needs the soxr package, of the extra audio")
 
 
 def tone(rate, seconds, hertz=440.0):

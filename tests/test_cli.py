@@ -8,11 +8,14 @@ import sys
 
 import numpy as np
 import pytest
-import soundfile
 
 from tests.ctranslate2_folder import small_model, write_folder
 from whisper_static_cache import cli, is_patched
 from whisper_static_cache.checkpoints import CheckpointError
+
+
+soundfile = pytest.importorskip("soundfile", reason="needs the soundfile package, of the extra audio")
+pytest.importorskip("soxr", reason="needs the soxr package, of the extra audio")
 
 
 @pytest.fixture(scope="module")
