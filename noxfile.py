@@ -6,6 +6,7 @@ nox -s releases -- speed     # the ratio to each release's stock instead, on a m
 nox -s releases -- ARGUMENTS # those for pytest, instead of the whole matrix
 nox -s torches               # the oldest and the newest torch supported
 nox -s minimal               # no optional package at all
+nox -s patches               # the series for upstream, on each release that it is made for
 
 The first three write the rows of README.md's table of releases.
 """
@@ -44,6 +45,7 @@ TESTS = (
     "tests/parity/test_generate.py",
     "tests/compat",
     "tests/test_generation_whisper.py",
+    "tests/test_beam_search.py",
     "tests/test_monkey_patch.py",
     "tests/test_pytest_plugin.py",
     "tests/test_cache_utils.py",
@@ -95,6 +97,15 @@ def write_row(name, row):
     order = (*RELEASES, LATEST)
     rows.sort(key=lambda r: order.index(r["release"]) if r["release"] in order else -1)
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+@nox.session
+@nox.parametrize("release", [nox.param(path.name, id=path.name) for path in sorted(ROOT.glob("patches/[0-9]*"))])
+def patches(session, release):
+    """The series for upstream: it is up to date and applies; the parity table and its own tests after each step."""
+    install_release(session, release)
+    session.install("ruff", "-c", "constraints.txt")
+    session.run("python", "-m", "pytest", "-q", "tests/test_patches.py", env={**ENVIRONMENT, "WSC_PATCH_STEPS": "all"})
 
 
 @nox.session

@@ -224,6 +224,7 @@ def static_cache(tree):
             (r"^class _StaticHalf\(LayerColumns, StaticCache\)", "class _StaticHalf(StaticCache)"),
             (r"^        init_cache\(self, layers\)", "        Cache.__init__(self, layers=layers)"),
             (r"^        init_module\(self\)\n", ""),
+            (r" does under `patch\(\)`", " does"),
             # `crop(0)` keeps nothing in 4.57 and removes nothing in 5.x
             (r"tokens > 0 or CROP_ZERO_EMPTIES:", "tokens >= 0:" if is_v4 else "tokens > 0:"),
             (r"^class EncoderDecoderStaticCache", '@requires(backends=("torch",))\n\\g<0>'),
@@ -298,8 +299,7 @@ def device_loop(tree):
         f"{WHISPER}/{MODULES['engines']}.py",
         ported(
             "engines",
-            drop=["_engines", "ENGINES"],
-            append="ENGINES = {engine.name: engine for engine in (EagerEngine, CompileEngine)}\n",
+            edits=[(r"^\n# Last, since its class.*\n.*triton_engine.*\n", "")],
         ),
     )
     kept = r"^ +# What an engine keeps for this session, by the engine's name\.\n.*\n"
@@ -347,7 +347,7 @@ def device_loop(tree):
                 ),
                 (r'"whisper_static_cache_call"', '"whisper_generate_call"'),
                 (r"a cache of this package that cannot", "a cache that cannot"),
-                (r"beam search and assisted decoding are not served yet", "it never sampled"),
+                (r"this way of decoding is not served", "it never sampled"),
             ),
             append=ENGINE_CHOICE,
         ),
@@ -363,7 +363,32 @@ def device_loop(tree):
     tree.edit(path, r"^    def generate_with_fallback\(", method(LOOP) + r"\g<0>")
 
 
-STEPS = (("0001-static-cache", static_cache), ("0002-device-loop", device_loop))
+# --- step 3: beams ---------------------------------------------------------------------------------------------------
+
+BEAMS = """\
+    def _beam_search(self, *args, **kwargs):
+        return beam_search(GenerationMixin._beam_search, self, *args, **kwargs)
+
+"""
+
+
+def shared_beams(tree):
+    tree.add(
+        f"{WHISPER}/{MODULES['beam_search']}.py",
+        ported(
+            "beam_search", edits=[(r"_compat\.mask_moves_positions\(\)", "True"), (r"this package's", "Whisper's")]
+        ),
+    )
+    path = f"{WHISPER}/generation_whisper.py"
+    tree.edit(path, r"^from \.cache_whisper", "from .beam_search_whisper import beam_search\n\\g<0>")
+    tree.edit(path, r"^    def generate_with_fallback\(", method(BEAMS) + r"\g<0>")
+
+
+STEPS = (
+    ("0001-static-cache", static_cache),
+    ("0002-device-loop", device_loop),
+    ("0003-shared-beams", shared_beams),
+)
 
 
 # --- diffs -----------------------------------------------------------------------------------------------------------

@@ -138,12 +138,12 @@ class _StandIn:
         # Anything but None has the cache reordered, and asks `_reorder_cache` how.
         return {**model_kwargs, "past_key_values": self}
 
-    def _reorder_cache(self, cache, beam_idx):
+    def _reorder_cache(self, past_key_values, beam_idx):
         end = self.length - 1
         for keys, values, _, _ in self._rows.buffers:
             keys[:, :, :end] = keys[:, :, :end].index_select(0, beam_idx)
             values[:, :, :end] = values[:, :, :end].index_select(0, beam_idx)
-        return cache
+        return past_key_values
 
     _temporary_reorder_cache = _reorder_cache
 
