@@ -64,7 +64,7 @@ def tiny_english_shape():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each (default 7)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
     parser.add_argument("--tokens", type=int, default=128, help="new tokens a call (default 128)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch threads (default all)")
     parser.add_argument("--output", type=Path, help="write the row there")
