@@ -16,6 +16,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 import textwrap
 import zipfile
 from pathlib import Path
@@ -102,8 +103,12 @@ def wheel(release):
     """Path of the release's wheel, fetched with pip if it is not there yet."""
     path = WHEELS / f"transformers-{release}-py3-none-any.whl"
     if not path.exists():
+        WHEELS.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps"]
-        subprocess.run([*command, "--only-binary=:all:", "-d", WHEELS, f"transformers=={release}"], check=True)
+        # Two test processes may want it at once: it appears whole or not at all.
+        with tempfile.TemporaryDirectory(dir=WHEELS) as folder:
+            subprocess.run([*command, "--only-binary=:all:", "-d", folder, f"transformers=={release}"], check=True)
+            (Path(folder) / path.name).replace(path)
     return path
 
 

@@ -13,7 +13,7 @@ import torch
 
 from . import _compat
 from .engines import ENGINES
-from .generation_whisper import Job, first_tensor, sample
+from .generation_whisper import Job, default_engine, first_tensor, sample
 from .logits_process import UnsupportedProcessor, build_plan
 
 
@@ -39,9 +39,10 @@ class BeamJob(Job):
 
     def engine(self, state):
         """The reference engine; a reason only where another one was asked for by name or would have been taken."""
-        asked, reason = super().engine(state)
-        if asked.name != "eager":
-            reason = f"beam search runs on the eager engine, not on {asked.name}"
+        name = self.call.engine
+        if name == "auto":
+            name = default_engine(self.model, self.input_ids.device)
+        reason = None if name == "eager" else f"beam search runs on the eager engine, not on {name}"
         return state.engine(self.model, ENGINES["eager"]), reason
 
     def _decode(self, engine, session, padded_rows, clock):
