@@ -39,7 +39,7 @@ def transcribe(model, one, max_new_tokens, **arguments):
     return time.perf_counter() - start, tokens
 
 
-def compare(model, inputs, engines, rounds, max_new_tokens):
+def compare(model, inputs, engines, rounds, max_new_tokens, num_beams):
     """Each engine's seconds (sum over inputs of medians over `rounds` turns), and whether all tokens were the same."""
     # A copy is patched and the model itself is not: unpatching would drop what is compiled.
     ours = copy.deepcopy(model)
@@ -50,10 +50,10 @@ def compare(model, inputs, engines, rounds, max_new_tokens):
             reference = None
             for name, times in seconds.items():
                 if name in STOCK:
-                    elapsed, tokens = transcribe(model, one, max_new_tokens, **STOCK[name])
+                    elapsed, tokens = transcribe(model, one, max_new_tokens, num_beams=num_beams, **STOCK[name])
                 else:
                     whisper_static_cache.patch(ours, engine=name)
-                    elapsed, tokens = transcribe(ours, one, max_new_tokens)
+                    elapsed, tokens = transcribe(ours, one, max_new_tokens, num_beams=num_beams)
                 reference = tokens if reference is None else reference
                 same &= torch.equal(reference, tokens)
                 if turn:  # the first turn warms up
@@ -71,6 +71,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--num-beams", type=int, default=1)
     parser.add_argument("--output", type=Path, help="file to append JSON lines to")
     options = parser.parse_args()
     paths = sorted(options.folder.rglob("*.flac")) or parser.error(f"--folder {options.folder} holds no .flac file")
@@ -84,7 +85,9 @@ def main():
         with torch.no_grad():
             states = [{"states": model.model.encoder(one).last_hidden_state} for one in features]
         for measured, inputs in (("generate", features), ("decoder", states)):
-            seconds, same = compare(model, inputs, options.engines, options.rounds, options.max_new_tokens)
+            seconds, same = compare(
+                model, inputs, options.engines, options.rounds, options.max_new_tokens, options.num_beams
+            )
             best = min(seconds[one] for one in STOCK)
             for engine, median in seconds.items():
                 row = {
@@ -97,6 +100,7 @@ def main():
                     "tokens_identical": same,
                     "files": len(paths),
                     "rounds": options.rounds,
+                    "num_beams": options.num_beams,
                     "dtype": "float32",
                     **machine(torch.device("cpu")),
                 }
