@@ -132,9 +132,11 @@ def releases_section():
     where = f"torch {first['torch']}, Python {first['python']}; `{first['command']}`"
     if speeds:
         one = next(iter(speeds.values()))
+        load = max(row["load"] for row in speeds.values())
         where += (
             f"; speed: random weights of whisper-tiny.en's shape, fp32, {one['new_tokens']} tokens, {one['threads']} "
-            f"threads, {one['engine']} engine, medians of {one['rounds']} turns, `{one['command']}`"
+            f"thread, {one['engine']} engine, medians of {one['rounds']} turns, load of the machine up to {load:g}, "
+            f"`{one['command']}`"
         )
     header = [
         "transformers",
