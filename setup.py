@@ -15,8 +15,8 @@ VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "whisper_static_cache" /
 EXTRAS = {
     # Low-bit decoder weights.
     "quantize": ["hqq>=0.2.8", "torchao>=0.17", "safetensors"],
-    # Beside "quantize" where CUDA is: no marker can ask for that, and its triton is large.
-    "cuda": ["gemlite>=0.6"],
+    # Where CUDA is: no marker can ask for that, and triton is large. CUDA builds of torch bring triton along.
+    "cuda": ["triton>=3.3; platform_system == 'Linux'", "gemlite>=0.6"],
     # Reading and resampling of audio files.
     "audio": ["soundfile>=0.12", "soxr>=0.3"],
     "demo": ["soundfile>=0.12", "soxr>=0.3", "tokenizers"],
@@ -31,6 +31,8 @@ EXTRAS = {
         "soundfile>=0.12",
         "soxr>=0.3",
         "jiwer>=3",
+        # The tests run the GPU engine's kernels in its interpreter.
+        "triton>=3.3; platform_system == 'Linux'",
     ],
 }
 

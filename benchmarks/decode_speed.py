@@ -5,12 +5,14 @@
 Every case generates 64 and 192 forced tokens several times; the speed is the slope between the two medians, so that
 the encoder, the prompt and the call itself cancel out. Weights are random at the real shape: speed needs no others.
 Each case's tokens are compared with those of the run's first case, which should be stock; the share that agrees is
-in the row, since in half precision random weights make near-ties. One JSON line a case, with the machine and the
-versions.
+in the row, since in half precision random weights make near-ties. With `--bits` below 16 the decoder's linears are
+rounded to that width, by plain rounding since the values do not matter, and stock's generate runs on them as it can.
+One JSON line a case, with the machine and the versions.
 """
 
 import argparse
 import gc
+import itertools
 import json
 import platform
 import statistics
@@ -36,8 +38,9 @@ SHAPES = {
     "large-v2": (1280, 32, 32, 20, 80, 51865),
     "turbo": (1280, 32, 4, 20, 128, 51866),
 }
-CASES = ("stock-dynamic", "stock-static", "eager", "compile")
+CASES = ("stock-dynamic", "stock-static", "eager", "compile", "triton")
 SHORT, LONG = 64, 192
+GROUP_SIZES = {8: 64, 4: 64, 3: 32, 2: 16, 1.58: 16}
 
 
 def build_model(shape, device, dtype):
@@ -156,14 +159,20 @@ def time_case(case, model, batch, timestamps, repeats, reference):
 
 
 def step_bytes(model, batch):
-    """Bytes that one step must read: decoder linears, output head, cross-attention K/V (float weights)."""
-    size = model.proj_out.weight.element_size()
-    config = model.config
-    linears = sum(m.weight.numel() for m in model.model.decoder.modules() if isinstance(m, torch.nn.Linear))
+    """Bytes that one step must read: decoder linears with their scales, output head, cross-attention K/V."""
+    config, decoder = model.config, model.model.decoder
     # Cross-attention's own k and v are projected once a window, not once a step.
-    linears -= 2 * config.decoder_layers * config.d_model**2
-    cross = 2 * batch * config.decoder_layers * config.max_source_positions * config.d_model
-    return size * (linears + model.proj_out.weight.numel() + cross)
+    once = {id(m) for layer in decoder.layers for m in (layer.encoder_attn.k_proj, layer.encoder_attn.v_proj)}
+    total = model.proj_out.weight.numel() * model.proj_out.weight.element_size()
+    for module in decoder.modules():
+        if id(module) in once:
+            continue
+        if isinstance(module, torch.nn.Linear):
+            total += module.weight.numel() * module.weight.element_size()
+        elif hasattr(module, "packed"):
+            total += sum(t.numel() * t.element_size() for t in (module.packed, module.scales, module.zeros))
+    size = decoder.embed_positions.weight.element_size()
+    return total + size * 2 * batch * config.decoder_layers * config.max_source_positions * config.d_model
 
 
 def copy_bandwidth(device):
@@ -215,6 +224,7 @@ def main():
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--timestamps", nargs="+", type=int, choices=(0, 1), default=[0])
+    parser.add_argument("--bits", nargs="+", type=float, choices=(16, *GROUP_SIZES), default=[16])
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5)
@@ -223,26 +233,31 @@ def main():
     transformers.utils.logging.set_verbosity_error()
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     facts, bandwidth = machine(device), copy_bandwidth(device)
-    for shape in options.shapes:
+    for shape, bits in itertools.product(options.shapes, options.bits):
         model = build_model(shape, device, dtype)
-        for batch in options.batches:
-            for timestamps in map(bool, options.timestamps):
-                reference = None
-                for case in options.cases:
-                    measured, tokens = time_case(case, model, batch, timestamps, options.repeats, reference)
-                    reference = tokens if reference is None else reference
-                    row = {"shape": shape, "bits": 16 if dtype.itemsize == 2 else 32, "group_size": None}
-                    row.update(batch=batch, timestamps=timestamps, dtype=options.dtype, **measured)
-                    row["bytes_per_step"] = step_bytes(model, batch)
-                    if bandwidth:
-                        achieved = row["bytes_per_step"] / (measured["ms_per_token"] / 1000)
-                        row["copy_bandwidth_tb_s"] = round(bandwidth / 1e12, 3)
-                        row["percent_of_copy_bandwidth"] = round(100 * achieved / bandwidth, 1)
-                    row.update(facts)
-                    print(json.dumps(row), flush=True)
-                    if options.output:
-                        with options.output.open("a") as file:
-                            file.write(json.dumps(row) + "\n")
+        group_size = GROUP_SIZES.get(bits)
+        if group_size:
+            bits = bits if bits == 1.58 else int(bits)
+            whisper_static_cache.quantize_decoder(
+                model, bits, group_size, method="rtn", backend="torch", progress=False
+            )
+        for batch, timestamps in itertools.product(options.batches, map(bool, options.timestamps)):
+            reference = None
+            for case in options.cases:
+                measured, tokens = time_case(case, model, batch, timestamps, options.repeats, reference)
+                reference = tokens if reference is None else reference
+                row = {"shape": shape, "bits": bits if group_size else 8 * dtype.itemsize, "group_size": group_size}
+                row.update(batch=batch, timestamps=timestamps, dtype=options.dtype, **measured)
+                row["bytes_per_step"] = step_bytes(model, batch)
+                if bandwidth:
+                    achieved = row["bytes_per_step"] / (measured["ms_per_token"] / 1000)
+                    row["copy_bandwidth_tb_s"] = round(bandwidth / 1e12, 3)
+                    row["percent_of_copy_bandwidth"] = round(100 * achieved / bandwidth, 1)
+                row.update(facts)
+                print(json.dumps(row), flush=True)
+                if options.output:
+                    with options.output.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
         del model
         gc.collect()
 

@@ -28,13 +28,17 @@ def table(header, lines):
 def decode_section():
     """Decode speed on GPUs, ours beside stock's of the same run."""
     found = rows("decode_*.jsonl")
-    if not found:
-        return ""
+    gpus = sorted({row["gpu"] for row in found})
+    return "\n".join(decode_table([row for row in found if row["gpu"] == gpu]) for gpu in gpus)
+
+
+def decode_table(found):
+    """The table of one GPU."""
     lines = []
     for row in found:
         if row["engine"].startswith("stock"):
             continue
-        case = ("gpu", "shape", "batch", "timestamps", "dtype", "command")
+        case = ("shape", "bits", "batch", "timestamps", "dtype", "command")
         same = [r for r in found if r["engine"].startswith("stock") and all(r[k] == row[k] for k in case)]
         best = max((r["tok_s"] for r in same), default=None)
         name = f"{row['shape']}, {row['dtype']}, batch {row['batch']}" + (", timestamps" if row["timestamps"] else "")
@@ -44,11 +48,12 @@ def decode_section():
         lines.append([name, row["engine"], stock, f"{row['tok_s']:,.0f}", ratio, agree, f"{row['first_call_s']} s"])
     first = found[0]
     machine = f"{first['gpu']}, torch {first['torch']}, transformers {first['transformers']}, commit {first['commit']}"
+    commands = ", ".join(f"`{command}`" for command in dict.fromkeys(row["command"] for row in found))
     header = ["case", "engine", "stock static, tok/s", "patched, tok/s", "ratio", "same tokens", "first call"]
     return (
         "Decoding on a GPU, random weights at the real shape, slope between 64 and 192 tokens; random weights in half "
         f"precision make near-ties, in fp32 the GPU tests find every token the same ({machine}; "
-        f"`{first['command']}`):\n\n{table(header, lines)}\n"
+        f"{commands}):\n\n{table(header, lines)}\n"
     )
 
 

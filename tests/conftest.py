@@ -13,6 +13,11 @@ SPEECH = Path(__file__).resolve().parents[2] / "shared" / "data" / "librispeech"
 torch.set_num_threads(int(os.environ.get("WSC_TEST_THREADS", "1")))
 
 
+# Where there is no GPU the Triton kernels run in its interpreter, which has to be known before anything imports it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():

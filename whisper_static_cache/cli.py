@@ -94,7 +94,8 @@ def _parser():
     model.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
     model.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
     model.add_argument("--language", default=None, help="such as en or german; default: detected")
-    model.add_argument("--engine", choices=("auto", "compile", "eager"), default="auto", help="default: %(default)s")
+    engines = ("auto", "triton", "compile", "eager")
+    model.add_argument("--engine", choices=engines, default="auto", help="default: %(default)s")
 
     demo = commands.add_parser(
         "demo",

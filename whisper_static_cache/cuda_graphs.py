@@ -78,6 +78,14 @@ class FinishedWatch:
             self._flags[self._step] = flag
         self._step += 1
 
+    def pace(self):
+        """Note the step just queued, and wait for the one of `2 * lag` steps ago: no flag is copied or read."""
+        if self._on_gpu:
+            self._events[self._step].record()
+            if self._step >= 2 * self._lag:
+                self._events[self._step - 2 * self._lag].synchronize()
+        self._step += 1
+
     def risen_at(self, *, drain=False):
         """The first step whose flag is known to have risen, counted from 0, or None; `drain` waits for all of them."""
         known = self._step if drain else self._step - self._lag

@@ -28,6 +28,10 @@ class EagerEngine:
     """
 
     name = "eager"
+    # The engine that serves where this one cannot.
+    fallback = None
+    # The largest batch that it takes, None for any.
+    max_batch_size = None
 
     def __init__(self, model):
         self.decoder = model.model.decoder
@@ -78,11 +82,14 @@ class EagerEngine:
                 rows.position_offset.copy_(length - valid.long().sum(-1, keepdim=True))
         rows.tokens[:, :length] = prompt_ids
         session.length.fill_(length)
-        project_cross_attention(self.decoder, encoder_hidden_states, rows.buffers)
+        self._project(rows, encoder_hidden_states)
         hidden = decoder_forward(self.decoder, prompt_ids, position_ids, rows.buffers, 0, attention_mask)
         logits = self.proj_out(hidden[:, -1]).float()
         extra = None if extra_index is None else self.proj_out(hidden[:, extra_index]).float()
         return logits, extra
+
+    def _project(self, rows, encoder_hidden_states):
+        project_cross_attention(self.decoder, encoder_hidden_states, rows.buffers)
 
     def step(self, rows, slot):
         """Logits `(rows, vocab_size)` after feeding the token in column `slot`."""
@@ -105,6 +112,7 @@ class CompileEngine(EagerEngine):
     """
 
     name = "compile"
+    fallback = "eager"
 
     def __init__(self, model):
         super().__init__(model)
@@ -189,3 +197,6 @@ def _kind(rows):
 
 
 ENGINES = {engine.name: engine for engine in (EagerEngine, CompileEngine)}
+
+# Last, since its class derives from one above: it adds its own row.
+from . import triton_engine  # noqa: E402, F401

@@ -243,26 +243,30 @@ class Job:
         return state.refresh(self.model)
 
     def run(self, state):
-        """Decode on the engine asked for, or on the reference engine where that one cannot."""
-        engine, reason = self.engine(state)
-        if reason is None:
+        """Decode on the engine asked for, or on the next best where that one cannot."""
+        while True:
+            engine, reason = self.engine(state)
             try:
-                return self._run_on(state, engine)
+                return self._run_on(state, engine, reason)
             except _EngineFailed as failure:
                 # Never a crash. Nothing of the window has been handed out yet.
-                reason = state.failed[engine.name] = f"the {engine.name} engine could not be built: {failure}"
-                logger.warning("%s. The eager engine serves from here on.", reason)
-                engine = state.engine(self.model, ENGINES["eager"])
-        return self._run_on(state, engine, reason)
+                state.failed[engine.name] = f"the {engine.name} engine could not be built: {failure}"
+                logger.warning("%s. Another engine serves from here on.", state.failed[engine.name])
 
     def engine(self, state):
         """The engine to decode on, and the reason if it is not the one asked for."""
-        device = self.input_ids.device
+        device, reason = self.input_ids.device, None
         name = default_engine(self.model, device) if self.call.engine == "auto" else self.call.engine
-        reason = state.failed.get(name) or ENGINES[name].why_not(self.model, device)
-        return state.engine(self.model, ENGINES["eager" if reason else name]), reason
+        while (why := self._why_not(ENGINES[name], state, device)) is not None:
+            reason, name = reason or why, ENGINES[name].fallback
+        return state.engine(self.model, ENGINES[name]), reason
 
-    def _run_on(self, state, engine, reason=None):
+    def _why_not(self, engine, state, device):
+        if engine.max_batch_size is not None and self.batch_size > engine.max_batch_size:
+            return f"a batch of {self.batch_size}; the {engine.name} engine takes up to {engine.max_batch_size}"
+        return state.failed.get(engine.name) or engine.why_not(self.model, device)
+
+    def _run_on(self, state, engine, reason):
         rows = engine.rows_for(self.batch_size)
         if self.user_cache is not None:
             rows = min(rows, self.user_cache.max_batch_size)
@@ -277,7 +281,7 @@ class Job:
         return result
 
     def _decode(self, engine, session, padded_rows, clock):
-        choice = choice_for(self, session)
+        choice = choice_for(self, session, engine)
         padded, rows = session.rows(padded_rows), session.rows(self.batch_size)
         mask = self.kwargs.get("decoder_attention_mask")
         clock.mark()
@@ -292,10 +296,11 @@ class Job:
         clock.mark()
         slot = self.prompt_length
         finished = choice.first(logits, extra)
+        if not finished:
+            choice.begin(engine, padded)
         while not finished:
-            logits = engine.step(padded, slot)[: self.batch_size]
+            finished = choice.advance(engine, padded, slot)
             slot += 1
-            finished = choice.next(logits, slot)
         steps = choice.steps()
         clock.mark()
         return self._result(choice, rows, steps), steps
@@ -348,9 +353,9 @@ def _has_content(cache):
 
 
 def default_engine(model, device):
-    """The engine that "auto" means: "compile" on a CUDA device, and on the CPU for low-bit linears that need it."""
+    """The engine that "auto" means: "triton" on CUDA, and on the CPU "compile" for low-bit linears in need of it."""
     if device.type == "cuda":
-        return "compile"
+        return "triton"
     if device.type == "cpu" and any(getattr(m, "prefers_compile", False) for m in model.model.decoder.modules()):
         return "compile"
     return "eager"

@@ -62,6 +62,7 @@ class ProcessorPlan:
         self._at_rest = [p for p in processors if p.at_rest]
         self._no_speech = next((p for p in processors if isinstance(p, reproductions.WhisperNoSpeechDetection)), None)
         self._materialized = False
+        self.vocab_size = setting.vocab_size
         self.key = (setting.vocab_size, str(setting.device), tuple(p.key for p in processors))
 
     @property
@@ -73,6 +74,32 @@ class ProcessorPlan:
     def no_speech_index(self):
         """Prompt position whose logits `first` needs as ``sot_logits``, or None if it needs none."""
         return self._no_speech and self._no_speech.needed_index
+
+    def greedy_rules(self):
+        """What `rest` does to the scores, as data for a kernel, if it forbids tokens and nothing else.
+
+        Returns
+        -------
+        tuple or None
+            ``(forbidden, early, min_length, timestamps)``: ids that are always forbidden; ids that are forbidden while
+            the length is below ``min_length``; the reproduction of WhisperTimeStampLogitsProcessor, which comes last,
+            or None. None where a processor does something else.
+        """
+        forbidden, early, min_length, timestamps = (), (), 0, None
+        for processor in self._at_rest:
+            if timestamps is not None:
+                return None
+            if type(processor) is reproductions.SuppressTokens:
+                forbidden += processor.static
+            elif isinstance(processor, reproductions.MinLength):
+                if early not in ((), processor.static):
+                    return None
+                early, min_length = processor.static, max(min_length, processor.numbers["min_length"])
+            elif type(processor) is reproductions.WhisperTimeStamp and not processor.initial_at_rest:
+                timestamps = processor
+            else:
+                return None
+        return forbidden, early, min_length, timestamps
 
     def materialize(self):
         """Allocates the plan's tensors, as `first`, `rest` and `load` do when needed: call it ahead of a capture."""

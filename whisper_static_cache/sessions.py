@@ -38,6 +38,8 @@ class Session:
         self.padded_prompt = False
         self.graph_pool = None
         self.graphs = {}
+        # What an engine keeps for this session, by the engine's name.
+        self.engine_buffers = {}
         self._rows = {}
 
     def works_on(self, cache):

@@ -12,13 +12,19 @@ from .logits_process import UnsupportedProcessor, build_plan
 logger = logging.getLogger(__name__)
 
 
-def choice_for(job, session):
-    """The `DeviceChoice` for a job if everything it asks for is known here, else the `HostChoice`."""
+def choice_for(job, session, engine):
+    """The `DeviceChoice` for a job if everything it asks for is known here, else the `HostChoice`.
+
+    An engine that chooses tokens itself gets the job as a `RuledChoice` where rules are all that it takes.
+    """
     own_criteria = all(type(c) in (MaxLengthCriteria, EosTokenCriteria) for c in job.stopping_criteria)
     if job.streamer is None and own_criteria:
         try:
             vocab_size = job.model.config.vocab_size
             plan = build_plan(job.logits_processor, job.prompt_length, vocab_size, job.input_ids.device)
+            rules = plan.greedy_rules() if hasattr(engine, "step_and_choose") else None
+            if rules is not None and RuledChoice.serves(job, engine.max_ends):
+                return RuledChoice(job, session, plan, rules)
             return DeviceChoice(job, session, plan)
         except UnsupportedProcessor as unsupported:
             logger.debug("The loop steps with the host: %s.", unsupported)
@@ -42,6 +48,13 @@ class _Choice:
         wants = config.return_dict_in_generate
         self._raw = [] if wants and config.output_logits else None
         self._scores = [] if wants and config.output_scores else None
+
+    def advance(self, engine, padded, slot):
+        """Feed the token in column `slot` and choose the next one; True once every row is known to have finished."""
+        return self.next(engine.step(padded, slot)[: self.job.batch_size], slot + 1)
+
+    def begin(self, engine, padded):
+        """Called once, after the first token."""
 
     def _pick(self, scores):
         if self.do_sample:
@@ -121,6 +134,52 @@ class DeviceChoice(_Choice):
             # One tensor `(batch,)` a step, on the host, where `average_logprob` finds them.
             return tuple(self.rows.token_logprobs[:, :steps].cpu().unbind(1))
         return super().scores(steps)
+
+
+class RuledChoice(DeviceChoice):
+    """Greedy choice by rules that the engine's own kernel knows: a step is one launch, the choice included."""
+
+    def __init__(self, job, session, plan, rules):
+        super().__init__(job, session, plan)
+        self._given = rules
+
+    @staticmethod
+    def serves(job, max_ends):
+        """Whether tokens and their log-probabilities are all that the job wants, and its ends are few enough."""
+        config = job.config
+        if sum(c.eos_token_id.numel() for c in job.stopping_criteria if type(c) is EosTokenCriteria) > max_ends:
+            return False
+        wants_scores = config.return_dict_in_generate and config.output_scores and job.call.keeps_results
+        return not (config.do_sample or wants_scores or (config.return_dict_in_generate and config.output_logits))
+
+    def begin(self, engine, padded):
+        forbidden, early, min_length, stamps = self._given
+        table = torch.zeros(self.plan.vocab_size, dtype=torch.uint8)
+        table[list(early)] = 2
+        table[list(forbidden)] += 1
+        rules = {
+            "min_length": min_length,
+            "eos_count": 0 if self.eos is None else len(self.eos),
+            "prompt_length": self.job.prompt_length,
+            "timestamp_begin": self.plan.vocab_size if stamps is None else stamps.timestamp_begin,
+            "begin_index": 0 if stamps is None else stamps.numbers["begin_index"],
+            "no_timestamps": -1 if stamps is None else stamps.no_timestamps,
+            "text_end": 0 if stamps is None else stamps.eos,
+            "detect": int(stamps is not None and stamps.detect),
+        }
+        self._state = engine.set_rules(padded, rules, table, self.eos, self.pad)
+        self._state.unfinished[: self.job.batch_size].copy_(self.unfinished)
+        self._state.finished.copy_(~self.unfinished.any())
+
+    def advance(self, engine, padded, slot):
+        engine.step_and_choose(padded)
+        self._queued += 1
+        self.watch.pace()
+        return self._queued >= self.max_steps or bool(self._state.seen)
+
+    def steps(self):
+        # The device counts: later steps were queued before the host knew that all rows had finished.
+        return 1 if self._queued == 1 else 1 + int(self._state.steps)
 
 
 class HostChoice(_Choice):

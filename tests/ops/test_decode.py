@@ -1,0 +1,296 @@
+"""The kernels of the one-token step against float64, on a GPU, or in Triton's interpreter where there is none."""
+
+import pytest
+import torch
+
+
+pytest.importorskip("triton", reason="needs the triton package")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+from whisper_static_cache.ops import decode_attention, decode_linear, decode_tokens, launch  # noqa: E402
+from whisper_static_cache.ops.packing import LEVELS, pack  # noqa: E402
+
+
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and not launch.interpreted(), reason="needs TRITON_INTERPRET=1 where there is no GPU"
+)
+
+FORMATS = [(16, 0), (8, 64), (4, 64), (3, 32), (2, 16), (1.58, 16)]
+# (in_features, out_features, rows): one chunk, several, features that do not fill the last program, planes with
+# padding.
+SHAPES = [(128, 64, 1), (320, 130, 2)] if DEVICE == "cpu" else [(128, 64, 1), (320, 130, 3), (1280, 1283, 8)]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def poisoned(*shape, dtype=torch.float32):
+    return torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
+
+
+def random_weight(bits, group_size, in_features, out_features, dtype):
+    """A random `Weight`, and the matrix that it means, float64."""
+    if bits == 16:
+        values = (torch.randn(out_features, in_features, device=DEVICE) * 0.05).to(dtype)
+        weight = decode_linear.Weight(values, None, None, 8 * values.element_size(), 0, in_features)
+        return weight, values.double()
+    q = torch.randint(0, LEVELS[bits], (out_features, in_features), dtype=torch.uint8, device=DEVICE)
+    groups = out_features, in_features // group_size
+    scales = (torch.rand(groups, device=DEVICE) * 0.02 + 0.01).to(dtype)
+    zeros = (torch.rand(groups, device=DEVICE) * LEVELS[bits]).to(dtype)
+    weight = decode_linear.Weight(pack(q, bits), scales, zeros, bits, group_size, in_features)
+    return weight, weight._replace(scales=scales.double(), zeros=zeros.double()).dense()
+
+
+def random_norm(width, dtype):
+    norm = torch.nn.LayerNorm(width, device=DEVICE)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    return norm.to(dtype).requires_grad_(False)
+
+
+def assert_close(actual, expected, bound):
+    """Relative error in the 2-norm; NaN never passes."""
+    error = ((actual.double() - expected).norm() / expected.norm()).item()
+    assert error <= bound, f"relative error {error:.2e} above {bound:.0e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("bits", "group_size"), FORMATS)
+@pytest.mark.parametrize(("in_features", "out_features", "rows"), SHAPES)
+def test_linear_with_layer_norm_and_residual(in_features, out_features, rows, bits, group_size, dtype):
+    torch.manual_seed(rows + int(10 * bits))
+    weight, dense = random_weight(bits, group_size, in_features, out_features, dtype)
+    norm, bias = random_norm(in_features, dtype), torch.randn(out_features, device=DEVICE).to(dtype)
+    x = torch.randn(rows, in_features, device=DEVICE) * 3 + 0.3
+    constant, folded = poisoned(out_features), poisoned(out_features)
+    decode_linear.fold_norm(constant, folded, [weight], [bias], norm)
+    stats = torch.stack((x.sum(1, keepdim=True), (x * x).sum(1, keepdim=True)))
+    out = poisoned(rows, out_features)
+    gained = x * norm.weight.float()
+    arguments = decode_linear.arguments([weight])
+    decode_linear.decode_linear(out, gained, *arguments, constant, decode_linear.STORE, 0.125, folded, stats, norm.eps)
+    exact = decode_linear.Weight(dense, None, None, 64, 0, in_features)
+    # float32 arithmetic throughout, whatever the dtype of the weights; with low-bit ones the mantissa has lost the
+    # bits that hold the integer.
+    bound = 2e-5
+    assert_close(out, decode_linear.reference_decode_linear(x.double(), exact, bias, norm, 0.125), bound)
+
+    residual, next_gain = torch.randn(rows, out_features, device=DEVICE), torch.randn(out_features, device=DEVICE)
+    expected = residual.double() + decode_linear.reference_decode_linear(x.to(dtype).double(), exact, bias)
+    programs = decode_linear.plan_for(weight).programs(weight)
+    gained, sums = poisoned(rows, out_features), poisoned(2, rows, programs)
+    decode_linear.decode_linear(
+        residual,
+        x.to(dtype),
+        *arguments,
+        bias,
+        decode_linear.RESIDUAL,
+        gained=gained,
+        next_gain=next_gain.to(dtype),
+        next_stats=sums,
+    )
+    assert_close(residual, expected, bound)
+    assert_close(gained, expected * next_gain.to(dtype), bound)
+    assert_close(sums.sum(2), torch.stack((expected.sum(1), (expected * expected).sum(1))), 1e-4)
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(16, 0), (4, 64)])
+def test_query_key_and_value_go_where_they_belong(bits, group_size):
+    width, rows, slots = 128, 2, 5
+    trio = [random_weight(bits, group_size, width, width, torch.float16) for _ in range(3)]
+    weights, dense = [weight for weight, _ in trio], torch.cat([matrix for _, matrix in trio])
+    norm = random_norm(width, torch.float16)
+    x = torch.randn(rows, width, device=DEVICE)
+    constant, folded = poisoned(3 * width), poisoned(3 * width)
+    bias = torch.randn(width, device=DEVICE).half()
+    decode_linear.fold_norm(constant, folded, weights, [bias, None, bias], norm)
+    stats = torch.stack((x.sum(1, keepdim=True), (x * x).sum(1, keepdim=True)))
+    keys, values = poisoned(rows, 2, slots, 64, dtype=torch.float16), poisoned(rows, 2, slots, 64, dtype=torch.float16)
+    query, length = poisoned(rows, width, dtype=torch.float16), torch.tensor([4], device=DEVICE)
+    decode_linear.decode_linear(
+        query,
+        x * norm.weight.float(),
+        *decode_linear.arguments(weights),
+        constant,
+        decode_linear.HEADS,
+        0.5,
+        folded,
+        stats,
+        norm.eps,
+        keys=keys,
+        values=values,
+        length=length,
+    )
+    exact = decode_linear.Weight(dense, None, None, 64, 0, width)
+    biases = torch.cat((bias, torch.zeros_like(bias), bias))
+    expected = decode_linear.reference_decode_linear(x.double(), exact, biases, norm).view(rows, 3, width)
+    assert_close(query, 0.5 * expected[:, 0], 1e-3)
+    assert_close(keys[:, :, 3].reshape(rows, -1), expected[:, 1], 1e-3)
+    assert_close(values[:, :, 3].reshape(rows, -1), expected[:, 2], 1e-3)
+    # Nothing else is written.
+    untouched = [0, 1, 2, 4]
+    assert keys[:, :, untouched].isnan().all() and values[:, :, untouched].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [1, 2, 32, 33, 100])
+def test_self_attention_reads_up_to_its_slot(length, dtype):
+    rows, heads, slots, split = 2, 2, 100, 64
+    torch.manual_seed(length)
+    keys, values = (poisoned(rows, heads, slots, 64, dtype=dtype) for _ in range(2))
+    keys[:, :, :length] = torch.randn(rows, heads, length, 64, device=DEVICE).to(dtype)
+    values[:, :, :length] = torch.randn(rows, heads, length, 64, device=DEVICE).to(dtype)
+    query = (torch.randn(rows, heads * 64, device=DEVICE) * 0.3).to(dtype)
+    valid = torch.ones(rows, slots, dtype=torch.bool, device=DEVICE)
+    if length > 2:
+        valid[1, :2] = False
+    at = torch.tensor([length], device=DEVICE)
+    runs, lse = poisoned(rows, 2, heads * 64), poisoned(rows, 2, heads)
+    decode_attention.decode_attention(runs, lse, query, keys, values, split, at, valid)
+    expected = decode_attention.reference_decode_attention(
+        query.double(), keys[:, :, :length], values[:, :, :length], at, valid[:, :length]
+    )
+    # The product that follows merges the runs.
+    width = heads * 64
+    weight, dense = random_weight(16, 0, width, width, dtype)
+    programs = decode_linear.plan_for(weight, merges=True).programs(weight)
+    product, none = torch.zeros(rows, width, device=DEVICE), torch.zeros(width, device=DEVICE)
+    decode_linear.decode_linear(
+        product,
+        runs,
+        *decode_linear.arguments([weight]),
+        none,
+        decode_linear.RESIDUAL,
+        lse=lse,
+        split_size=split,
+        length=at,
+        gained=torch.empty_like(product),
+        next_gain=none,
+        next_stats=torch.empty(2, rows, programs, device=DEVICE),
+    )
+    assert_close(product, expected @ dense.T, 1e-5)
+
+
+def test_cross_attention_reads_every_position():
+    rows, heads, positions, split = 2, 2, 150, 64
+    keys, values = (torch.randn(rows, heads, positions, 64, device=DEVICE) for _ in range(2))
+    query = torch.randn(rows, heads * 64, device=DEVICE) * 0.3
+    runs, lse = poisoned(rows, 3, heads * 64), poisoned(rows, 3, heads)
+    decode_attention.decode_attention(runs, lse, query, keys, values, split, None, None)
+    weights = lse.softmax(1).repeat_interleave(64, dim=-1)
+    assert_close(
+        (runs * weights).sum(1), decode_attention.reference_decode_attention(query.double(), keys, values), 1e-5
+    )
+
+
+def test_embedding_and_what_the_first_layer_norm_needs():
+    rows, width, vocab = 3, 192, 50
+    tokens = torch.randint(0, vocab, (4, 9), device=DEVICE)[:rows]
+    embedding, positions = torch.randn(vocab, width, device=DEVICE), torch.randn(9, width, device=DEVICE)
+    gain, offset = torch.randn(width, device=DEVICE), torch.tensor([[0], [2], [7]], device=DEVICE)
+    out, gained, stats = poisoned(rows, width), poisoned(rows, width), poisoned(2, rows, 1)
+    length = torch.tensor([5], device=DEVICE)
+    decode_tokens.embed_newest(out, gained, stats, tokens, length, offset, embedding, positions, gain)
+    # An offset behind the slot belongs to a row that only pads the batch, and is cut off.
+    expected = embedding[tokens[:, 4]] + positions[torch.tensor([4, 2, 0], device=DEVICE)]
+    assert torch.equal(out, expected)
+    assert torch.equal(gained, expected * gain)
+    assert_close(stats[..., 0], torch.stack((expected.sum(1), expected.square().sum(1))).double(), 1e-5)
+
+
+def choose(tokens, logits, length, *, ends=(), unfinished=None, table=None, **rules):
+    """Run `choose_next` on copies; returns its state."""
+    rows, vocab = logits.shape
+    given = {"eos_count": len(ends), "pad": 0, "prompt_length": 1, "timestamp_begin": vocab, "no_timestamps": -1}
+    values = [{**given, **rules}.get(field, 0) for field in decode_tokens.Rules._fields]
+    padded = torch.zeros(16, dtype=torch.int64)
+    padded[: len(ends)] = torch.tensor(ends, dtype=torch.int64)
+    state = {
+        "tokens": tokens.clone(),
+        "logprobs": torch.zeros(tokens.shape, device=DEVICE),
+        "unfinished": torch.ones(rows, dtype=torch.uint8, device=DEVICE) if unfinished is None else unfinished,
+        "length": torch.tensor([length], device=DEVICE),
+        "steps": torch.zeros(1, dtype=torch.int64, device=DEVICE),
+        "finished": torch.zeros(1, dtype=torch.uint8, device=DEVICE),
+        "seen": torch.zeros(1, dtype=torch.uint8, device=DEVICE),
+    }
+    blocks = decode_tokens.blocks_of(vocab)
+    decode_tokens.choose_next(
+        *state.values(),
+        poisoned(4, rows, blocks),
+        torch.full((2, rows, blocks), -1, dtype=torch.int32, device=DEVICE),
+        logits,
+        torch.zeros(vocab, dtype=torch.uint8, device=DEVICE) if table is None else table,
+        torch.tensor(values, device=DEVICE),
+        padded.to(DEVICE),
+    )
+    return state
+
+
+def test_choice_takes_the_first_of_the_best():
+    vocab = 4100  # two blocks
+    logits = torch.zeros(3, vocab, device=DEVICE)
+    logits[0, [7, 4099]] = 2.0
+    logits[1, 4098] = 1.0
+    tokens = torch.zeros(3, 6, dtype=torch.int64, device=DEVICE)
+    state = choose(tokens, logits, 3, ends=(4098,))
+    assert state["tokens"][:, 3].tolist() == [7, 4098, 0]
+    assert state["unfinished"].tolist() == [1, 0, 1]
+    assert (int(state["length"]), int(state["steps"]), int(state["finished"])) == (4, 1, 0)
+    assert_close(state["logprobs"][:, 2], logits.double().log_softmax(-1).amax(-1), 1e-5)
+    done = choose(tokens, logits, 3, ends=(4098,), unfinished=torch.zeros(3, dtype=torch.uint8, device=DEVICE))
+    assert done["tokens"][:, 3].tolist() == [0, 0, 0] and int(done["finished"]) == int(done["seen"]) == 1
+
+
+def test_suppressed_tokens_are_never_chosen():
+    table = torch.tensor([0, 1, 2, 0], dtype=torch.uint8, device=DEVICE)
+    logits = torch.tensor([[0.0, 9.0, 5.0, 1.0]], device=DEVICE)
+    tokens = torch.zeros(1, 9, dtype=torch.int64, device=DEVICE)
+    assert choose(tokens, logits, 4, table=table, min_length=5)["tokens"][0, 4] == 3
+    assert choose(tokens, logits, 5, table=table, min_length=5)["tokens"][0, 5] == 2
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_timestamp_rules_are_those_of_the_tensor_code(seed):
+    """Random histories, against the reproduction of transformers' own processor."""
+    from transformers import GenerationConfig
+    from transformers.generation.logits_process import LogitsProcessorList, WhisperTimeStampLogitsProcessor
+
+    from whisper_static_cache.logits_process import build_plan
+
+    vocab, begin, prompt, rows = 60, 40, 2, 4
+    config = GenerationConfig(no_timestamps_token_id=begin - 1, eos_token_id=30, bos_token_id=30)
+    config.max_initial_timestamp_index = 5
+    processor = WhisperTimeStampLogitsProcessor(config, begin_index=prompt)
+    plan = build_plan(LogitsProcessorList([processor]), prompt, vocab, DEVICE)
+    forbidden, early, min_length, stamps = plan.greedy_rules()
+    assert (forbidden, early, min_length) == ((), (), 0)
+    torch.manual_seed(seed)
+    for length in (3, 4, 9):
+        tokens = torch.randint(0, vocab, (rows, 12), device=DEVICE)
+        tokens[0, prompt:length] = torch.arange(length - prompt, device=DEVICE) + begin
+        tokens[1, length - 1], tokens[1, length - 2] = begin + 3, 5
+        logits = torch.randn(rows, vocab, device=DEVICE) * 3
+        scores = plan.rest(tokens, torch.tensor(length, device=DEVICE), logits.clone())
+        state = choose(
+            tokens,
+            logits,
+            length,
+            timestamp_begin=stamps.timestamp_begin,
+            begin_index=prompt,
+            no_timestamps=stamps.no_timestamps,
+            text_end=stamps.eos,
+            detect=int(stamps.detect),
+        )
+        assert torch.equal(state["tokens"][:, length], scores.argmax(-1))
+        assert_close(state["logprobs"][:, length - 1], scores.double().log_softmax(-1).amax(-1), 1e-4)
+
+
+def test_opcheck():
+    weight, _ = random_weight(16, 0, 64, 64, torch.float32)
+    x, out = torch.randn(1, 64, device=DEVICE), torch.zeros(1, 64, device=DEVICE)
+    arguments = (out, x, *decode_linear.arguments([weight]), torch.zeros(64, device=DEVICE), decode_linear.STORE, 1.0)
+    optional = (None, None, 0.0, None, 0, *[None] * 7)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.whisper_static_cache.decode_linear.default, (*arguments, *optional), test_utils=checks
+    )

@@ -1,0 +1,138 @@
+"""The Triton engine as a whole: stock's tokens, what it leaves to others, and that it keeps nothing of the model's.
+
+On a GPU the parity table runs on it too (`parity/test_cuda.py`). Here it runs in Triton's interpreter, where there is
+no GPU, on a model of one layer.
+"""
+
+import pytest
+import torch
+
+
+pytest.importorskip("triton", reason="needs the triton package")
+
+import whisper_static_cache
+from whisper_static_cache.ops import launch
+
+from .conftest import tiny_features, tiny_model
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and not launch.interpreted(), reason="needs TRITON_INTERPRET=1 where there is no GPU"
+)
+
+
+def served_model(seed=0, **overrides):
+    shape = {"d_model": 64, "encoder_attention_heads": 1, "decoder_attention_heads": 1, "decoder_ffn_dim": 64}
+    return tiny_model(seed, **{**shape, "decoder_layers": 1, **overrides}).to(DEVICE)
+
+
+def both(model, features, **arguments):
+    """Stock's tokens, ours, and the report."""
+    expected = model.generate(features, **arguments)
+    with whisper_static_cache.patched(model, engine="triton"):
+        return expected, model.generate(features, **arguments), whisper_static_cache.last_run(model)
+
+
+@pytest.mark.parametrize(
+    ("batch", "arguments"),
+    [
+        (1, {}),
+        (2, {"return_timestamps": True}),
+        (3, {"prompt_ids": torch.tensor([108, 5, 9, 17, 33, 4, 8, 3])}),
+        (1, {"do_sample": True, "temperature": 0.7}),
+        (1, {"repetition_penalty": 1.5}),
+        (1, {"return_dict_in_generate": True, "output_scores": True}),
+    ],
+    ids=["greedy", "timestamps", "long-prompt", "sampling", "penalty", "scores"],
+)
+def test_stocks_tokens(batch, arguments):
+    model = served_model()
+    features = tiny_features(batch, config=model.config).to(DEVICE)
+    torch.manual_seed(0)
+    expected = model.generate(features, language="en", max_new_tokens=6, **arguments)
+    torch.manual_seed(0)
+    with whisper_static_cache.patched(model, engine="triton"):
+        actual = model.generate(features, language="en", max_new_tokens=6, **arguments)
+        report = whisper_static_cache.last_run(model)
+    assert (report.engine, report.reason) == ("triton", None)
+    if not isinstance(expected, torch.Tensor):
+        for ours, stock in zip(actual["scores"], expected["scores"], strict=True):
+            torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
+        expected, actual = expected["sequences"], actual["sequences"]
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 64), (2, 16)])
+def test_low_bit_weights(bits, group_size):
+    model = served_model(1)
+    whisper_static_cache.quantize_decoder(
+        model, bits, group_size, method="rtn", backend="torch", head_bits=8, progress=False
+    )
+    features = tiny_features(1, config=model.config).to(DEVICE)
+    expected, actual, report = both(model, features, language="en", max_new_tokens=5)
+    assert report.engine == "triton"
+    assert torch.equal(actual, expected)
+
+
+def test_weights_changed_in_place_are_followed():
+    model = served_model(2)
+    features = tiny_features(1, config=model.config).to(DEVICE)
+    with whisper_static_cache.patched(model, engine="triton"):
+        model.generate(features, language="en", max_new_tokens=4)
+        with torch.no_grad():
+            for name, parameter in model.model.decoder.named_parameters():
+                if "layer_norm" in name or "fc1" in name:
+                    parameter.mul_(-1.5)
+        actual = model.generate(features, language="en", max_new_tokens=6)
+    assert torch.equal(actual, model.generate(features, language="en", max_new_tokens=6))
+
+
+def test_parameters_stay_the_models_own():
+    model = served_model(3)
+    before = {name: (p.data_ptr(), p.clone()) for name, p in model.state_dict().items()}
+    both(model, tiny_features(1, config=model.config).to(DEVICE), language="en", max_new_tokens=3)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    for name, (address, value) in before.items():
+        assert after[name].data_ptr() == address and torch.equal(after[name], value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        ({"decoder_attention_heads": 2}, "heads of 32 dimensions"),
+        ({"activation_function": "relu"}, "activation relu"),
+        ({"decoder_ffn_dim": 80}, "decoder_ffn_dim 80"),
+    ],
+)
+def test_other_shapes_go_to_another_engine(overrides, part):
+    model = served_model(**overrides)
+    whisper_static_cache.patch(model, engine="triton")
+    try:
+        model.generate(tiny_features(1, config=model.config).to(DEVICE), language="en", max_new_tokens=2)
+        report = whisper_static_cache.last_run(model)
+        assert report.engine == "compile" and part in report.reason
+    finally:
+        whisper_static_cache.unpatch(model)
+
+
+def test_large_batches_go_to_another_engine():
+    model = served_model()
+    _, _, report = both(model, tiny_features(9, config=model.config).to(DEVICE), language="en", max_new_tokens=2)
+    assert report.engine == "compile" and "a batch of 9" in report.reason
+
+
+def test_a_kernel_that_does_not_build_costs_no_call(monkeypatch, caplog):
+    from whisper_static_cache.triton_engine import TritonEngine
+
+    def broken(self, rows):
+        raise RuntimeError("no such instruction\nand more")
+
+    monkeypatch.setattr(TritonEngine, "prepare", broken)
+    model = served_model()
+    features = tiny_features(1, config=model.config).to(DEVICE)
+    for _ in range(2):
+        expected, actual, report = both(model, features, language="en", max_new_tokens=3)
+        assert torch.equal(actual, expected)
+        assert report.engine == "compile" and "no such instruction" in report.reason

@@ -1,0 +1,148 @@
+"""Attention of one new token over the cache, split over the keys: Triton kernel and reference.
+
+Each program takes a run of `split_size` keys of one head and leaves the softmax-weighted sum of its values, with the
+logarithm of its softmax denominator. The product that follows merges the runs while it reads them
+(`decode_linear` with `lse`), so that no kernel of its own does. What earlier steps have written is fetched before the
+wait for the predecessor: all of cross-attention, and all of self-attention but the newest entry.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .decode_linear import HEAD_DIM
+from .launch import let_successor_start, options, wait_for_predecessor
+
+
+@triton.jit
+def _decode_attention_kernel(
+    out_ptr, lse_ptr, query_ptr, keys_ptr, values_ptr, length_ptr, valid_ptr, source_length,
+    HEADS: tl.constexpr, SLOTS: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
+    CAUSAL: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    let_successor_start(OVERLAP)
+    row = tl.program_id(0) // HEADS
+    head = tl.program_id(0) % HEADS
+    split = tl.program_id(1)
+    start = split * (TILES * TILE)
+    # A tile has as many keys as leave every thread one vector of one key; a thread keeps its own softmax over the
+    # tiles, and only those of the threads are merged in the end.
+    lane = tl.arange(0, TILE)[:, None]
+    dim = tl.broadcast_to(tl.arange(0, 64)[None, :], [TILE, 64])
+    base = tl.program_id(0).to(tl.int64) * SLOTS * 64
+    slot = source_length
+    if CAUSAL:
+        slot = tl.load(length_ptr).to(tl.int32) - 1
+    if start <= slot:
+        keys = ()
+        values = ()
+        allowed = ()
+        for tile in tl.static_range(TILES):
+            key = start + tile * TILE + lane
+            at = base + key * 64 + dim
+            keys = keys + (tl.load(keys_ptr + at, mask=key < slot, other=0.0),)
+            values = values + (tl.load(values_ptr + at, mask=key < slot, other=0.0),)
+            if CAUSAL:
+                valid = tl.load(valid_ptr + row * SLOTS + key, mask=key <= slot, other=0)
+                allowed = allowed + (valid != 0,)
+            else:
+                allowed = allowed + (key < slot,)
+        wait_for_predecessor(OVERLAP)
+        q = tl.load(query_ptr + (row * HEADS + head) * 64 + dim).to(tl.float32)
+        if CAUSAL:
+            # The newest entry comes from the kernel before this one.
+            newest_key = tl.load(keys_ptr + base + slot * 64 + dim)
+            newest_value = tl.load(values_ptr + base + slot * 64 + dim)
+        scores = ()
+        best = tl.full([TILE, 1], -1e30, tl.float32)
+        for tile in tl.static_range(TILES):
+            k = keys[tile]
+            if CAUSAL:
+                k = tl.where(start + tile * TILE + lane == slot, newest_key, k)
+            score = tl.sum(k.to(tl.float32) * q, axis=1, keep_dims=True)
+            score = tl.where(allowed[tile], score, -float("inf"))
+            best = tl.maximum(best, score)
+            scores = scores + (score,)
+        total = tl.zeros([TILE, 1], tl.float32)
+        value = tl.zeros([TILE, 64], tl.float32)
+        for tile in tl.static_range(TILES):
+            v = values[tile]
+            if CAUSAL:
+                v = tl.where(start + tile * TILE + lane == slot, newest_value, v)
+            weight = tl.exp(scores[tile] - best)
+            total += weight
+            value += weight * v.to(tl.float32)
+        # A run of nothing but padding has no maximum: -1e30 keeps the exponentials at 0 rather than NaN.
+        top = tl.max(best, axis=0, keep_dims=True)
+        weight = tl.exp(best - top)
+        total = tl.sum(total * weight, axis=0, keep_dims=True)
+        value = tl.sum(value * weight, axis=0, keep_dims=True) / tl.maximum(total, 1e-30)
+        place = (row * SPLITS + split) * HEADS + head
+        tl.store(out_ptr + place * 64 + tl.arange(0, 64)[None, :], value)
+        log = tl.where(total > 0, top + tl.log(total), -1e30)
+        tl.store(lse_ptr + place + tl.zeros([1, 1], tl.int32), log)
+
+
+@torch.library.custom_op(
+    "whisper_static_cache::decode_attention", mutates_args=("out", "lse"), device_types=("cpu", "cuda")
+)
+def decode_attention(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    split_size: int,
+    length: torch.Tensor | None,
+    valid: torch.Tensor | None,
+) -> None:
+    """Attention of one query a row over the cache, in runs of `split_size` keys.
+
+    Args:
+        out: float32 ``(rows, splits, heads * 64)``, written: the softmax-weighted mean of each run's values.
+        lse: float32 ``(rows, splits, heads)``, written: the logarithm of each run's sum of exponentials.
+        query: ``(rows, heads * 64)`` in the dtype of `keys`, scaled.
+        keys, values: ``(rows, heads, slots, 64)``.
+        split_size: a power of two, with ``splits * split_size >= slots``.
+        length: int64 ``(1,)``, on the device: the query stands in slot ``length - 1`` and sees the slots up to its
+            own, those of them that `valid` allows; runs behind it are not written. None: it sees every slot.
+        valid: bool ``(rows, slots)``, given with `length`.
+    """
+    rows, heads, slots, _ = keys.shape
+    splits = out.shape[1]
+    causal = length is not None
+    num_warps = 16 if split_size > 256 else 8
+    # Threads to a key, each with a vector of 16 bytes.
+    tile = min(split_size, 32 * num_warps * 16 // (64 * keys.element_size()))
+    _decode_attention_kernel[(rows * heads, splits)](
+        out,
+        lse,
+        query,
+        keys,
+        values,
+        length if causal else out,
+        valid.view(torch.uint8) if causal else out,
+        slots,
+        HEADS=heads,
+        SLOTS=slots,
+        SPLITS=splits,
+        TILES=split_size // tile,
+        TILE=tile,
+        CAUSAL=causal,
+        **options(out.device, num_warps),
+    )
+
+
+@decode_attention.register_fake
+def _(*args, **kwargs):
+    return None
+
+
+def reference_decode_attention(query, keys, values, length=None, valid=None):
+    """What the merged runs of `decode_attention` amount to, ``(rows, heads * 64)`` in the dtype of `query`."""
+    rows, heads, slots, _ = keys.shape
+    scores = torch.einsum("rhd,rhsd->rhs", query.view(rows, heads, HEAD_DIM), keys.to(query.dtype))
+    if length is not None:
+        seen = valid & (torch.arange(slots, device=keys.device) < length)
+        scores = scores.masked_fill(~seen[:, None], -torch.inf)
+    return torch.einsum("rhs,rhsd->rhd", scores.softmax(-1), values.to(query.dtype)).reshape(rows, -1)

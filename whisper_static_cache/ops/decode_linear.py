@@ -1,0 +1,550 @@
+"""Products of a few rows of activations with a decoder weight, for the one-token step: Triton kernel and reference.
+
+A step at a small batch reads every weight once and computes little, so that the time is that of the bytes as long as
+nothing stands in front of them. Weights are therefore fetched, and unpacked if they are low-bit, before the kernel
+waits for its predecessor; only the activations are read afterwards. What usually is a kernel of its own is part of
+the product:
+
+- Layer norm in front. With gain ``g``, offset ``b`` and the mean ``m`` and inverse deviation ``r`` of ``x``::
+
+      W (g (x - m) r + b) + bias = r (W (g x) - m (W g)) + (W b + bias)
+
+  `fold_norm` computes ``W g`` and ``W b + bias`` once a window. The kernel that writes ``x`` writes ``g x`` beside it
+  and, from each of its programs, the sum and the sum of squares of the elements it wrote.
+- The merge of attention's partial results in front (`decode_attention`).
+- Bias, GELU, the residual sum, the query's scale, and the write of keys and values into the cache behind.
+
+Low-bit integers become floats without a conversion instruction: ``q`` in the leading mantissa bits of 1.0 is the
+float ``1 + q / 2**b``, and with ``F`` that float ``sum((q - z) s x) = s 2**b sum(F x) - s (2**b + z) sum(x)``.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from .launch import fetch_line, let_successor_start, options, overlaps, wait_for_predecessor
+from .packing import PLANES, plane_width, unpack
+
+
+HEAD_DIM = 64
+_ONE: tl.constexpr = tl.constexpr(0x3F800000)  # the bits of float32 1.0
+
+# What the activations are ...
+NORM, PLAIN, PARTIALS = 0, 1, 2
+# ... and what becomes of the product.
+STORE, GELU, RESIDUAL, HEADS = 0, 1, 2, 3
+
+
+class Weight(NamedTuple):
+    """A linear's weight as the kernel reads it.
+
+    `values` is ``(out_features, in_features)`` in a float dtype with `bits` 16 (or 32), or uint8 as packed by
+    `ops.packing`; `scales` and `zeros` are then ``(out_features, in_features // group_size)`` and else None.
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor | None
+    zeros: torch.Tensor | None
+    bits: float
+    group_size: int
+    in_features: int
+
+    @property
+    def out_features(self):
+        return self.values.shape[0]
+
+    def dense(self):
+        """The weight as a float matrix."""
+        if self.scales is None:
+            return self.values
+        groups = self.scales.shape[1]
+        values = unpack(self.values, self.bits, self.in_features).to(self.scales.dtype)
+        values = values.view(self.out_features, groups, self.group_size)
+        return ((values - self.zeros[..., None]) * self.scales[..., None]).view(self.out_features, self.in_features)
+
+
+def weight_of(linear):
+    """`Weight` of an `nn.Linear` or a `QuantizedLinear`."""
+    if hasattr(linear, "packed"):
+        return Weight(linear.packed, linear.scales, linear.zeros, linear.bits, linear.group_size, linear.in_features)
+    return Weight(linear.weight, None, None, 8 * linear.weight.element_size(), 0, linear.in_features)
+
+
+@triton.jit
+def _digit(packed, INDEX: tl.constexpr, BASE: tl.constexpr):
+    """Digit INDEX, an int32, of bytes held in int32."""
+    if BASE == 256:
+        return packed
+    elif BASE == 3:
+        # Quotients by 3, 9, 27, 81 by multiplication, exact below 256.
+        low = packed
+        if INDEX == 1:
+            low = (packed * 21846) >> 16
+        elif INDEX == 2:
+            low = (packed * 7282) >> 16
+        elif INDEX == 3:
+            low = (packed * 2428) >> 16
+        elif INDEX == 4:
+            low = (packed * 810) >> 16
+        if INDEX == 4:
+            return low
+        else:
+            return low - 3 * ((low * 21846) >> 16)
+    elif BASE == 16:
+        return (packed >> (4 * INDEX)) & 15
+    elif BASE == 4:
+        return (packed >> (2 * INDEX)) & 3
+    else:
+        return (packed >> INDEX) & 1
+
+
+@triton.jit
+def _gelu(x):
+    return 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def _merged(x_ptr, lse_ptr, row, first, index, lane, K: tl.constexpr, SPLITS: tl.constexpr, splits):
+    """Attention's runs of one row merged, at the elements `first + index`; `lane` are those at the start of a run."""
+    heads: tl.constexpr = K // 64
+    head = (first + lane) // 64
+    best = tl.load(lse_ptr + row * SPLITS * heads + head)
+    logarithms = (best,)
+    for split in tl.static_range(1, SPLITS):
+        lse = tl.load(lse_ptr + (row * SPLITS + split) * heads + head, mask=split < splits, other=-float("inf"))
+        logarithms = logarithms + (lse,)
+        best = tl.maximum(best, lse)
+    weight = tl.exp(logarithms[0] - best)
+    total = weight
+    value = tl.load(x_ptr + row * SPLITS * K + first + index) * weight
+    for split in tl.static_range(1, SPLITS):
+        weight = tl.exp(logarithms[split] - best)
+        total += weight
+        at = x_ptr + (row * SPLITS + split) * K + first + index
+        value += tl.load(at, mask=split < splits, other=0.0) * weight
+    return value / total
+
+
+@triton.jit
+def _decode_linear_kernel(
+    out_ptr, x_ptr, lse_ptr, stats_ptr, folded_ptr, constant_ptr, keys_ptr, values_ptr, length_ptr,
+    gained_ptr, next_gain_ptr, next_stats_ptr, prefetch_ptr,
+    w0_ptr, w1_ptr, w2_ptr, s0_ptr, s1_ptr, s2_ptr, z0_ptr, z1_ptr, z2_ptr,
+    scale, eps,
+    N: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    GROUP_ROWS: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    BASE: tl.constexpr, DIGITS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, HIGH: tl.constexpr,
+    LEVEL_BITS: tl.constexpr, STRIDE: tl.constexpr, SOURCE: tl.constexpr, EPILOGUE: tl.constexpr,
+    SPLITS: tl.constexpr, SPLIT_SIZE: tl.constexpr, SLOTS: tl.constexpr, STATS: tl.constexpr,
+    STATS_BLOCKS: tl.constexpr, PREFETCH: tl.constexpr, PREFETCH_LINES: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    let_successor_start(OVERLAP)
+    # A tile is LANES * VECTOR elements, VECTOR to a thread, of GROUP_ROWS output features. Whatever is combined with a
+    # tile, activations, scales, zero points, is loaded in the tile's own shape, so that every value lands in
+    # the thread that needs it and nothing is exchanged but the sums at the end. Lanes come first: of dimensions that
+    # are equally contiguous, the compiler gives the first one to the threads of a warp.
+    CHUNK: tl.constexpr = LANES * VECTOR
+    first_row = tl.program_id(0) * (GROUP_ROWS * GROUPS)
+    part = first_row // N
+    w_ptr = w0_ptr
+    s_ptr = s0_ptr
+    z_ptr = z0_ptr
+    if PARTS == 3:
+        if part == 1:
+            w_ptr = w1_ptr
+            s_ptr = s1_ptr
+            z_ptr = z1_ptr
+        if part == 2:
+            w_ptr = w2_ptr
+            s_ptr = s2_ptr
+            z_ptr = z2_ptr
+    lane = tl.arange(0, LANES)[:, None, None] * VECTOR
+    lane = tl.broadcast_to(lane, [LANES, GROUP_ROWS, 1])
+    # Features out of order, or the compiler would load and store their vectors in a layout along the features, and
+    # exchange them through shared memory to get there.
+    feature = (tl.arange(0, GROUP_ROWS) ^ (GROUP_ROWS > 1))[None, :, None] * GROUPS
+    feature = tl.broadcast_to(feature, [LANES, GROUP_ROWS, 1])
+    index = tl.broadcast_to(lane + tl.arange(0, VECTOR)[None, None, :], [LANES, GROUP_ROWS, VECTOR])
+
+    # Everything that no kernel of this step writes.
+    slot = 0
+    splits = SPLITS
+    if EPILOGUE == 3:
+        slot = (tl.load(length_ptr) - 1).to(tl.int32)
+    if SOURCE == 2:
+        if SPLIT_SIZE > 0:
+            splits = ((tl.load(length_ptr) - 1) // SPLIT_SIZE + 1).to(tl.int32)
+    STEPS: tl.constexpr = WIDTH // CHUNK
+    tiles = ()
+    factors = ()
+    offsets = ()
+    # Vectors over the features, too, in the shape of a tile: what the first lane stores is there in every lane.
+    constants = ()
+    folds = ()
+    next_gains = ()
+    for group in tl.static_range(GROUPS):
+        n = first_row + group + feature
+        in_range = n - part * N < N
+        constants = constants + (tl.load(constant_ptr + n, mask=in_range, other=0.0).to(tl.float32),)
+        if SOURCE == 0:
+            folds = folds + (tl.load(folded_ptr + n, mask=in_range, other=0.0),)
+        if EPILOGUE == 2:
+            next_gains = next_gains + (tl.load(next_gain_ptr + n, mask=in_range, other=0.0).to(tl.float32),)
+        n = tl.minimum(n - part * N, N - 1).to(tl.int64)
+        for step in tl.static_range(STEPS):
+            if BASE == 0:
+                tiles = tiles + (tl.load(w_ptr + n * STRIDE + step * CHUNK + index),)
+            else:
+                packed = tl.load(w_ptr + n * STRIDE + step * CHUNK + index).to(tl.int32)
+                for digit in tl.static_range(DIGITS):
+                    first = digit * WIDTH + step * CHUNK
+                    q = _digit(packed, digit, BASE)
+                    if HIGH > 0:
+                        # The plane of high bits is HIGH bytes wide: element e is bit e // HIGH of its byte e % HIGH.
+                        element = first + index
+                        high = tl.load(w_ptr + n * STRIDE + WIDTH + element % HIGH).to(tl.int32)
+                        q = q | (((high >> (element // HIGH)) & 1) << 2)
+                    tiles = tiles + (((q << (23 - LEVEL_BITS)) | _ONE).to(tl.float32, bitcast=True),)
+                    # A thread's elements lie in one group of the quantisation.
+                    meta = n * (K // GROUP) + (first + lane) // GROUP
+                    if DIGITS * WIDTH > K:
+                        s = tl.load(s_ptr + meta, mask=first + lane < K, other=0.0).to(tl.float32)
+                        z = tl.load(z_ptr + meta, mask=first + lane < K, other=0.0).to(tl.float32)
+                    else:
+                        s = tl.load(s_ptr + meta).to(tl.float32)
+                        z = tl.load(z_ptr + meta).to(tl.float32)
+                    factors = factors + (s * (1 << LEVEL_BITS),)
+                    offsets = offsets + (s * (z + (1 << LEVEL_BITS)),)
+
+    if PREFETCH > 0:
+        line = tl.program_id(0) * PREFETCH + tl.arange(0, 128)
+        for block in tl.static_range(PREFETCH // 128):
+            fetch_line(prefetch_ptr, tl.minimum(line + block * 128, PREFETCH_LINES - 1))
+    wait_for_predecessor(OVERLAP)
+    for row in tl.static_range(ROWS):
+        old = ()
+        if EPILOGUE == 2:
+            for group in tl.static_range(GROUPS):
+                n = first_row + group + feature
+                old = old + (tl.load(out_ptr + row * WIDE + n, mask=n < N, other=0.0),)
+        totals = ()
+        for _group in tl.static_range(GROUPS):
+            if BASE == 0:
+                totals = totals + (tl.zeros([LANES, GROUP_ROWS, VECTOR], tl.float32),)
+            else:
+                totals = totals + (tl.zeros([LANES, GROUP_ROWS, 1], tl.float32),)
+        for step in tl.static_range(STEPS):
+            for digit in tl.static_range(DIGITS):
+                first = digit * WIDTH + step * CHUNK
+                if SOURCE == 2:
+                    x = _merged(x_ptr, lse_ptr, row, first, index, lane, K, SPLITS, splits)
+                elif DIGITS * WIDTH > K:
+                    x = tl.load(x_ptr + row * K + first + index, mask=first + index < K, other=0.0).to(tl.float32)
+                else:
+                    x = tl.load(x_ptr + row * K + first + index).to(tl.float32)
+                if BASE != 0:
+                    x_sum = tl.sum(x, axis=2, keep_dims=True)
+                grown = ()
+                for group in tl.static_range(GROUPS):
+                    tile = tiles[(group * STEPS + step) * DIGITS + digit]
+                    if BASE == 0:
+                        grown = grown + (totals[group] + tile.to(tl.float32) * x,)
+                    else:
+                        dot = tl.sum(tile * x, axis=2, keep_dims=True)
+                        factor = factors[(group * STEPS + step) * DIGITS + digit]
+                        offset = offsets[(group * STEPS + step) * DIGITS + digit]
+                        grown = grown + (totals[group] + (factor * dot - offset * x_sum),)
+                totals = grown
+        if SOURCE == 0:
+            sums = tl.zeros([LANES, GROUP_ROWS, 1], tl.float32)
+            squares = sums
+            for block in tl.static_range(STATS_BLOCKS):
+                entry = block * LANES + lane // VECTOR
+                sums += tl.load(stats_ptr + row * STATS + entry, mask=entry < STATS, other=0.0)
+                squares += tl.load(stats_ptr + (ROWS + row) * STATS + entry, mask=entry < STATS, other=0.0)
+            mean = tl.sum(sums, axis=0, keep_dims=True) / K
+            variance = tl.sum(squares, axis=0, keep_dims=True) / K - mean * mean
+            inverse = tl.rsqrt(tl.maximum(variance, 0.0) + eps)
+        written = tl.zeros([LANES, GROUP_ROWS, 1], tl.float32)
+        written_squares = written
+        for group in tl.static_range(GROUPS):
+            n = first_row + group + feature
+            n_in_part = n - part * N
+            stores = (n_in_part < N) & (lane == 0)
+            y = tl.sum(tl.sum(totals[group], axis=2, keep_dims=True), axis=0, keep_dims=True)
+            if SOURCE == 0:
+                y = (y - mean * folds[group]) * inverse
+            y += constants[group]
+            if EPILOGUE == 3:
+                if part == 0:
+                    tl.store(out_ptr + row * WIDE + n_in_part, y * scale, mask=stores)
+                else:
+                    heads: tl.constexpr = N // 64
+                    at = ((row * heads + n_in_part // 64) * SLOTS + slot) * 64 + n_in_part % 64
+                    if part == 1:
+                        tl.store(keys_ptr + at, y.to(keys_ptr.dtype.element_ty), mask=stores)
+                    else:
+                        tl.store(values_ptr + at, y.to(values_ptr.dtype.element_ty), mask=stores)
+            elif EPILOGUE == 2:
+                y += old[group]
+                tl.store(out_ptr + row * WIDE + n, y, mask=stores)
+                tl.store(gained_ptr + row * WIDE + n, y * next_gains[group], mask=stores)
+                y = tl.where(stores, y, 0.0)
+                written += y
+                written_squares += y * y
+            elif EPILOGUE == 1:
+                tl.store(out_ptr + row * WIDE + n, _gelu(y).to(out_ptr.dtype.element_ty), mask=stores)
+            else:
+                tl.store(out_ptr + row * WIDE + n, (y * scale).to(out_ptr.dtype.element_ty), mask=stores)
+        if EPILOGUE == 2:
+            programs = tl.num_programs(0)
+            tl.store(next_stats_ptr + row * programs + tl.program_id(0), tl.sum(written))
+            tl.store(next_stats_ptr + (ROWS + row) * programs + tl.program_id(0), tl.sum(written_squares))
+
+
+class Plan(NamedTuple):
+    """How a product is cut up: a tile is `group_rows` features by `lanes` times `vector` elements (or bytes)."""
+
+    group_rows: int
+    groups: int
+    lanes: int
+    vector: int
+    num_warps: int
+
+    def programs(self, weight, parts=1):
+        return parts * triton.cdiv(weight.out_features, self.group_rows * self.groups)
+
+
+def plan_for(weight, parts=1, merges=False):
+    """The `Plan` of a product with `weight`, or with `parts` of its shape; `merges`: of attention's runs."""
+    k = weight.in_features
+    num_warps = 8 if k > 2048 else 4
+    # A thread that merges runs has several values to fetch for each activation, and one that unpacks integers works
+    # long on each: where there are many they get fewer of them, though a row's sum then crosses warps.
+    across = 2 if merges or (num_warps == 8 and weight.scales is not None) else 1
+    width = k if weight.scales is None else plane_width(PLANES[weight.bits][0], k)
+    chunk = min(width & -width, 4 * 32 * across)
+    vector = min(4, chunk)
+    lanes = chunk // vector
+    group_rows = 32 * num_warps // lanes
+    # Weights a thread holds: enough of them in flight, and few enough that many programs are resident.
+    groups = max(1, min(4, 96 * 32 * num_warps // (group_rows * k)))
+    groups = 1 << (groups.bit_length() - 1)
+    while parts > 1 and weight.out_features % (group_rows * groups):
+        if groups > 1:
+            groups //= 2
+        else:
+            group_rows //= 2
+    return Plan(group_rows, groups, lanes, vector, num_warps)
+
+
+def decode_linear(
+    out,
+    x,
+    weights,
+    scales,
+    zeros,
+    bits,
+    group_size,
+    constant,
+    epilogue,
+    scale=1.0,
+    folded=None,
+    stats=None,
+    eps=0.0,
+    lse=None,
+    split_size=0,
+    keys=None,
+    values=None,
+    length=None,
+    gained=None,
+    next_gain=None,
+    next_stats=None,
+    prefetch=None,
+):
+    """Product of a few rows with one weight, or with three of the same shape, and what goes with it.
+
+    Args:
+        out: ``(rows, out_features)``, written; with three weights and no keys, theirs side by side. With the epilogue
+            RESIDUAL float32 and added to.
+        x: ``(rows, in_features)``; where a layer norm is folded, float32 and multiplied by its gain; with `lse` the
+            runs of `decode_attention`, float32 ``(rows, splits, in_features)``.
+        weights, scales, zeros, bits, group_size: what `arguments` gives.
+        constant: ``(total out_features,)``, added: with a layer norm what `fold_norm` gives, else the bias.
+        epilogue: STORE, GELU, RESIDUAL or HEADS.
+        scale: factor of the (first) product, after the constant, with STORE and HEADS.
+        folded, stats, eps: the layer norm in front: what `fold_norm` gives, and the float32 ``(2, rows, programs)``
+            sums and sums of squares that the kernel which wrote `x` left.
+        lse, split_size: the runs' logarithms, float32 ``(rows, splits, in_features // 64)``; the keys of a run, of
+            which those up to slot ``length - 1`` count, or 0 where all runs do.
+        keys, values: ``(rows, heads, slots, 64)``: with HEADS, the second and third product go there, into slot
+            ``length - 1``.
+        length: int64 ``(1,)`` where `keys` or a `split_size` is given.
+        gained, next_gain, next_stats: with RESIDUAL, the layer norm that comes next: `out` times its gain, and the
+            sums for it, both written.
+        prefetch: a contiguous tensor that a later kernel will read, fetched into the L2 cache meanwhile, or None.
+    """
+    torch.ops.whisper_static_cache.decode_linear(
+        out,
+        x,
+        weights,
+        scales,
+        zeros,
+        bits,
+        group_size,
+        constant,
+        epilogue,
+        scale,
+        folded,
+        stats,
+        eps,
+        lse,
+        split_size,
+        keys,
+        values,
+        length,
+        gained,
+        next_gain,
+        next_stats,
+        prefetch,
+    )
+
+
+@torch.library.custom_op(
+    "whisper_static_cache::decode_linear",
+    mutates_args=("out", "keys", "values", "gained", "next_stats"),
+    device_types=("cpu", "cuda"),
+)
+def _launch_decode_linear(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    scales: list[torch.Tensor],
+    zeros: list[torch.Tensor],
+    bits: float,
+    group_size: int,
+    constant: torch.Tensor,
+    epilogue: int,
+    scale: float,
+    folded: torch.Tensor | None,
+    stats: torch.Tensor | None,
+    eps: float,
+    lse: torch.Tensor | None,
+    split_size: int,
+    keys: torch.Tensor | None,
+    values: torch.Tensor | None,
+    length: torch.Tensor | None,
+    gained: torch.Tensor | None,
+    next_gain: torch.Tensor | None,
+    next_stats: torch.Tensor | None,
+    prefetch: torch.Tensor | None,
+) -> None:
+    weight = Weight(
+        weights[0], scales[0] if scales else None, zeros[0] if zeros else None, bits, group_size, x.shape[-1]
+    )
+    parts, rows = len(weights), out.shape[0]
+    n, k = weight.out_features, weight.in_features
+    plan = plan_for(weight, parts, lse is not None)
+    if scales:
+        plane = PLANES[bits][0]
+        packing = {
+            "BASE": plane.base,
+            "DIGITS": plane.digits,
+            "WIDTH": plane_width(plane, k),
+            "GROUP": group_size,
+            "HIGH": plane_width(PLANES[bits][1], k) if len(PLANES[bits]) == 2 else 0,
+            "LEVEL_BITS": math.ceil(bits),
+        }
+    else:
+        packing = {"BASE": 0, "DIGITS": 1, "WIDTH": k, "GROUP": 1, "HIGH": 0, "LEVEL_BITS": 0}
+    stats_count = 1 if stats is None else stats.shape[2]
+
+    def three(tensors):
+        tensors = tensors or weights
+        return [tensors[min(index, len(tensors) - 1)] for index in range(3)]
+
+    def given(tensor):
+        return out if tensor is None else tensor
+
+    programs = plan.programs(weight, parts)
+    lines = 0 if prefetch is None or not overlaps(x.device) else prefetch.numel() * prefetch.element_size() // 128
+    _decode_linear_kernel[(programs,)](
+        out,
+        x,
+        *map(given, (lse, stats, folded)),
+        constant,
+        *map(given, (keys, values, length, gained, next_gain, next_stats, prefetch)),
+        *three(weights),
+        *three(scales),
+        *three(zeros),
+        scale,
+        eps,
+        N=n,
+        K=k,
+        WIDE=out.shape[1],
+        ROWS=rows,
+        PARTS=parts,
+        GROUP_ROWS=plan.group_rows,
+        GROUPS=plan.groups,
+        LANES=plan.lanes,
+        VECTOR=plan.vector,
+        STRIDE=weight.values.shape[1],
+        SOURCE=PARTIALS if lse is not None else PLAIN if folded is None else NORM,
+        EPILOGUE=epilogue,
+        SPLITS=1 if lse is None else x.shape[1],
+        SPLIT_SIZE=split_size,
+        SLOTS=1 if keys is None else keys.shape[2],
+        STATS=stats_count,
+        STATS_BLOCKS=triton.cdiv(stats_count, plan.lanes),
+        PREFETCH=triton.cdiv(lines, programs * 128) * 128,
+        PREFETCH_LINES=lines,
+        **packing,
+        **options(x.device, plan.num_warps),
+    )
+
+
+@_launch_decode_linear.register_fake
+def _(*args, **kwargs):
+    return None
+
+
+def fold_norm(constant, folded, weights, biases, norm):
+    """Write what `decode_linear` needs of a layer norm in front of `weights`: ``W b + bias`` and ``W g``.
+
+    Args:
+        constant, folded: float32 ``(total out_features,)``, written.
+        weights: list of `Weight`, one or three of one shape.
+        biases: their biases, or None each.
+        norm: the `nn.LayerNorm`.
+    """
+    both = torch.stack((norm.bias, norm.weight)).float()
+    out = torch.empty(2, len(constant), device=constant.device)
+    decode_linear(out, both, *arguments(weights), torch.zeros_like(constant), STORE)
+    constant.copy_(out[0])
+    folded.copy_(out[1])
+    for part, bias in zip(constant.split(weights[0].out_features), biases):
+        if bias is not None:
+            part += bias
+
+
+def arguments(weights):
+    """The arguments `weights` to `group_size` of `decode_linear` for one or three `Weight`s of one shape."""
+    packed = [] if weights[0].scales is None else weights
+    return (
+        [weight.values for weight in weights],
+        [weight.scales for weight in packed],
+        [weight.zeros for weight in packed],
+        float(weights[0].bits),
+        weights[0].group_size,
+    )
+
+
+def reference_decode_linear(x, weight, bias=None, norm=None, scale=1.0):
+    """The plain product, ``scale * (W norm(x) + bias)``, in the dtype of `x`."""
+    if norm is not None:
+        x = F.layer_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
+    return scale * F.linear(x, weight.dense().to(x.dtype), None if bias is None else bias.to(x.dtype))

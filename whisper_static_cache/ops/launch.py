@@ -1,0 +1,57 @@
+"""What the Triton kernels share: whether they can run here, and how they are launched. Needs the triton package.
+
+Programmatic dependent launch (compute capability 9.0 and later) lets a kernel start while the one before it still
+runs. Every kernel here says at once that its successor may start, fetches what no earlier kernel of the step writes,
+weights above all, and only then waits for its predecessor.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def let_successor_start(OVERLAP: tl.constexpr):
+    if OVERLAP:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_predecessor(OVERLAP: tl.constexpr):
+    if OVERLAP:
+        gdc_wait()
+
+
+@triton.jit
+def fetch_line(pointer, line):
+    """Have the lines of 128 bytes numbered `line` behind `pointer` fetched into the L2 cache; waits for nothing."""
+    address = pointer.to(tl.int64) + line.to(tl.int64) * 128
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@functools.cache
+def interpreted():
+    """Whether the kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), on the CPU."""
+    return not isinstance(let_successor_start, triton.runtime.JITFunction)
+
+
+@functools.cache
+def overlaps(device):
+    """Whether kernels on `device` are launched ahead of their predecessor's end."""
+    return not interpreted() and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def options(device, num_warps, *, overlap=True):
+    """Launch options of a kernel: its warps, and the overlap with its predecessor and successor."""
+    if interpreted():
+        return {"OVERLAP": False}
+    ahead = overlaps(device)
+    launch = {"OVERLAP": ahead, "num_warps": num_warps}
+    if ahead and overlap:
+        launch["launch_pdl"] = True
+    return launch

@@ -1,0 +1,445 @@
+"""The GPU engine: hand-written Triton kernels in a CUDA graph, no compiler in the path.
+
+A step is eight kernels a layer, one for the embedding, one for the head and two for the choice of the token. Every
+other thing that a step does (layer norms, residual sums, the cache update, the merge of split attention) is part of
+one of them; `ops` says how. The kernels multiply row by row and are for the few rows at which a step is the reading of
+the weights; larger batches go to the next engine.
+"""
+
+import importlib.util
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .cuda_graphs import CapturedCall
+from .engines import ENGINES, EagerEngine
+from .modeling_whisper import forward_hooks, project_cross_attention
+from .quantized_linear import QuantizedLinear
+
+
+# Longest prompt that is fed token by token through the step.
+MAX_STEPPED_PROMPT = 8
+# Keys a program of the attention kernels takes.
+SELF_SPLIT, CROSS_SPLIT = 128, 512
+# What `ops.decode_tokens` can hold of tokens that end a row.
+MAX_ENDS = 16
+
+
+class _Product(NamedTuple):
+    """One weight, or three of a shape, and the vectors that go with it."""
+
+    weights: list
+    arguments: tuple
+    constant: torch.Tensor
+    folded: torch.Tensor | None
+    norm: nn.LayerNorm | None
+    biases: list
+
+    @property
+    def eps(self):
+        return self.norm.eps
+
+
+class _Layer(NamedTuple):
+    qkv: _Product
+    self_out: _Product
+    query: _Product
+    cross_out: _Product
+    fc1: _Product
+    fc2: _Product
+
+
+class _Calls(NamedTuple):
+    """What is captured for a number of rows: functions of no arguments."""
+
+    enter: object
+    logits: object
+    choose: object
+
+
+class _Buffers:
+    """A session's tensors between the kernels, and what the choice of tokens goes by."""
+
+    def __init__(self, session, config, decoder, vocab_size, stats_counts):
+        device = session.device
+        rows, width = session.max_batch_size, config.d_model
+        heads = config.decoder_attention_heads
+        self_splits = -(-session.slots // SELF_SPLIT)
+        cross_splits = -(-session.source_length // CROSS_SPLIT)
+
+        def floats(*shape):
+            return torch.zeros(shape, device=device)
+
+        self.stream, self.gained = floats(rows, width), floats(rows, width)
+        self.stats = {count: [None] * (rows + 1) for count in {1, *stats_counts}}
+        self.runs = floats(rows, self_splits, width), floats(rows, cross_splits, width)
+        self.logarithms = floats(rows, self_splits, heads), floats(rows, cross_splits, heads)
+        dtype = decoder.embed_positions.weight.dtype
+        self.query = torch.zeros(rows, width, dtype=dtype, device=device)
+        self.hidden = torch.zeros(rows, config.decoder_ffn_dim, dtype=dtype, device=device)
+        # Rows at a multiple of 16 elements, for wide loads.
+        self.logits = torch.zeros(rows, -(-vocab_size // 16) * 16, dtype=dtype, device=device)
+        self.states = torch.zeros(rows, session.source_length, width, dtype=dtype, device=device)
+        self.unfinished = torch.zeros(rows, dtype=torch.uint8, device=device)
+        self.steps = torch.zeros(1, dtype=torch.int64, device=device)
+        self.finished = torch.zeros(1, dtype=torch.uint8, device=device)
+        # The same where the host can look without asking the device.
+        self.seen = torch.zeros(1, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self.best = {}
+        self.table = torch.zeros(vocab_size, dtype=torch.uint8, device=device)
+        self.rules = torch.zeros(9, dtype=torch.int64, device=device)
+        self.ends = torch.zeros(MAX_ENDS, dtype=torch.int64, device=device)
+        self.graphs = {}
+
+    def best_for(self, rows):
+        """What `choose_next` works in, for this number of rows."""
+        from .ops.decode_tokens import blocks_of
+
+        if rows not in self.best:
+            blocks, device = blocks_of(len(self.table)), self.stream.device
+            floats = torch.zeros(4, rows, blocks, device=device)
+            self.best[rows] = floats, torch.zeros(2, rows, blocks, dtype=torch.int32, device=device)
+        return self.best[rows]
+
+    def stats_for(self, count, rows):
+        """Float32 `(2, rows, count)`, contiguous for this number of rows."""
+        if self.stats[count][rows] is None:
+            self.stats[count][rows] = torch.zeros(2, rows, count, device=self.stream.device)
+        return self.stats[count][rows]
+
+
+class TritonEngine(EagerEngine):
+    """The one-token step in hand-written kernels, with the choice of the token, as one CUDA graph."""
+
+    name = "triton"
+    fallback = "compile"
+    max_ends = MAX_ENDS
+    max_batch_size = 8
+
+    def __init__(self, model):
+        from .ops import launch
+
+        super().__init__(model)
+        self._config = model.config
+        self._on_gpu = not launch.interpreted()
+        self._scaling = self.decoder.layers[0].self_attn.scaling
+        self._layers = [self._layer(layer) for layer in self.decoder.layers]
+        self._head = self._product([self.proj_out], self.decoder.layer_norm)
+
+    @staticmethod
+    def why_not(model, device):
+        if importlib.util.find_spec("triton") is None:
+            return "the triton package is not installed"
+        from .ops import launch
+
+        if not launch.interpreted():
+            if device.type != "cuda" or torch.version.hip is not None:
+                return "the Triton kernels run on NVIDIA GPUs"
+            if torch.cuda.get_device_capability(device) < (8, 0):
+                return "the Triton kernels need compute capability 8.0 or later"
+        return _why_not_served(model)
+
+    def rows_for(self, batch_size):
+        return 1 << (batch_size - 1).bit_length()
+
+    # -- What is built once ------------------------------------------------------------------------------------------
+
+    def _product(self, linears, norm=None):
+        from .ops.decode_linear import arguments, weight_of
+
+        weights = [weight_of(linear) for linear in linears]
+        total = sum(weight.out_features for weight in weights)
+        device = weights[0].values.device
+        biases = [linear.bias for linear in linears]
+        folded = None
+        if norm is None:
+            constant = biases[0] if biases[0] is not None else torch.zeros(total, device=device)
+        else:
+            constant, folded = torch.zeros(total, device=device), torch.zeros(total, device=device)
+        return _Product(weights, arguments(weights), constant, folded, norm, biases)
+
+    def _layer(self, layer):
+        own, cross = layer.self_attn, layer.encoder_attn
+        return _Layer(
+            self._product([own.q_proj, own.k_proj, own.v_proj], layer.self_attn_layer_norm),
+            self._product([own.out_proj]),
+            self._product([cross.q_proj], layer.encoder_attn_layer_norm),
+            self._product([cross.out_proj]),
+            self._product([layer.fc1], layer.final_layer_norm),
+            self._product([layer.fc2]),
+        )
+
+    def _buffers(self, session):
+        if "triton" not in session.engine_buffers:
+            counts = {
+                self._programs(product, merges)
+                for layer in self._layers
+                for product, merges in ((layer.self_out, True), (layer.cross_out, True), (layer.fc2, False))
+            }
+            session.engine_buffers["triton"] = _Buffers(
+                session, self._config, self.decoder, self.proj_out.out_features, counts
+            )
+        return session.engine_buffers["triton"]
+
+    @staticmethod
+    def _programs(product, merges):
+        """Programs of a product, each of which leaves its sums for the layer norm that follows."""
+        from .ops.decode_linear import plan_for
+
+        return plan_for(product.weights[0], merges=merges).programs(product.weights[0])
+
+    def prepare(self, rows):
+        buffers = self._buffers(rows.session)
+        if rows.count in buffers.graphs:
+            return
+        rows.session.length.fill_(1)
+        calls = [
+            lambda: self._enter(rows, buffers),
+            lambda: self._logits(rows, buffers),
+            lambda: self._choose(rows, buffers),
+        ]
+        if self._on_gpu:
+            if rows.session.graph_pool is None:
+                rows.session.graph_pool = torch.cuda.graph_pool_handle()
+            calls = [CapturedCall(call, pool=rows.session.graph_pool, warmups=1) for call in calls]
+            self.captures += len(calls)
+        buffers.graphs[rows.count] = _Calls(*calls)
+
+    # -- The start of a window ---------------------------------------------------------------------------------------
+
+    def _enter(self, rows, buffers):
+        """What precedes the first step: cross-attention's keys and values, and the folded layer norms.
+
+        The folded vectors are made anew for every window: weights that were changed in place since are then followed.
+        """
+        from .ops.decode_linear import fold_norm
+
+        project_cross_attention(self.decoder, buffers.states[: rows.count], rows.buffers)
+        for product in [product for layer in self._layers for product in (layer.qkv, layer.query, layer.fc1)]:
+            fold_norm(product.constant, product.folded, product.weights, product.biases, product.norm)
+        head = self._head
+        fold_norm(head.constant, head.folded, head.weights, head.biases, head.norm)
+        return head.folded
+
+    def _project(self, rows, encoder_hidden_states):
+        padded = self._padded(rows)
+        buffers = self._buffers(rows.session)
+        buffers.states[: rows.count] = encoder_hidden_states
+        self._calls(padded, buffers).enter()
+
+    def _padded(self, rows):
+        return rows.session.rows(min(self.rows_for(rows.count), rows.session.max_batch_size))
+
+    def prefill(
+        self, rows, prompt_ids, encoder_hidden_states, valid=None, mask_moves_positions=False, extra_index=None
+    ):
+        session, length = rows.session, prompt_ids.shape[1]
+        padded = self._padded(rows)
+        if length > MAX_STEPPED_PROMPT:
+            return super().prefill(rows, prompt_ids, encoder_hidden_states, valid, mask_moves_positions, extra_index)
+        self._project(rows, encoder_hidden_states)
+        rows.position_offset.zero_()
+        rows.valid.fill_(True)
+        session.padded_prompt = valid is not None
+        if valid is not None:
+            rows.valid[:, :length] = valid
+            if mask_moves_positions:
+                rows.position_offset.copy_(length - valid.long().sum(-1, keepdim=True))
+        rows.tokens[:, :length] = prompt_ids
+        extra = None
+        for fed in range(1, length + 1):
+            session.length.fill_(fed)
+            logits = self.step(padded, fed - 1)[: rows.count]
+            if fed - 1 == extra_index:
+                extra = logits
+        return logits, extra
+
+    # -- A step ------------------------------------------------------------------------------------------------------
+
+    def _calls(self, rows, buffers):
+        if rows.count not in buffers.graphs:
+            self.prepare(rows)
+        return buffers.graphs[rows.count]
+
+    def step(self, rows, slot):
+        logits = self._calls(rows, self._buffers(rows.session)).logits()
+        return logits[:, : self.proj_out.out_features].float()
+
+    def step_and_choose(self, rows):
+        """A step and the choice of each row's token, as the rules that `set_rules` was given have it."""
+        self._calls(rows, self._buffers(rows.session)).choose()
+
+    def set_rules(self, rows, rules, table, ends, pad):
+        """Make ready for `step_and_choose`.
+
+        Args:
+            rows: the padded `Rows`.
+            rules: dict of the fields of `ops.decode_tokens.Rules`, `pad` aside.
+            table: uint8 `(vocab_size,)`, as `ops.decode_tokens.choose_next` reads it.
+            ends: int64 tensor of the tokens that end a row, or None.
+            pad: 0-dim tensor of the token that finished rows go on with, or None.
+
+        Returns:
+            The session's `_Buffers`: `steps`, `finished` and `unfinished` are the state of the loop, no row counting
+            yet.
+        """
+        from .ops.decode_tokens import Rules
+
+        buffers = self._buffers(rows.session)
+        buffers.rules.copy_(torch.tensor(Rules(pad=0, **rules)), non_blocking=True)
+        if pad is not None:
+            buffers.rules[Rules._fields.index("pad")].copy_(pad)
+        buffers.table.copy_(table, non_blocking=True)
+        if ends is not None:
+            buffers.ends[: len(ends)].copy_(ends)
+        for state in (buffers.steps, buffers.finished, buffers.seen, buffers.unfinished):
+            state.zero_()
+        return buffers
+
+    def _choose(self, rows, buffers):
+        from .ops.decode_tokens import choose_next
+
+        count, session = rows.count, rows.session
+        logits = self._logits(rows, buffers)
+        choose_next(
+            rows.tokens,
+            rows.token_logprobs,
+            buffers.unfinished[:count],
+            session.length,
+            buffers.steps,
+            buffers.finished,
+            buffers.seen,
+            *buffers.best_for(count),
+            logits,
+            buffers.table,
+            buffers.rules,
+            buffers.ends,
+        )
+        return logits
+
+    def _logits(self, rows, buffers):
+        from .ops.decode_attention import decode_attention
+        from .ops.decode_linear import GELU, HEADS, RESIDUAL, STORE, decode_linear
+        from .ops.decode_tokens import embed_newest
+
+        count, session, decoder = rows.count, rows.session, self.decoder
+        stream, gained = buffers.stream[:count], buffers.gained[:count]
+        query, hidden = buffers.query[:count], buffers.hidden[:count]
+        runs, cross_runs = (tensor[:count] for tensor in buffers.runs)
+        logs, cross_logs = (tensor[:count] for tensor in buffers.logarithms)
+        length, valid, scale = session.length, session.valid[:count], self._scaling
+        norms = [layer.qkv.norm for layer in self._layers[1:]] + [self._head.norm]
+        stats = buffers.stats_for(1, count)
+        embed_newest(
+            stream,
+            gained,
+            stats,
+            rows.tokens,
+            length,
+            rows.position_offset,
+            decoder.embed_tokens.weight,
+            decoder.embed_positions.weight,
+            self._layers[0].qkv.norm.weight,
+        )
+
+        def normed(out, product, epilogue, scale=1.0, **options):
+            decode_linear(
+                out,
+                gained,
+                *product.arguments,
+                product.constant,
+                epilogue,
+                scale,
+                product.folded,
+                stats,
+                product.eps,
+                **options,
+            )
+
+        def residual(x, product, next_norm, **options):
+            after = buffers.stats_for(self._programs(product, "lse" in options), count)
+            decode_linear(
+                stream,
+                x,
+                *product.arguments,
+                product.constant,
+                RESIDUAL,
+                gained=gained,
+                next_gain=next_norm.weight,
+                next_stats=after,
+                **options,
+            )
+            return after
+
+        for layer, (keys, values, cross_keys, cross_values), next_norm in zip(self._layers, rows.buffers, norms):
+            normed(query, layer.qkv, HEADS, scale, keys=keys, values=values, length=length)
+            decode_attention(runs, logs, query, keys, values, SELF_SPLIT, length, valid)
+            stats = residual(runs, layer.self_out, layer.query.norm, lse=logs, split_size=SELF_SPLIT, length=length)
+            normed(query, layer.query, STORE, scale, prefetch=layer.fc2.weights[0].values)
+            decode_attention(cross_runs, cross_logs, query, cross_keys, cross_values, CROSS_SPLIT, None, None)
+            stats = residual(cross_runs, layer.cross_out, layer.fc1.norm, lse=cross_logs)
+            normed(hidden, layer.fc1, GELU)
+            stats = residual(hidden, layer.fc2, next_norm)
+        logits = buffers.logits[:count]
+        normed(logits, self._head, STORE)
+        return logits
+
+
+def _why_not_served(model):
+    """Why the kernels cannot stand for `model`'s decoder, or None."""
+    config, decoder = model.config, model.model.decoder
+    if config.d_model != 64 * config.decoder_attention_heads:
+        return f"heads of {config.d_model // config.decoder_attention_heads} dimensions; the Triton kernels take 64"
+    if config.activation_function != "gelu":
+        return f"the activation {config.activation_function}; the Triton kernels have gelu"
+    if config.decoder_ffn_dim % 64:
+        return f"decoder_ffn_dim {config.decoder_ffn_dim} is no multiple of 64"
+    dtype = decoder.embed_positions.weight.dtype
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the Triton kernels compute in float16, bfloat16 and float32, not {dtype}"
+    norms, linears = [decoder.layer_norm], [model.proj_out]
+    for layer in decoder.layers:
+        own, cross = layer.self_attn, layer.encoder_attn
+        norms += [layer.self_attn_layer_norm, layer.encoder_attn_layer_norm, layer.final_layer_norm]
+        linears += [
+            own.q_proj,
+            own.k_proj,
+            own.v_proj,
+            own.out_proj,
+            cross.q_proj,
+            cross.out_proj,
+            layer.fc1,
+            layer.fc2,
+        ]
+        trio = {_format(linear) for linear in (own.q_proj, own.k_proj, own.v_proj)}
+        if len(trio) > 1:
+            return "query, key and value weights are of different formats"
+    for module in norms:
+        if type(module) is not nn.LayerNorm or module.weight is None or module.bias is None:
+            return f"a {type(module).__name__} stands where a layer norm with weight and bias is expected"
+        if module.weight.dtype != dtype:
+            return "layer norms and embeddings are of different dtypes"
+    if type(decoder.embed_tokens) is not nn.Embedding or decoder.embed_tokens.weight.dtype != dtype:
+        return f"a {type(decoder.embed_tokens).__name__} stands where a plain embedding is expected"
+    for module in linears:
+        if type(module) not in (nn.Linear, QuantizedLinear):
+            return f"the Triton kernels do not know {type(module).__name__}"
+        if type(module) is nn.Linear and (module.weight.dtype != dtype or not module.weight.is_contiguous()):
+            return "a weight is not contiguous, or of another dtype than the embeddings"
+    for module in (*norms, *linears, decoder.embed_tokens):
+        if forward_hooks(module):
+            return f"{type(module).__name__} has a forward hook, which the kernels would not call"
+    return None
+
+
+def _format(linear):
+    return (
+        type(linear),
+        linear.out_features,
+        getattr(linear, "bits", None),
+        getattr(linear, "group_size", None),
+    )
+
+
+ENGINES[TritonEngine.name] = TritonEngine
