@@ -95,8 +95,8 @@ def patch(model=None, *, engine="auto"):
     Args:
         model: one `WhisperForConditionalGeneration` to switch on; None switches on all, present and future.
         engine: "auto", "triton" (hand-written kernels, NVIDIA GPUs), "compile" (torch.compile; CUDA graphs on a GPU)
-            or "eager" (the same step uncompiled). "auto" takes "triton" on a CUDA device and "eager" elsewhere; what an
-            engine cannot serve goes to the next one in this order, with the reason in `last_run`.
+            or "eager" (the same step uncompiled). "auto" takes "triton" on a CUDA device and "eager" elsewhere; what
+            an engine cannot serve goes to the next one in this order, with the reason in `last_run`.
 
     Raises:
         ValueError: the engine is not known.
