@@ -152,7 +152,8 @@ def sample(
     reason = job.why_stock(state, synced_gpus)
     if reason is not None:
         _leave_to_stock(model, call, reason)
-        if streamer is not None:
+        # Up to 4.46 `_sample` has no default for it, and `_beam_search` takes none.
+        if streamer is not None or job_class is None:
             model_kwargs["streamer"] = streamer
         return stock(
             model,
