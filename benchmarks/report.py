@@ -52,8 +52,8 @@ def decode_table(found):
     header = ["case", "engine", "stock static, tok/s", "patched, tok/s", "ratio", "same tokens", "first call"]
     return (
         "Decoding on a GPU, random weights at the real shape, slope between 64 and 192 tokens; random weights in half "
-        f"precision make near-ties, in fp32 the GPU tests find every token the same ({machine}; "
-        f"{commands}):\n\n{table(header, lines)}\n"
+        f"precision make near-ties. Measured at the commit named and not since ({machine}; {commands}):\n\n"
+        f"{table(header, lines)}\n"
     )
 
 
@@ -154,7 +154,8 @@ def releases_section():
     ]
     return (
         "Releases of transformers, each in an environment of its own, on tiny random models. Skipped, by name, is "
-        f"what needs a GPU and what stock itself fails at or does not have on that release ({where}):\n\n"
+        f"what needs a GPU and what stock itself fails at or does not have on that release. The run is that "
+        f"of commit 7d01d9a, before beam search and the Triton engine ({where}):\n\n"
         f"{table(header, lines)}\n"
     )
 

@@ -388,6 +388,7 @@ def decode_linear(
             sums for it, both written.
         prefetch: a contiguous tensor that a later kernel will read, fetched into the L2 cache meanwhile, or None.
     """
+    # The op itself has no defaults: torch 2.11 fails on one whose written arguments are left out.
     torch.ops.whisper_static_cache.decode_linear(
         out,
         x,
