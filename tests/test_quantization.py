@@ -131,6 +131,41 @@ def test_rtn_is_hqq_without_its_solver(bits):
     assert torch.equal(zeros.view(-1), meta["zero"].view(-1))
 
 
+def assert_blocks_give_hqqs_own(weight, bits, monkeypatch):
+    """Solve `weight` whole by hqq, and in blocks of some rows, the last one short."""
+    size = DEFAULT_GROUP_SIZES[bits]
+    whole = quantization._solve_hqq(weight, bits, size)
+    monkeypatch.setattr(quantization, "MAX_WEIGHTS_AT_ONCE", weight.numel() - 1)
+    monkeypatch.setattr(quantization, "WEIGHTS_IN_A_BLOCK", weight.numel() * 3 // 10)
+    steps = []
+    optimize = pytest.importorskip("hqq.core.optimize", reason="needs the hqq package to compare with")
+    step = optimize.optimize_weights_proximal_legacy_step
+    monkeypatch.setattr(
+        optimize, "optimize_weights_proximal_legacy_step", lambda *args: steps.append(len(args[0])) or step(*args)
+    )
+    blocks = quantization._solve_hqq(weight, bits, size)
+    # hqq's early end is part of what has to agree, so that it must not be the last iteration that ends it.
+    assert len(set(steps)) == 2
+    assert 4 <= len(steps) < 4 * 20
+    assert all(torch.equal(one, other) for one, other in zip(whole, blocks, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", BITS)
+def test_a_head_solved_in_blocks_is_hqqs_own_to_the_last_bit(bits, dtype, monkeypatch):
+    weight = 0.03 * torch.randn(517, 384)
+    weight[7] = 0.25
+    assert_blocks_give_hqqs_own(weight.to(dtype), bits, monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", BITS)
+def test_a_head_solved_in_blocks_on_a_gpu_is_hqqs_own_to_the_last_bit(bits, dtype, monkeypatch):
+    weight = 0.03 * torch.randn(51865, 384)
+    assert_blocks_give_hqqs_own(weight.to("cuda", dtype), bits, monkeypatch)
+
+
 def test_more_bits_lose_less_and_hqq_no_more_than_rtn():
     weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
     errors = {}
@@ -679,6 +714,20 @@ def test_loading_makes_no_dense_copy_of_a_quantised_weight(tmp_path):
         load_quantized(tmp_path)
     assert memory.largest < 1024 * 256 * 4  # a dense fc1
     assert memory.peak < 1.1 * file_size
+
+
+def test_a_head_is_solved_in_little_more_than_its_own_memory(monkeypatch):
+    weight = torch.randn(2048, 256)
+    peaks = []
+    for at_once in (weight.numel(), weight.numel() - 1):
+        monkeypatch.setattr(quantization, "MAX_WEIGHTS_AT_ONCE", at_once)
+        monkeypatch.setattr(quantization, "WEIGHTS_IN_A_BLOCK", 2**14)
+        with LiveBytes() as memory:
+            solved = quantization._solve_hqq(weight, 4, 64)
+        peaks.append(memory.peak / weight.nbytes)
+        del solved
+    # The weight, the errors of all of it, scales and zero points of its groups, and a block's temporaries.
+    assert peaks[1] < 2.4 < 5 < peaks[0]
 
 
 @pytest.mark.parametrize("method", ["hqq", "rtn"])

@@ -2,6 +2,7 @@
 
 import fnmatch
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -23,6 +24,9 @@ GROUP_SIZES = (16, 32, 64, 128)
 METHODS = ("hqq", "rtn")
 # Fewer levels need a finer grid of scales: whisper-base transcribes with 2 bits at group 16 and babbles at group 32.
 DEFAULT_GROUP_SIZES = {8: 64, 4: 64, 3: 32, 2: 16, 1.58: 16}
+# Above the first, an output head: no layer has so large a linear. The second is what the solver then works on at once.
+MAX_WEIGHTS_AT_ONCE = 2**24
+WEIGHTS_IN_A_BLOCK = 2**20
 
 FORMAT = "whisper_static_cache.quantized_decoder"
 FORMAT_VERSION = 1
@@ -49,8 +53,9 @@ def quantize_decoder(
 ):
     """Replace linears of a Whisper model's decoder, in place, by `QuantizedLinear`.
 
-    One linear is quantised and its full-precision weight dropped before the next is looked at, the smallest first. A
-    request that cannot be served raises before anything is changed.
+    One linear is quantised and its full-precision weight dropped before the next is looked at, the smallest first, so
+    that memory stays below the full-precision model plus one layer. The head, by itself larger than that, is solved in
+    blocks of rows, with hqq's own result. A request that cannot be served raises before anything is changed.
 
     Args:
         model: a transformers Whisper model with a decoder, full-precision, on any real device.
@@ -199,8 +204,12 @@ def _solve_hqq(weight, bits, group_size):
         Integers, uint8 ``(out_features, in_features)``; scales and zero points, float32
         ``(out_features, in_features // group_size)``.
     """
+    from hqq.core import optimize
     from hqq.core.quantize import Quantizer
 
+    known = Quantizer.optimize_weights is getattr(optimize, "optimize_weights_proximal_legacy", None)
+    if known and weight.numel() > MAX_WEIGHTS_AT_ONCE:
+        return _solve_hqq_in_blocks(weight, bits, group_size)
     values, meta = Quantizer.quantize(
         weight, nbits=bits, group_size=group_size, axis=1, bitpack=False, device=weight.device
     )
@@ -213,18 +222,60 @@ def _solve_hqq(weight, bits, group_size):
     )
 
 
+def _solve_hqq_in_blocks(weight, bits, group_size):
+    """What `_solve_hqq` returns, bit for bit, from hqq's steps over some groups at a time.
+
+    Groups know nothing of one another but for the end: hqq stops when the error averaged over the whole tensor, in the
+    dtype it works in, has not shrunk. So the errors of all groups are kept and averaged in one go, since block sums
+    would add up to another last bit; all else that hqq holds, some 20 bytes a weight, is there for one block only.
+    """
+    from hqq.core import optimize
+
+    signature = inspect.signature(optimize.optimize_weights_proximal_legacy)
+    known = signature.parameters["opt_params"].default
+    dtype = torch.float16 if weight.device.type == "cuda" else torch.float32
+    top = LEVELS[bits] - 1
+    groups = weight.reshape(-1, group_size)
+    blocks = groups.split(max(WEIGHTS_IN_A_BLOCK // group_size, 1))
+    grids = [[tensor.to(dtype) for tensor in _grid(block.float(), top)] for block in blocks]
+    errors = torch.empty(groups.shape, dtype=dtype, device=weight.device)
+    best = torch.tensor(torch.inf, device=weight.device)
+    for _ in range(known["iters"]):
+        for block, grid, error in zip(blocks, grids, errors.split(len(blocks[0]))):
+            block = block.to(dtype)
+            restored, _, grid[1], _ = optimize.optimize_weights_proximal_legacy_step(
+                block, *grid, [0, top], known["beta"], known["lp_norm"], 1
+            )
+            torch.abs(block - restored, out=error)
+        error = errors.mean().float()
+        if not error < best:
+            break
+        best = error
+    del errors
+    values = torch.empty(groups.shape, dtype=torch.uint8, device=weight.device)
+    for block, (inverse, zeros), out in zip(blocks, grids, values.split(len(blocks[0]))):
+        out.copy_((block.float() * inverse + zeros).round_().clamp_(0, top))
+    inverse, zeros = (torch.cat(tensors).view(weight.shape[0], -1) for tensors in zip(*grids))
+    return values.view(weight.shape), (1.0 / inverse).float(), zeros.float()
+
+
 def _solve_rtn(weight, bits, group_size):
     """Round to the nearest on a grid from each group's least weight to its greatest; results as `_solve_hqq`'s."""
     groups = weight.float().reshape(weight.shape[0], -1, group_size)
-    least, greatest = groups.aminmax(dim=-1, keepdim=True)
     top = LEVELS[bits] - 1
+    inverse, zeros = _grid(groups, top)
+    values = (groups * inverse + zeros).round_().clamp_(0, top)
+    return values.to(torch.uint8).view(weight.shape), (1.0 / inverse).squeeze(-1), zeros.squeeze(-1)
+
+
+def _grid(groups, top):
+    """Inverse steps and zero points, ``(..., 1)``, of grids of integers from 0 to `top` over ``(..., group_size)``."""
+    least, greatest = groups.aminmax(dim=-1, keepdim=True)
     spread = greatest - least
     # A group of equal weights has no grid: step 1 and its value as the zero point give it back. The limit keeps the
     # step within the normal numbers of float16.
     inverse = torch.where(spread > 1e-4, top / spread, torch.ones_like(spread)).clamp(max=2e4)
-    zeros = -least * inverse
-    values = (groups * inverse + zeros).round_().clamp_(0, top)
-    return values.to(torch.uint8).view(weight.shape), (1.0 / inverse).squeeze(-1), zeros.squeeze(-1)
+    return inverse, -least * inverse
 
 
 _SOLVERS = {"hqq": _solve_hqq, "rtn": _solve_rtn}
