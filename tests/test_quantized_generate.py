@@ -175,6 +175,26 @@ def test_models_that_others_quantised_run_compiled_with_the_tokens_of_stock(tmp_
                 assert (report.engine, report.reason) == (engine, None)
 
 
+def test_hooks_of_accelerate_go_to_stock_with_the_remedy_in_the_reason():
+    hooks = pytest.importorskip("accelerate.hooks", reason="needs the accelerate package")
+    model = quantized_model()
+    inputs = tiny_features(2)
+    expected = generate(model, inputs)
+    # As HqqConfig leaves a model loaded with device_map="cpu".
+    hooks.attach_align_device_hook(model, torch.device("cpu"))
+    hooks.add_hook_to_module(model, hooks.AlignDevicesHook(io_same_device=True, skip_keys="past_key_values"))
+    for module in model.modules():
+        hooks.add_hook_to_module(module, hooks.AlignDevicesHook(torch.device("cpu")), append=True)
+    with whisper_static_cache.patched(model, engine="compile"):
+        assert torch.equal(generate(model, inputs), expected)
+        report = whisper_static_cache.last_run(model)
+        assert report.engine == "stock"
+        assert "remove_hook_from_module(model, recurse=True)" in report.reason
+        hooks.remove_hook_from_module(model, recurse=True)
+        assert torch.equal(generate(model, inputs), expected)
+        assert whisper_static_cache.last_run(model).engine == "compile"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("backend", "bits", "compute_dtype"),

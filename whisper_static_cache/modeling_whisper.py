@@ -153,7 +153,10 @@ def why_not_plain(model):
         if _is_hooked(module):
             return f"{type(module).__name__} has a forward hook"
         if not _forwards_as_its_class(module):
-            return f"{type(module).__name__}.forward is replaced on the instance"
+            # Loading with device_map does that, also where everything is on one device.
+            accelerate = ": accelerate.hooks.remove_hook_from_module(model, recurse=True) takes accelerate's hooks off"
+            remedy = accelerate if hasattr(module, "_hf_hook") else ""
+            return f"{type(module).__name__}.forward is replaced on the instance{remedy}"
     if model.training and any(
         rate > 0 for rate in (decoder.dropout, decoder.layerdrop, decoder.layers[0].self_attn.dropout)
     ):
