@@ -16,7 +16,6 @@ import argparse
 import importlib.util
 import json
 import multiprocessing
-import resource
 import statistics
 import sys
 import tempfile
@@ -33,11 +32,14 @@ from whisper_static_cache.audio import load_audio
 from whisper_static_cache.checkpoints import CHECKPOINTS, fetch_checkpoint, load_checkpoint
 
 
-def resident_bytes():
-    """Bytes of this process in memory, or None where /proc is not."""
+def memory_bytes(key):
+    """Bytes of this process in memory, now (VmRSS) or at most (VmHWM), or None where /proc is not.
+
+    The most that getrusage tells is at least what the process that started this one held.
+    """
     path = Path("/proc/self/status")
     lines = path.read_text().splitlines() if path.is_file() else ()
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS")), None)
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(key)), None)
 
 
 class Ours:
@@ -128,11 +130,12 @@ def make(label, name, options):
 
 def grow(label, name, options, samples):
     """In a process of its own: bytes that it grew by, and the most that it held."""
-    before = resident_bytes()
-    make(label, name, options)(samples)
-    after = resident_bytes()
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"process_grew_bytes": None if before is None else after - before, "process_peak_bytes": peak}
+    before = memory_bytes("VmRSS")
+    engine = make(label, name, options)
+    engine(samples)
+    after = memory_bytes("VmRSS")
+    grew = None if before is None else after - before
+    return {"process_grew_bytes": grew, "process_peak_bytes": memory_bytes("VmHWM")}
 
 
 def main():
