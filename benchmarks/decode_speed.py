@@ -8,6 +8,10 @@ Each case's tokens are compared with those of the run's first case, which should
 in the row, since in half precision random weights make near-ties. With `--bits` below 16 the decoder's linears are
 rounded to that width, by plain rounding since the values do not matter, and stock's generate runs on them as it can.
 One JSON line a case, with the machine and the versions.
+
+    python benchmarks/decode_speed.py --quantising --shapes large-v2 --bits 4 3 2 1.58 --head-bits 4
+
+times `quantize_decoder` with hqq's solver instead, and on a GPU says by how much its peak passes the model's bytes.
 """
 
 import argparse
@@ -102,6 +106,28 @@ def generate(model, states, tokens, timestamps, **arguments):
         max_new_tokens=tokens,
         **arguments,
     )
+
+
+def time_quantising(model, bits, group_size, head_bits):
+    """Seconds that `quantize_decoder` takes, and its bytes on a GPU; returns its part of the row."""
+    device = model.device
+    layer = sum(p.numel() * p.element_size() for p in model.model.decoder.layers[0].parameters())
+    gc.collect()
+    synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    start = time.perf_counter()
+    whisper_static_cache.quantize_decoder(model, bits, group_size, head_bits=head_bits, progress=False)
+    synchronize(device)
+    row = {"head_bits": head_bits, "seconds": round(time.perf_counter() - start, 2), "layer_bytes": layer}
+    if device.type == "cuda":
+        row["model_bytes"] = before
+        row["peak_over_model_bytes"] = torch.cuda.max_memory_allocated(device) - before
+        row["after_bytes"] = torch.cuda.memory_allocated(device)
+    linears = [module for module in model.modules() if hasattr(module, "requested_backend")]
+    return {**row, "linears": len(linears), "backends": sorted({linear.backend for linear in linears})}
 
 
 def synchronize(device):
@@ -228,11 +254,31 @@ def main():
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--quantising", action="store_true", help="time quantize_decoder, not decoding")
+    parser.add_argument("--head-bits", nargs="+", type=int, choices=(0, 8, 4, 3, 2), default=[0], help="0: no head")
     parser.add_argument("--output", type=Path, help="file to append JSON lines to")
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    facts, bandwidth = machine(device), copy_bandwidth(device)
+    facts = machine(device)
+
+    def write(row):
+        row.update(facts)
+        print(json.dumps(row), flush=True)
+        if options.output:
+            with options.output.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    if options.quantising:
+        for shape, bits, head_bits in itertools.product(options.shapes, options.bits, options.head_bits):
+            bits = bits if bits == 1.58 else int(bits)
+            group_size = GROUP_SIZES.get(bits) or parser.error("--quantising needs --bits below 16")
+            row = {"shape": shape, "bits": bits, "group_size": group_size, "dtype": options.dtype}
+            model = build_model(shape, device, dtype)
+            write({**row, **time_quantising(model, bits, group_size, head_bits or None)})
+            del model
+        return
+    bandwidth = copy_bandwidth(device)
     for shape, bits in itertools.product(options.shapes, options.bits):
         model = build_model(shape, device, dtype)
         group_size = GROUP_SIZES.get(bits)
@@ -253,11 +299,7 @@ def main():
                     achieved = row["bytes_per_step"] / (measured["ms_per_token"] / 1000)
                     row["copy_bandwidth_tb_s"] = round(bandwidth / 1e12, 3)
                     row["percent_of_copy_bandwidth"] = round(100 * achieved / bandwidth, 1)
-                row.update(facts)
-                print(json.dumps(row), flush=True)
-                if options.output:
-                    with options.output.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
+                write(row)
         del model
         gc.collect()
 
