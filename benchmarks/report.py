@@ -12,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+SPEEDS = ("speed", "decoder_speed")
 START, END = "<!-- measured:start -->\n", "<!-- measured:end -->"
 
 
@@ -115,6 +116,76 @@ def wer_section():
     return (
         "Word error rate of quantised decoders, plain HQQ, greedy, on 50 utterances of LibriSpeech test-other, by "
         f"themselves and joined by chapter (fp32 arithmetic, on {machines}; benchmarks/results/wer_*.jsonl):\n\n"
+        f"{table(header, lines)}\n\n"
+        "![Word error rate against speed](benchmarks/results/wer.png)\n\n"
+        "`benchmarks/results/wer.html` is the same with the facts of each point on hover.\n"
+    )
+
+
+def cpu_quantized_section():
+    """A 4-bit decoder on a CPU beside float32 and faster-whisper."""
+    found = rows("cpu_quantized.jsonl")
+    if not found:
+        return ""
+    lines = []
+    for row in found:
+        ratios = [row.get(f"{what}_over_{other}") for other in ("fp32", "faster_whisper") for what in SPEEDS]
+        grew, peak, decoder = (row[key] for key in ("process_grew_bytes", "process_peak_bytes", "decoder_bytes"))
+        lines.append(
+            [
+                f"{row['model']}, {row['configuration']}",
+                *("not measured" if ratio is None else f"{ratio:.2f}x" for ratio in ratios),
+                "not told" if decoder is None else f"{decoder / 2**20:.0f} MiB",
+                "not measured" if grew is None else f"{grew / 2**20:.0f} MiB",
+                "not measured" if peak is None else f"{peak / 2**20:.0f} MiB",
+                f"{row['wer']:.1f}",
+            ]
+        )
+    first = found[0]
+    header = [
+        "model, decoder",
+        "speed over fp32",
+        "decoder's alone",
+        "speed over faster-whisper int8",
+        "decoder's alone",
+        "decoder",
+        "process grew",
+        "process at most",
+        "WER, %",
+    ]
+    return (
+        "A 4-bit decoder on a CPU, beside fp32 and faster-whisper's int8 on the same audio, turn by turn in one run: "
+        f"{first['files']} utterances of LibriSpeech test-other, greedy, medians of {first['rounds']} turns, on "
+        f"`{first['engine']}`. The speed is from samples to text, with the encoder, which is float32 here and int8 "
+        "there; the decoder's alone is without. The process, weighed apart from the timing, loads the checkpoint, quantises, "
+        f"compiles and transcribes once ({first['cpu']}, {first['threads']} threads, torch {first['torch']}, "
+        f"transformers {first['transformers']}; `{first['command']}`):\n\n{table(header, lines)}\n"
+    )
+
+
+def quantising_section():
+    """Seconds and memory of quantising a large decoder on a GPU."""
+    found = rows("quantising_*.jsonl")
+    if not found:
+        return ""
+    lines = []
+    for row in found:
+        peak, layer = row["peak_over_model_bytes"], row["layer_bytes"]
+        name = f"{row['shape']}, {row['dtype']}, {row['bits']:g}:{row['group_size']}"
+        name += f", head {row['head_bits']:g} bits" if row["head_bits"] else ""
+        sizes = [f"{size / 2**20:,.0f} MiB" for size in (peak, layer, row["model_bytes"], row["after_bytes"])]
+        lines.append([name, f"{row['seconds']:.2f} s", *sizes])
+    first = found[0]
+    commands = ", ".join(dict.fromkeys(f"`{row['command']}`" for row in found if row["command"]))
+    commands = (
+        commands or "by the calls that `python benchmarks/decode_speed.py --quantising` makes, before it was there"
+    )
+    versions = f"torch {first['torch']}" + (f", transformers {first['transformers']}" if first["transformers"] else "")
+    commits = ", ".join(dict.fromkeys(str(row["commit"]) for row in found))
+    header = ["decoder", "quantised in", "peak above the model", "one layer", "model before", "after"]
+    return (
+        f"Quantising with hqq's solver on a GPU, random weights at the real shape ({first['gpu']}, {versions}, commit "
+        f"{commits}; {commands}):\n\n"
         f"{table(header, lines)}\n"
     )
 
@@ -168,11 +239,15 @@ def main():
     text = readme.read_text()
     before, rest = text.split(START)
     _, after = rest.split(END)
-    sections = [
-        section
-        for section in (decode_section(), transcription_section(), wer_section(), releases_section())
-        if section
-    ]
+    makers = (
+        decode_section,
+        transcription_section,
+        cpu_quantized_section,
+        wer_section,
+        quantising_section,
+        releases_section,
+    )
+    sections = [section for section in (make() for make in makers) if section]
     new = before + START + "\n" + "\n".join(sections) + "\n" + END + after
     if options.check:
         sys.exit(new != text and "README.md differs from benchmarks/results: run python benchmarks/report.py")
