@@ -85,17 +85,18 @@ def assert_same_state(model, expected):
 # --- what is stored
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group_size", [16, 32, 64, 128])
 @pytest.mark.parametrize("bits", BITS)
-def test_dequantised_weights_are_hqqs_own(bits, group_size, dtype):
+def test_dequantised_weights_are_hqqs_own(bits, group_size, dtype, device):
     core = pytest.importorskip("hqq.core.quantize", reason="needs the hqq package to compare with")
     with torch.random.fork_rng():
         torch.manual_seed(int(bits * 100) + group_size)
-        linear = nn.Linear(384, 48).to(dtype)
+        linear = nn.Linear(384, 48).to(device, dtype)
     config = core.BaseQuantizeConfig(nbits=bits, group_size=group_size, axis=1)
     config["weight_quant_params"]["round_zero"] = False  # as Quantizer.quantize has it: rounding costs accuracy
-    theirs = core.HQQLinear(linear, config, compute_dtype=dtype, device="cpu", del_orig=False)
+    theirs = core.HQQLinear(linear, config, compute_dtype=dtype, device=device, del_orig=False)
     values, scales, zeros = quantization._solve_hqq(linear.weight.detach(), bits, group_size)
     options = {"bits": bits, "group_size": group_size, "method": "hqq"}
     ours = QuantizedLinear.from_integers(values, scales.to(dtype), zeros.to(dtype), linear.bias, **options)
@@ -431,7 +432,7 @@ def briefly_tuned(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.usefixtures("briefly_tuned")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["torchao", "gemlite"])
+@pytest.mark.parametrize("backend", ["torch", "torchao", "gemlite"])
 @pytest.mark.parametrize(("bits", "group_size"), [(8, 64), (4, 64), (4, 32), (3, 32), (2, 16), (2, 32), (1.58, 32)])
 def test_cuda_kernels_against_the_torch_backend(bits, group_size, backend, dtype):
     for out_features, in_features in ((384, 384), (51, 1280), (51865, 384)):
