@@ -158,8 +158,8 @@ def cpu_quantized_section():
         f"{first['files']} utterances of LibriSpeech test-other, greedy, medians of {first['rounds']} turns, on "
         f"`{first['engine']}`. The speed is from samples to text, with the encoder, which is float32 here and int8 "
         "there; the decoder's alone is without. The process, weighed apart from the timing, loads the checkpoint, "
-        f"quantises, compiles and transcribes once ({first['cpu']}, {first['threads']} threads, torch {first['torch']}, "
-        f"transformers {first['transformers']}; `{first['command']}`):\n\n{table(header, lines)}\n"
+        f"quantises, compiles and transcribes once ({first['cpu']}, {first['threads']} threads, torch "
+        f"{first['torch']}, transformers {first['transformers']}; `{first['command']}`):\n\n{table(header, lines)}\n"
     )
 
 
