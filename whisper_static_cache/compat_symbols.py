@@ -109,6 +109,10 @@ PATCHED = tuple(
                 "**model_kwargs",
             ),
         ),
+        (
+            "WhisperForConditionalGeneration.get_encoder",
+            ("self", "self, modality"),
+        ),
     )
 )
 
