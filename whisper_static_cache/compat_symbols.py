@@ -227,6 +227,11 @@ SYMBOLS = (
         otherwise='cache_implementation="dynamic" is taken for known',
     ),
     *_rows(
+        "modeling_outputs",
+        "encoder_graph.py",
+        ("BaseModelOutput", (), {"attributes": ("last_hidden_state",)}),
+    ),
+    *_rows(
         "generation.stopping_criteria",
         "token_choice.py",
         ("MaxLengthCriteria", (), {"attributes": ("max_length",)}),
