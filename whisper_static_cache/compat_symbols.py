@@ -109,6 +109,10 @@ PATCHED = tuple(
                 "**model_kwargs",
             ),
         ),
+        (
+            "WhisperForConditionalGeneration.get_encoder",
+            ("self", "self, modality"),
+        ),
     )
 )
 
@@ -221,6 +225,11 @@ SYMBOLS = (
         "_compat.py",
         ("ALL_CACHE_IMPLEMENTATIONS", ()),
         otherwise='cache_implementation="dynamic" is taken for known',
+    ),
+    *_rows(
+        "modeling_outputs",
+        "encoder_graph.py",
+        ("BaseModelOutput", (), {"attributes": ("last_hidden_state",)}),
     ),
     *_rows(
         "generation.stopping_criteria",

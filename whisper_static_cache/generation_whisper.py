@@ -16,6 +16,7 @@ from transformers.generation.utils import GenerateEncoderDecoderOutput
 
 from . import _compat
 from .cache_utils import EncoderDecoderStaticCache
+from .encoder_graph import encoder_of
 from .engines import ENGINES
 from .modeling_whisper import activation_dtype, decoder_device
 from .run_report import Call, Clock, Window
@@ -117,6 +118,14 @@ def _describe(model, engine, arguments):
         keeps_results=bool(arguments.get("return_segments") or setting("return_dict_in_generate")),
         is_shortform=frames <= 2 * model.config.max_source_positions,
     )
+
+
+def encoder_for_call(model, encoder):
+    """What stands in for `encoder` inside a `generate` call of `model`; outside of one, `encoder`."""
+    call = _CALL.get()
+    if call is None or call.model() is not model or next(encoder.parameters()).device.type != "cuda":
+        return encoder
+    return encoder_of(state_of(model), encoder)
 
 
 def first_tensor(encoder_outputs):

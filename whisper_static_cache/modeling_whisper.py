@@ -197,10 +197,10 @@ class ModuleFingerprint:
     each parameter's storage is. A deep copy is another model and never gets here.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, roots=None):
         self._children = []
         self._tensors = []
-        for root in (model.model.decoder, model.proj_out):
+        for root in roots or (model.model.decoder, model.proj_out):
             for module in root.modules():
                 self._children += [(module._modules, name, child) for name, child in module._modules.items()]
                 for table in (module._parameters, module._buffers):

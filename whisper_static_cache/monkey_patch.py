@@ -1,6 +1,6 @@
 """patch() and unpatch(): the only place that assigns into transformers.
 
-Four attributes of `WhisperForConditionalGeneration` are replaced, the rows of `compat_symbols.PATCHED`. Each
+Five attributes of `WhisperForConditionalGeneration` are replaced, the rows of `compat_symbols.PATCHED`. Each
 replacement asks first whether the model at hand is switched on, so that `patch(model)` leaves every other model on the
 stock path, and calls the attribute it replaced where it is not.
 """
@@ -83,8 +83,22 @@ def _make_beam_search(stock):
     return _beam_search
 
 
+def _make_get_encoder(stock):
+    @functools.wraps(stock)
+    def get_encoder(self, *args, **kwargs):
+        encoder = stock(self, *args, **kwargs)
+        # Accelerate puts its hooks on what this returns.
+        if _engine_or_none(self) not in ("auto", "triton") or hasattr(self, "hf_device_map"):
+            return encoder
+        from .generation_whisper import encoder_for_call
+
+        return encoder_for_call(self, encoder)
+
+    return get_encoder
+
+
 # What makes the replacement from the attribute replaced, in the order of `PATCHED`.
-_ROWS = (_make_generate, _make_sample, _make_average_logprob, _make_beam_search)
+_ROWS = (_make_generate, _make_sample, _make_average_logprob, _make_beam_search, _make_get_encoder)
 
 
 def patch(model=None, *, engine="auto"):

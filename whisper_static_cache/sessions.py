@@ -78,6 +78,8 @@ class ModelState:
         self.lock = threading.Lock()
         self.last_call = None
         self.logged = set()
+        # What stands in for the encoder; it looks after its own staleness.
+        self.encoder = None
         self._forget()
 
     def _forget(self):

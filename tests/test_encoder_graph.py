@@ -1,0 +1,70 @@
+"""The encoder's stand-in: what it replays, what it leaves to the encoder, and that the states are the same."""
+
+import pytest
+import torch
+
+import whisper_static_cache
+from whisper_static_cache import encoder_graph
+from whisper_static_cache.sessions import state_of
+
+from .conftest import tiny_features, tiny_model
+
+
+class Refusing(encoder_graph.CapturedEncoder):
+    calls = 0
+
+    def _replay(self, features):
+        self.calls += 1
+        raise RuntimeError("no graph here")
+
+
+def test_batches_share_few_graphs():
+    assert [encoder_graph.rows_for(size) for size in (1, 2, 3, 4, 5, 16)] == [1, 2, 4, 4, 8, 16]
+
+
+def test_a_capture_that_fails_is_tried_once_and_the_encoder_serves(monkeypatch, caplog):
+    model = tiny_model()
+    features = tiny_features(2, config=model.config)
+    encoder = Refusing(model.model.encoder)
+    monkeypatch.setattr(encoder_graph, "why_not", lambda *_: None)
+    with torch.no_grad():
+        expected = model.model.encoder(features).last_hidden_state
+        for _ in range(2):
+            assert torch.equal(encoder(input_features=features, return_dict=True).last_hidden_state, expected)
+    assert encoder.calls == 1
+    assert caplog.text.count("could not be captured") == 1
+
+
+def test_the_cpu_is_left_to_the_encoder():
+    model = tiny_model()
+    with whisper_static_cache.patched(model, engine="auto"):
+        assert model.get_encoder() is model.model.encoder
+        model.generate(tiny_features(1, config=model.config), max_new_tokens=2)
+        assert state_of(model).encoder is None
+    reason = encoder_graph.why_not(model.model.encoder, tiny_features(1, config=model.config), {})
+    assert "GPU" in reason
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_replays_what_the_encoder_gives(dtype):
+    model = tiny_model().cuda().to(dtype)
+    encoder = encoder_graph.CapturedEncoder(model.model.encoder)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    kept = []
+    with torch.no_grad():
+        for size in (1, 3, 2, 4, 3, 1):
+            features = torch.randn_like(tiny_features(size, config=model.config)).cuda().to(dtype)
+            kept.append((encoder(input_features=features)[0], model.model.encoder(features)[0]))
+    assert encoder.captures == 3
+    for actual, expected in kept:
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+    with torch.no_grad():
+        features = features.to(dtype)
+        for parameter in model.model.encoder.parameters():
+            parameter.data = parameter.data * 1.1
+        torch.testing.assert_close(
+            encoder(input_features=features)[0], model.model.encoder(features)[0], rtol=tolerance, atol=tolerance
+        )
+        assert encoder_graph.why_not(model.model.encoder, features, {"output_attentions": True})
+    assert encoder_graph.why_not(model.model.encoder, features, {})

@@ -1,0 +1,144 @@
+"""The encoder's forward as a CUDA graph: eager, its hundreds of small kernels wait for the host."""
+
+import inspect
+import logging
+import threading
+
+import torch
+from torch import nn
+
+from .cuda_graphs import CapturedCall
+from .modeling_whisper import ModuleFingerprint, forward_hooks
+
+
+logger = logging.getLogger(__name__)
+
+# The largest batch that is captured; beyond it the arithmetic hides the launches.
+MAX_ROWS = 16
+_SERVED_ATTENTION = ("sdpa", "eager")
+
+
+def rows_for(batch_size):
+    """Rows to run for a batch: the next power of two, so that few graphs are captured."""
+    return 1 << (batch_size - 1).bit_length()
+
+
+def why_not(encoder, features, arguments):
+    """The reason why this call of `encoder` cannot be replayed from a graph, or None.
+
+    Args:
+        encoder: a `WhisperEncoder`.
+        features: what it is called on; `(batch, mel_bins, frames)` if it can be replayed.
+        arguments: the call's other arguments by name.
+    """
+    parameter = next(encoder.parameters())
+    if not isinstance(features, torch.Tensor) or features.dim() != 3:
+        return "the features are not one batch"
+    if features.device != parameter.device or features.device.type != "cuda":
+        return "features and encoder are not on one GPU"
+    if features.dtype != parameter.dtype:
+        return "the features are of another dtype than the encoder"
+    if not 1 <= features.shape[0] <= MAX_ROWS:
+        return f"a batch of {features.shape[0]}"
+    for name, value in arguments.items():
+        # Whisper's encoder reads no mask.
+        if name not in ("attention_mask", "return_dict") and value is not None and value is not False:
+            return f"the argument `{name}` is given"
+    if arguments.get("return_dict") is False:
+        return "a tuple is asked for"
+    if encoder.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
+        return "training, gradients or autocast are on"
+    if getattr(encoder.config, "_attn_implementation", None) not in _SERVED_ATTENTION:
+        return "the attention implementation may not be capturable"
+    for module in encoder.modules():
+        if forward_hooks(module) or "forward" in module.__dict__:
+            return f"{type(module).__name__} has a forward of its own or a hook"
+    return None
+
+
+class CapturedEncoder:
+    """Stands in for a model's encoder during `generate`: replays a graph where it can, else calls the encoder."""
+
+    def __init__(self, encoder):
+        self.encoder = encoder
+        self.captures = 0
+        self._lock = threading.Lock()
+        self._forget()
+        self._failed = False
+
+    def _forget(self):
+        self._fingerprint = None
+        self._graphs = {}
+        self._pools = {}
+
+    @property
+    def forward(self):
+        """What transformers reads the signature of."""
+        return self.encoder.forward
+
+    def __getattr__(self, name):
+        return getattr(self.encoder, name)
+
+    def __call__(self, *args, **kwargs):
+        try:
+            bound = inspect.signature(self.encoder.forward).bind(*args, **kwargs).arguments
+        except TypeError:
+            return self.encoder(*args, **kwargs)
+        arguments = {**bound, **bound.pop("kwargs", {})}
+        features = arguments.pop("input_features", None)
+        if self._failed or why_not(self.encoder, features, arguments) is not None:
+            return self.encoder(*args, **kwargs)
+        try:
+            states = self._replay(features)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:
+            self._failed = True
+            self._forget()
+            logger.warning("The encoder could not be captured (%s): it runs uncaptured from here on.", error)
+            return self.encoder(*args, **kwargs)
+        return _output_class()(last_hidden_state=states)
+
+    def _replay(self, features):
+        # A caller may be in inference mode; buffers outlive the call and could not be written outside of it again.
+        with self._lock, torch.inference_mode(False), torch.no_grad(), torch.cuda.device(features.device):
+            if self._fingerprint is None or not self._fingerprint.still_holds():
+                self._forget()
+                self._fingerprint = ModuleFingerprint(self.encoder, roots=(self.encoder,))
+            # Replays on two streams could overlap: each stream has graphs and a pool of its own.
+            stream = torch.cuda.current_stream().cuda_stream
+            rows = rows_for(features.shape[0])
+            key = (stream, rows, features.shape[1:], self.encoder.config._attn_implementation)
+            if key not in self._graphs:
+                self._graphs[key] = self._capture(stream, rows, features)
+            graph, buffer = self._graphs[key]
+            buffer[: features.shape[0]].copy_(features)
+            # `generate` keeps the states over retries, and the next replay overwrites them.
+            return graph()[: features.shape[0]].clone()
+
+    def _capture(self, stream, rows, features):
+        buffer = torch.zeros(rows, *features.shape[1:], dtype=features.dtype, device=features.device)
+        if stream not in self._pools:
+            self._pools[stream] = torch.cuda.graph_pool_handle()
+        graph = CapturedCall(lambda: self.encoder(buffer).last_hidden_state, pool=self._pools[stream])
+        self.captures += 1
+        return graph, buffer
+
+
+def _output_class():
+    from transformers.modeling_outputs import BaseModelOutput
+
+    return BaseModelOutput
+
+
+def encoder_of(state, encoder):
+    """The stand-in for `encoder` that `state`, the model's `ModelState`, keeps; `encoder` itself where it has none.
+
+    Only a module of transformers' own is stood in for.
+    """
+    if not isinstance(encoder, nn.Module) or type(encoder).__name__ != "WhisperEncoder":
+        return encoder
+    with state.lock:
+        if state.encoder is None or state.encoder.encoder is not encoder:
+            state.encoder = CapturedEncoder(encoder)
+        return state.encoder
