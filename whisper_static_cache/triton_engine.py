@@ -448,14 +448,13 @@ class TritonEngine(EagerEngine):
 
 def _pointers(layer, caches):
     """A layer's tensors in the order of the kernel's `Pointer`."""
-    products = (layer.self_out, layer.query, layer.cross_out, layer.fc1, layer.fc2)
-    folds = (layer.qkv, layer.query, layer.fc1)
+    first, second = (layer.qkv, layer.query, layer.fc1), (layer.self_out, layer.cross_out, layer.fc2)
     return [
-        *(weight.values for weight in layer.qkv.weights),
-        *(product.weights[0].values for product in products),
-        *(tensor for product in folds for tensor in (product.constant, product.folded)),
-        *(product.biases[0] for product in (layer.self_out, layer.cross_out, layer.fc2)),
-        *(product.norm.weight for product in folds),
+        *(weight.values for product in first + second for weight in product.weights),
+        *(product.constant for product in first),
+        *(product.folded for product in first),
+        *(product.constant for product in second),
+        *(product.norm.weight for product in first),
         *caches,
     ]
 

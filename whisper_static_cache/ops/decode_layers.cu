@@ -18,11 +18,11 @@ typedef unsigned long long u64;
 typedef unsigned short u16;
 typedef unsigned char u8;
 
-constexpr int THREADS = 512, WARPS = THREADS / 32;
+constexpr int WARPS = 15, THREADS = 32 * WARPS;  // Those that compute; one more warp fetches.
+constexpr int COLUMNS = 16;  // Warps' sums, in fours; what is behind the last warp's stays zero.
 constexpr int PIECES = BF16 ? 3 : 2;  // Parts that a float32 activation is split into for the tensor cores.
 constexpr float SHRINK = 1.0f / 16, GROW = 16.0f;  // Keeps activations times gains far from float16's largest number.
 constexpr float NOTHING = -1e30f, LOG2E = 1.4426950408889634f;
-constexpr int BARRIERS = 8;
 
 constexpr int up(int n, int to) { return (n + to - 1) / to * to; }
 constexpr int least(int a, int b) { return a < b ? a : b; }
@@ -31,31 +31,52 @@ constexpr int most(int a, int b) { return a > b ? a : b; }
 constexpr int rows_of(int features) { return up((features + PROGRAMS - 1) / PROGRAMS, 2); }
 
 constexpr int ROWS_QKV = rows_of(3 * WIDTH), ROWS = rows_of(WIDTH), ROWS_FFN = rows_of(FFN);
-// 64 bytes more than a row: the eight lanes that one access serves at a time then meet different banks.
-constexpr int PITCH = 2 * WIDTH + 64, PITCH_FFN = 2 * FFN + 64;
+constexpr int MOST_ROWS = up(most(ROWS_QKV, most(ROWS, ROWS_FFN)), 16);
 constexpr int SHARE = up((64 + SPLITS - 1) / SPLITS, 2);  // Dimensions of a head that a program merges.
 
-// What a program's pointers of a layer are, in the order of the launcher's table.
-enum Pointer {
-  Q_WEIGHT, K_WEIGHT, V_WEIGHT, SELF_OUT_WEIGHT, CROSS_Q_WEIGHT, CROSS_OUT_WEIGHT, FC1_WEIGHT, FC2_WEIGHT,
-  QKV_CONSTANT, QKV_FOLDED, CROSS_Q_CONSTANT, CROSS_Q_FOLDED, FC1_CONSTANT, FC1_FOLDED,
-  SELF_OUT_BIAS, CROSS_OUT_BIAS, FC2_BIAS, SELF_GAIN, CROSS_GAIN, FC_GAIN,
-  KEYS, VALUES, CROSS_KEYS, CROSS_VALUES, POINTERS
+// A layer in thirds: self-attention, cross-attention, feed-forward. Each begins with a product of the normalised
+// stream and ends with one that is added to it.
+enum { SELF, CROSS, FORWARD, THIRDS };
+// What is fetched, in this order: for each third the first weights, keys and values if any, the second weights.
+enum { FIRST, RUN, SECOND };
+constexpr int CHUNKS = 3 * THIRDS;
+// A layer's device pointers, in the order of the launcher's table; those that go by thirds three in a row.
+enum {
+  QUERY_WEIGHT, KEY_WEIGHT, VALUE_WEIGHT, CROSS_QUERY_WEIGHT, FC1_WEIGHT, SECOND_WEIGHT,
+  CONSTANT = SECOND_WEIGHT + 3, FOLDED = CONSTANT + 3, BIAS = FOLDED + 3, GAIN = BIAS + 3,
+  KEYS = GAIN + 3, VALUES, CROSS_KEYS, CROSS_VALUES, POINTERS
 };
-enum Chunk { QKV, SELF, SELF_OUT, CROSS_Q, CROSS, CROSS_OUT, FC1, FC2, CHUNKS };
 
-constexpr int STAGE = most(PIECES * up(WIDTH / 32, WARPS) / WARPS, up(FFN / 32, WARPS) / WARPS) * 16;  // words a warp
+// A product's chunk: the first half of the rows, 64 bytes behind a multiple of 128 the second half, and the vectors
+// that go with them. The eight lanes that shared memory serves at a time read two rows, one of each half, and thus
+// meet different banks. Vectors are copied from the multiple of 16 bytes at or below their first element.
+constexpr int VECTOR = 256;
+__device__ constexpr int second_half(int rows, int row_bytes) { return (rows + 1) / 2 * row_bytes + 64; }
+__device__ constexpr int vectors(int rows, int row_bytes) {
+  return up(second_half(rows, row_bytes) + rows / 2 * row_bytes, 128);
+}
+__device__ constexpr int chunk_bytes(int rows, int row_bytes, bool normed) {
+  return rows ? up(vectors(rows, row_bytes) + VECTOR + (normed ? VECTOR + 2 * WIDTH : 0), 128) : 0;
+}
+static_assert(MOST_ROWS * 4 + 16 <= VECTOR, "a vector is longer than its place");
+
+constexpr int SLOTS_IN_RING = 8;
+constexpr int STAGE = most(PIECES * (up(WIDTH / 32, WARPS) / WARPS), up(FFN / 32, WARPS) / WARPS) * 16;  // words a warp
 struct Shared {
   alignas(16) u32 stage[WARPS][STAGE];
-  alignas(16) float sums[2][up(most(ROWS_QKV, most(ROWS, ROWS_FFN)), 16)][WARPS + 4];
-  alignas(16) float moments[2][2][WARPS];
+  alignas(16) float sums[2][MOST_ROWS][COLUMNS + 4];
+  alignas(16) float moments[2][2][COLUMNS];
   alignas(16) float query[64], key[64], value[64];
   alignas(16) float runs[WARPS][64], tops[WARPS], totals[WARPS];
   float merge[SPLITS * (SHARE + 2)];
-  u64 barriers[BARRIERS];
+  float eps[LAYERS * THIRDS];
+  int bytes[CHUNKS];
+  u64 full[SLOTS_IN_RING], empty[SLOTS_IN_RING];
+  u8 valid[SLOTS];
 };
 constexpr int RING = (MEMORY - (int)sizeof(Shared)) / 128 * 128;
-static_assert(RING >= most(most(ROWS_QKV, ROWS_FFN) * PITCH, ROWS * PITCH_FFN), "a chunk exceeds the shared memory");
+static_assert(RING >= most(chunk_bytes(most(ROWS_QKV, ROWS_FFN), 2 * WIDTH, true), chunk_bytes(ROWS, 2 * FFN, false)),
+              "a product exceeds the shared memory");
 static_assert(RING >= (most(SOURCE, SLOTS) + SPLITS - 1) / SPLITS * 256, "a run of keys exceeds the shared memory");
 
 // -- Instructions that the language has no word for ---------------------------------------------------------------
@@ -75,6 +96,16 @@ __device__ __forceinline__ void publish(u64* p, u32 value, u32 exchange) {
 __device__ __forceinline__ void load16(u32 (&r)[4], u32 p) {
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(p)
                : "memory");
+}
+__device__ __forceinline__ u32 load4(u32 p) {
+  u32 a;
+  asm volatile("ld.shared.u32 %0,[%1];" : "=r"(a) : "r"(p) : "memory");
+  return a;
+}
+__device__ __forceinline__ u16 load2(u32 p) {
+  u16 a;
+  asm volatile("ld.shared.u16 %0,[%1];" : "=h"(a) : "r"(p) : "memory");
+  return a;
 }
 __device__ __forceinline__ void copy_async(u32 to, const void* from, u32 bytes, u32 barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(to),
@@ -135,111 +166,13 @@ __device__ __forceinline__ float low_of(u32 pair) { return widen((u16)pair); }
 __device__ __forceinline__ float high_of(u32 pair) { return widen((u16)(pair >> 16)); }
 __device__ __forceinline__ float rounded(float x) { return low_of(pack(x, 0)); }
 
+__device__ __forceinline__ void everybody() { asm volatile("bar.sync 1,%0;" ::"n"(THREADS) : "memory"); }
+
 // -- The ring ------------------------------------------------------------------------------------------------------
-
-struct Span {
-  int first, count;  // Output features or keys of this program.
-};
-__device__ __forceinline__ Span share(int total, int each, int index) {
-  int first = least(index * each, total);
-  return {first, least(each, total - first)};
-}
-
-// A chunk's place: behind the one before it, or at the start where it would cross the end.
-__device__ __forceinline__ int placed(int position, int size) { return position + size > RING ? 0 : position; }
-
-struct Ring {
-  const u64* table;
-  u32 memory, barriers;
-  Span qkv, width, ffn, self, cross;
-  int head;
-  // Counts of chunks issued and released, and the ring's ends; the consuming side has its own.
-  int issued = 0, released = 0, layer = 0, chunk = 0, write = 0;
-  int taken = 0, read = 0, oldest = 0;
-
-  __device__ __forceinline__ int size(int c) const {
-    switch (c) {
-      case QKV: return qkv.count * PITCH;
-      case SELF: return self.count * 256;
-      case CROSS: return cross.count * 256;
-      case FC1: return ffn.count * PITCH;
-      case FC2: return width.count * PITCH_FFN;
-      default: return width.count * PITCH;
-    }
-  }
-  // One warp: start the copies of every chunk that there is room for.
-  __device__ __forceinline__ void fill(int lane) {
-    while (layer < LAYERS && issued - released < BARRIERS) {
-      int bytes = size(chunk);
-      if (bytes) {
-        int start = placed(write, bytes);
-        bool fits = issued == released || (write > oldest ? start == write || bytes <= oldest : write + bytes <= oldest);
-        if (!fits) return;
-        const u64* pointers = table + layer * POINTERS;
-        u32 to = memory + start, barrier = barriers + issued % BARRIERS * 8;
-        bool keys = chunk == SELF || chunk == CROSS;
-        int row_bytes = chunk == FC2 ? 2 * FFN : 2 * WIDTH;
-        int count = chunk == QKV ? qkv.count : chunk == FC1 ? ffn.count : width.count;
-        int copied = keys ? bytes : count * row_bytes;
-        if (lane == 0)
-          asm volatile("mbarrier.arrive.expect_tx.shared.b64 _,[%0],%1;" ::"r"(barrier), "r"(copied) : "memory");
-        __syncwarp();
-        if (keys) {
-          // The head's keys lie in a row, then its values.
-          bool own = chunk == SELF;
-          u32 half = bytes / 2;
-          long at = ((long)head * (own ? SLOTS : SOURCE) + (own ? self.first : cross.first)) * 128;
-          if (lane < 2)
-            copy_async(to + lane * half, (const u8*)pointers[(own ? KEYS : CROSS_KEYS) + lane] + at, half, barrier);
-        } else {
-          int first = chunk == QKV ? qkv.first : chunk == FC1 ? ffn.first : width.first;
-          int pitch = row_bytes + 64;
-          for (int row = lane; row < count; row += 32) {
-            int n = first + row, which;
-            switch (chunk) {
-              case QKV: which = Q_WEIGHT + n / WIDTH; n %= WIDTH; break;
-              case SELF_OUT: which = SELF_OUT_WEIGHT; break;
-              case CROSS_Q: which = CROSS_Q_WEIGHT; break;
-              case CROSS_OUT: which = CROSS_OUT_WEIGHT; break;
-              case FC1: which = FC1_WEIGHT; break;
-              default: which = FC2_WEIGHT;
-            }
-            copy_async(to + row * pitch, (const u8*)pointers[which] + (long)n * row_bytes, row_bytes, barrier);
-          }
-        }
-        write = start + bytes;
-        issued++;
-      }
-      if (++chunk == CHUNKS) chunk = 0, layer++;
-    }
-  }
-  // Every thread: wait for the next chunk and get its address, or do nothing where this program has none.
-  __device__ __forceinline__ u32 take(int c) {
-    int bytes = size(c);
-    if (!bytes) return memory;
-    int start = placed(read, bytes);
-    await(barriers + taken % BARRIERS * 8, taken / BARRIERS & 1);
-    read = start + bytes;
-    taken++;
-    return memory + start;
-  }
-  // The warp that fills: the chunk last taken has been read by all.
-  __device__ __forceinline__ void release(int c) {
-    if (!size(c)) return;
-    released++;
-    // The oldest chunk is now the one behind; where it starts depends on its size, which `fill` placed before.
-    oldest = read;
-  }
-};
-
-// -- A product -----------------------------------------------------------------------------------------------------
-
-enum Input { STREAM, PAIRS };
-enum Epilogue { HEADS_OUT, RESIDUAL, QUERY, GELU };
 
 struct Arguments {
   const u64* table;
-  u64 *stream, *qkv, *query, *partial, *mixed, *hidden;
+  u64 *stream, *heads, *partial, *mixed, *hidden;
   u32* exchange;
   const long* tokens;
   const long* length;
@@ -247,70 +180,195 @@ struct Arguments {
   const u8* valid;
   const u16 *embedding, *positions;
   const u16* last_gain;
-  float *gained, *stats, *eps;
+  float *gained, *stats;
+  const float* eps;
   float scale;
 };
 
+struct Span {
+  int first, count;  // Output features or keys of this program.
+};
+__device__ __forceinline__ Span share(int total, int each) {
+  int first = least((int)blockIdx.x * each, total);
+  return {first, least(each, total - first)};
+}
+__device__ __forceinline__ Span keys_of(int total) {
+  if (blockIdx.x >= HEADS * SPLITS) return {0, 0};
+  int each = (total + SPLITS - 1) / SPLITS, first = least((int)blockIdx.x % SPLITS * each, total);
+  return {first, least(each, total - first)};
+}
+// Features of the first product of a third.
+__device__ __forceinline__ Span features_of(int third) {
+  return third == SELF ? share(3 * WIDTH, ROWS_QKV) : third == CROSS ? share(WIDTH, ROWS) : share(FFN, ROWS_FFN);
+}
+
+// A chunk's place: behind the one before it, or at the start where it would cross the end.
+__device__ __forceinline__ int placed(int position, int bytes) { return position + bytes > RING ? 0 : position; }
+
+// One copy of a chunk's: lane by lane halves of the rows, before and behind a matrix's end, then the vectors.
+__device__ __forceinline__ u32 copy_of(const u64* p, int chunk, int lane, u32& at, const u8*& from, int slot) {
+  const int third = chunk / 3, kind = chunk % 3;
+  if (kind == RUN) {
+    // The head's keys lie in a row, and so do its values.
+    Span keys = keys_of(third == SELF ? slot : SOURCE);
+    long first = (long)(blockIdx.x / SPLITS) * (third == SELF ? SLOTS : SOURCE) + keys.first;
+    at = lane * keys.count * 128;
+    if (lane >= 2) return 0;
+    from = (const u8*)p[KEYS + 2 * third + lane] + first * 128;
+    return keys.count * 128;
+  }
+  Span span = kind == FIRST ? features_of(third) : share(WIDTH, ROWS);
+  const int row_bytes = kind == SECOND && third == FORWARD ? 2 * FFN : 2 * WIDTH;
+  const int behind = vectors(span.count, row_bytes);
+  if (lane < 4) {
+    int middle = span.first + (span.count + 1) / 2;
+    int low = lane < 2 ? span.first : middle, high = lane < 2 ? middle : span.first + span.count;
+    int start = low;
+    int matrix = kind == SECOND ? SECOND_WEIGHT + third : third == SELF ? QUERY_WEIGHT : CROSS_QUERY_WEIGHT + third - 1;
+    if (kind == FIRST && third == SELF) {
+      // Queries', keys' and values' weights are matrices of their own: a run of rows may cross from one to the next.
+      int end = (low / WIDTH + 1) * WIDTH;
+      if (lane % 2) low = least(end, high);
+      else high = least(end, high);
+      matrix += low / WIDTH;
+    } else if (lane % 2) {
+      return 0;
+    }
+    at = (lane < 2 ? 0 : second_half(span.count, row_bytes)) + (low - start) * row_bytes;
+    if (low >= high) return 0;
+    from = (const u8*)p[matrix] + (long)(kind == FIRST && third == SELF ? low % WIDTH : low) * row_bytes;
+    return (high - low) * row_bytes;
+  }
+  if (lane == 6 && kind == FIRST) {
+    at = behind + 2 * VECTOR;
+    from = (const u8*)p[GAIN + third];
+    return 2 * WIDTH;
+  }
+  if (lane > (kind == FIRST ? 5 : 4)) return 0;
+  const int each = kind == FIRST ? 4 : 2, begin = span.first * each / 16 * 16;
+  at = behind + (lane - 4) * VECTOR;
+  from = (const u8*)p[kind == SECOND ? BIAS + third : lane == 4 ? CONSTANT + third : FOLDED + third] + begin;
+  return up((span.first + span.count) * each, 16) - begin;
+}
+
+// The fetching warp: every chunk of every layer, as soon as there is room for it.
+__device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory, int slot) {
+  const int lane = threadIdx.x % 32;
+  int issued = 0, released = 0, write = 0, oldest = 0, oldest_chunk = 0;
+  for (int layer = 0; layer < LAYERS; layer++)
+#pragma unroll 1
+    for (int chunk = 0; chunk < CHUNKS; chunk++) {
+      const int bytes = sh.bytes[chunk];
+      if (!bytes) continue;
+      const int start = placed(write, bytes);
+      u32 at = 0;
+      const u8* from = nullptr;
+      const u32 size = lane < 7 ? copy_of(a.table + layer * POINTERS, chunk, lane, at, from, slot) : 0;
+      u32 all = size;
+#pragma unroll
+      for (int step = 1; step < 8; step *= 2) all += __shfl_xor_sync(~0u, all, step);
+      while (issued - released == SLOTS_IN_RING ||
+             (issued != released &&
+              !(write > oldest ? start == write || bytes <= oldest : start == write && write + bytes <= oldest))) {
+        await(shared_address(&sh.empty[released % SLOTS_IN_RING]), released / SLOTS_IN_RING & 1);
+        released++;
+        while (!sh.bytes[oldest_chunk]) oldest_chunk = (oldest_chunk + 1) % CHUNKS;
+        oldest = placed(oldest, sh.bytes[oldest_chunk]) + sh.bytes[oldest_chunk];
+        oldest_chunk = (oldest_chunk + 1) % CHUNKS;
+      }
+      const u32 barrier = shared_address(&sh.full[issued % SLOTS_IN_RING]);
+      if (lane == 0)
+        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _,[%0],%1;" ::"r"(barrier), "r"(all) : "memory");
+      __syncwarp();
+      if (size) copy_async(memory + start + at, from, size, barrier);
+      write = start + bytes;
+      issued++;
+    }
+}
+
+// -- A product -----------------------------------------------------------------------------------------------------
+
+enum Input { STREAM, PAIRS };
+
 struct State {
-  Ring ring;
-  float residual;     // Of the feature that this thread finishes.
-  u32 exchange;       // Number of the newest exchange.
+  u32 memory;
+  int taken, read;   // Chunks taken from the ring, and where the last one ends.
+  float residual;    // Of the feature that this thread finishes.
   int parity, slot;
-  long token, position;
 };
 
-template <int FEATURES, int DEPTH, Input INPUT, Epilogue END>
-__device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh, int chunk, Span span, const u64* from,
-                                        u64* to, u32 expected, const u16* gain, const void* constants,
-                                        const float* folded, float eps, const u64* pointers, bool first, bool last) {
-  constexpr int EACH = rows_of(FEATURES), TILES = (EACH + 15) / 16, BLOCKS = DEPTH / 32;
-  constexpr int SOME = (BLOCKS + WARPS - 1) / WARPS;  // Blocks of 32 inputs that a warp takes.
+// Wait for the next chunk and get its address; a program that has none gets any.
+__device__ __forceinline__ u32 take(State& s, Shared& sh, int chunk) {
+  const int bytes = sh.bytes[chunk];
+  if (!bytes) return s.memory;
+  const int start = placed(s.read, bytes);
+  await(shared_address(&sh.full[s.taken % SLOTS_IN_RING]), s.taken / SLOTS_IN_RING & 1);
+  s.read = start + bytes;
+  s.taken++;
+  return s.memory + start;
+}
+// The chunk last taken has been read by everybody.
+__device__ __forceinline__ void release(const State& s, Shared& sh, int chunk) {
+  if (threadIdx.x == THREADS - 1 && sh.bytes[chunk])
+    asm volatile("mbarrier.arrive.shared.b64 _,[%0];" ::"r"(shared_address(&sh.empty[(s.taken - 1) % SLOTS_IN_RING]))
+                 : "memory");
+}
+
+template <Input INPUT, int DEPTH, int TILES, int KEPT>
+__device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh, int layer, int third, const Span span,
+                                        const u64* from, u64* to, u32 expected) {
+  constexpr int BLOCKS = DEPTH / 32, SOME = (BLOCKS + WARPS - 1) / WARPS;  // Blocks of 32 inputs that a warp takes.
   constexpr int PER_LOAD = INPUT == STREAM ? 2 : 4, LOADS = (SOME + PER_LOAD - 1) / PER_LOAD;
-  constexpr int ROW = 2 * DEPTH + 64;
+  constexpr int ROW_BYTES = 2 * DEPTH;
+  constexpr int KEEP = least(KEPT, SOME);
   if (!span.count) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int block0 = warp * SOME, mine = least(SOME, BLOCKS - block0);
+  const int chunk = 3 * third + (INPUT == STREAM ? FIRST : SECOND);
 
-  // What waits for nobody: constants, gains, and this warp's part of the weights as the tensor cores take them.
-  const int row = threadIdx.x / 4, n = span.first + row;
-  const bool finishes = row < span.count;
-  float constant = 0, fold = 0;
-  if (finishes) {
-    if (INPUT == STREAM) {
-      constant = ((const float*)constants)[n];
-      fold = folded[n];
-    } else if (constants) {
-      constant = widen(((const u16*)constants)[n]);
-    }
-  }
-  u32 gains[LOADS];
-  if (INPUT == STREAM) {
+  // This warp's part of the weights as the tensor cores take them: lanes with even g read the first half of the rows.
+  const u32 weights = take(s, sh, chunk);
+  const int upper_rows = (span.count + 1) / 2, rows = g % 2 ? span.count / 2 : upper_rows;
+  const u32 corner = weights + (g % 2 ? second_half(span.count, ROW_BYTES) : 0) + block0 * 64 + t * 16;
+  u32 w[KEEP][TILES][2][4];
+  auto load = [&](u32 (&r)[4], int b, int tile, int h) {
+    int row = tile * 8 + h * 4 + g / 2;
+    if (b < mine && row < rows) load16(r, corner + row * ROW_BYTES + b * 64);
+    else r[0] = r[1] = r[2] = r[3] = 0;
+  };
 #pragma unroll
-    for (int l = 0; l < LOADS; l++) {
-      int k = (block0 + 2 * l) * 32 + 2 * lane;
-      gains[l] = 2 * l + lane / 16 < mine ? *(const u32*)(gain + k) : 0;
-    }
-  }
-  u32 weights = s.ring.take(chunk);
-  u32 w[SOME][TILES][2][4];
-#pragma unroll
-  for (int b = 0; b < SOME; b++)
+  for (int b = 0; b < KEEP; b++)
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
-      for (int h = 0; h < 2; h++) {
-        int r = tile * 16 + h * 8 + g;
-        if (b < mine && r < span.count)
-          load16(w[b][tile][h], weights + r * ROW + ((block0 + b) * 32 + t * 8) * 2);
-        else
-          w[b][tile][h][0] = w[b][tile][h][1] = w[b][tile][h][2] = w[b][tile][h][3] = 0;
-      }
+      for (int h = 0; h < 2; h++) load(w[b][tile][h], b, tile, h);
+  const u32 behind = weights + vectors(span.count, ROW_BYTES);
+  u32 gains[LOADS];
+  if (INPUT == STREAM) {
+#pragma unroll
+    for (int l = 0; l < LOADS; l++)
+      gains[l] = 2 * l + lane / 16 < mine ? load4(behind + 2 * VECTOR + ((block0 + 2 * l) * 32 + 2 * lane) * 2) : 0;
+  }
+  // Four threads finish a feature.
+  const int row = threadIdx.x / 4, n = span.first + row;
+  const bool finishes = row < span.count;
+  float constant = 0, fold = 0;
+  u16* cache = nullptr;
+  if (finishes) {
+    if (INPUT == STREAM) {
+      const u32 at = behind + n * 4 - span.first * 4 / 16 * 16;
+      constant = __uint_as_float(load4(at));
+      fold = __uint_as_float(load4(at + VECTOR));
+      if (third == SELF && n >= WIDTH) cache = (u16*)a.table[layer * POINTERS + (n < 2 * WIDTH ? KEYS : VALUES)];
+    } else {
+      constant = widen(load2(behind + n * 2 - span.first * 2 / 16 * 16));
+    }
+  }
 
   // The activations, as soon as they are there, in this warp's own corner of shared memory.
-  float sum = 0, squares = 0;
   u32* stage = sh.stage[warp];
   u64 y[LOADS][2];
-  if (!(INPUT == STREAM && first)) {
+  {
     Patience patience;
     bool again;
     do {
@@ -328,21 +386,12 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
       patience.spend();
     } while (__any_sync(~0u, again));
   }
+  float sum = 0, squares = 0;
 #pragma unroll
   for (int l = 0; l < LOADS; l++) {
     bool inside = PER_LOAD * l + lane / (32 / PER_LOAD) < mine;
     if (INPUT == STREAM) {
-      float x0, x1;
-      if (first) {
-        int k = (block0 + 2 * l) * 32 + 2 * lane;
-        u32 e = inside ? *(const u32*)(a.embedding + s.token * WIDTH + k) : 0;
-        u32 p = inside ? *(const u32*)(a.positions + s.position * WIDTH + k) : 0;
-        x0 = low_of(e) + low_of(p);
-        x1 = high_of(e) + high_of(p);
-      } else {
-        x0 = __uint_as_float((u32)y[l][0]);
-        x1 = __uint_as_float((u32)y[l][1]);
-      }
+      float x0 = __uint_as_float((u32)y[l][0]), x1 = __uint_as_float((u32)y[l][1]);
       if (inside) {
         sum += x0 + x1;
         squares += x0 * x0 + x1 * x1;
@@ -362,17 +411,21 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
   }
   __syncwarp();
   float c[TILES][2][4] = {};
-  u32 stage_address = shared_address(stage) + (INPUT == STREAM ? least(g, PIECES - 1) * SOME * 64 : 0);
+  const u32 stage_address = shared_address(stage) + (INPUT == STREAM ? least(g, PIECES - 1) * SOME * 64 : 0) + t * 16;
 #pragma unroll
   for (int b = 0; b < SOME; b++)
     if (b < mine) {
       u32 x[4];
-      load16(x, stage_address + b * 64 + t * 16);
+      load16(x, stage_address + b * 64);
 #pragma unroll
-      for (int tile = 0; tile < TILES; tile++) {
-        multiply(c[tile][0], w[b][tile][0][0], w[b][tile][1][0], w[b][tile][0][1], w[b][tile][1][1], x[0], x[1]);
-        multiply(c[tile][1], w[b][tile][0][2], w[b][tile][1][2], w[b][tile][0][3], w[b][tile][1][3], x[2], x[3]);
-      }
+      for (int tile = 0; tile < TILES; tile++)
+        if (tile * 16 < span.count) {
+          u32 late[2][4];
+          if (b >= KEEP) load(late[0], b, tile, 0), load(late[1], b, tile, 1);
+          u32(&v)[2][4] = b < KEEP ? w[b < KEEP ? b : 0][tile] : late;
+          multiply(c[tile][0], v[0][0], v[1][0], v[0][1], v[1][1], x[0], x[1]);
+          multiply(c[tile][1], v[0][2], v[1][2], v[0][3], v[1][3], x[2], x[3]);
+        }
     }
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++) {
@@ -386,9 +439,11 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
       upper += c[tile][0][1] + c[tile][1][1];
       lower += c[tile][0][3] + c[tile][1][3];
     }
+    const int at = tile * 8 + g / 2;
     if (t == 0) {
-      sh.sums[s.parity][tile * 16 + g][warp] = upper;
-      sh.sums[s.parity][tile * 16 + 8 + g][warp] = lower;
+      const int base = g % 2 ? upper_rows : 0;
+      if (at < rows) sh.sums[s.parity][base + at][warp] = upper;
+      if (at + 4 < rows) sh.sums[s.parity][base + at + 4][warp] = lower;
     }
   }
   if (INPUT == STREAM) {
@@ -399,13 +454,9 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
     }
     if (lane == 0) sh.moments[s.parity][0][warp] = sum, sh.moments[s.parity][1][warp] = squares;
   }
-  __syncthreads();
-  if (warp == WARPS - 1) {
-    s.ring.release(chunk);
-    s.ring.fill(lane);
-  }
-  // Four threads to a feature add up what the warps have.
-  if (warp * 8 < up(EACH, 8)) {
+  everybody();
+  release(s, sh, chunk);
+  if (warp * 8 < span.count) {
     const int quarter = threadIdx.x % 4 * 4;
     float4 four = {};
     if (finishes) four = *(const float4*)&sh.sums[s.parity][row][quarter];
@@ -424,36 +475,26 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
         squares += __shfl_xor_sync(~0u, squares, step);
       }
     }
+    const bool leads = finishes && threadIdx.x % 4 == 0;
     if (INPUT == STREAM) {
       float mean = sum / DEPTH, variance = fmaxf(squares / DEPTH - mean * mean, 0.0f);
-      total = (total * GROW - mean * fold) * rsqrtf(variance + eps);
-    }
-    total += constant;
-    const bool leads = finishes && threadIdx.x % 4 == 0;
-    if (END == HEADS_OUT) {
-      int part = n / WIDTH, column = n % WIDTH;
-      total = part == 0 ? total * a.scale : rounded(total);
-      if (leads) {
-        publish(to + n, __float_as_uint(total), expected + 1);
-        if (part) {
-          u16* cache = (u16*)pointers[part == 1 ? KEYS : VALUES];
+      total = (total * GROW - mean * fold) * rsqrtf(variance + sh.eps[3 * layer + third]) + constant;
+      if (third == FORWARD) {
+        float x = 0.5f * total * (1.0f + erff(total * 0.7071067811865476f));
+        float next = __shfl_down_sync(~0u, x, 4);
+        if (leads && row % 2 == 0) publish(to + n / 2, pack(x, next), expected + 1);
+      } else {
+        // Keys and values are attended to as the cache holds them.
+        total = n < WIDTH ? total * a.scale : rounded(total);
+        if (leads) publish(to + n, __float_as_uint(total), expected + 1);
+        if (leads && cache) {
+          int column = n % WIDTH;
           cache[((long)(column / 64) * SLOTS + s.slot) * 64 + column % 64] = (u16)pack(total, 0);
         }
       }
-    } else if (END == QUERY) {
-      if (leads) publish(to + n, __float_as_uint(total * a.scale), expected + 1);
-    } else if (END == GELU) {
-      float x = 0.5f * total * (1.0f + erff(total * 0.7071067811865476f));
-      float next = __shfl_down_sync(~0u, x, 4);
-      if (leads && row % 2 == 0) publish(to + n / 2, pack(x, next), expected + 1);
     } else {
-      s.residual += total;
-      if (!last) {
-        if (leads) publish(to + n, __float_as_uint(s.residual), expected + 1);
-      } else {
-        if (leads) a.gained[n] = s.residual * widen(a.last_gain[n]);
-        if (threadIdx.x % 4 == 0) sh.sums[1 - s.parity][row][0] = finishes ? s.residual : 0;
-      }
+      s.residual += total + constant;
+      if (leads) publish(to + n, __float_as_uint(s.residual), expected + 1);
     }
   }
   s.parity ^= 1;
@@ -476,20 +517,19 @@ __device__ __forceinline__ void unpack8(float (&x)[8], const u32 (&r)[4]) {
 }
 
 // This program's run of the keys of its head, then, together with the head's other programs, the merge of the runs.
-template <bool OWN>
-__device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& sh, u32 query_at, u32 runs_at,
-                                          u32 mixed_at) {
+__device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& sh, int third, u32 query_at) {
   if (blockIdx.x >= HEADS * SPLITS) return;
+  const bool own = third == SELF;
+  const u32 runs_at = query_at + 1, mixed_at = query_at + 2;
   const int head = blockIdx.x / SPLITS, split = blockIdx.x % SPLITS;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = threadIdx.x / 8, part = threadIdx.x % 8;
-  Span span = OWN ? s.ring.self : s.ring.cross;
-  const u32 keys = s.ring.take(OWN ? SELF : CROSS), values = keys + span.count * 128;
+  const Span span = keys_of(own ? s.slot : SOURCE);
+  const u32 keys = take(s, sh, 3 * third + RUN), values = keys + span.count * 128;
 
   // The query, and in self-attention the newest key and value.
-  const u64* from = OWN ? a.qkv : a.query;
-  if (threadIdx.x < (OWN ? 192 : 64)) {
+  if (threadIdx.x < (own ? 192 : 64)) {
     int which = threadIdx.x / 64, dim = threadIdx.x % 64;
-    const u64* at = from + which * WIDTH + head * 64 + dim;
+    const u64* at = a.heads + which * WIDTH + head * 64 + dim;
     u64 word;
     Patience patience;
     do {
@@ -501,24 +541,24 @@ __device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& 
     if (which == 1) sh.key[dim] = x;
     if (which == 2) sh.value[dim] = x;
   }
-  __syncthreads();
+  everybody();
   float q[8], x[8] = {}, top = NOTHING, total = 0;
 #pragma unroll
   for (int i = 0; i < 8; i++) q[i] = sh.query[part * 8 + i];
-  constexpr int AT_ONCE = 4;
-  const int newest = OWN && split == SPLITS - 1 ? 1 : 0;
-  for (int start = 0; start < span.count + newest; start += 64 * AT_ONCE) {
+  constexpr int AT_ONCE = 4, GROUPS = THREADS / 8;
+  const int newest = own && split == SPLITS - 1 ? 1 : 0;
+  for (int start = 0; start < span.count + newest; start += GROUPS * AT_ONCE) {
     float score[AT_ONCE];
     u32 raw[4];
     float other[8];
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++) {
-      int j = start + i * 64 + group;
+      int j = start + i * GROUPS + group;
       bool there = j < span.count + newest;
       if (j < span.count) {
         load16(raw, keys + j * 128 + part * 16);
         unpack8(other, raw);
-      } else if (OWN && there) {
+      } else if (there) {
 #pragma unroll
         for (int e = 0; e < 8; e++) other[e] = sh.key[part * 8 + e];
       }
@@ -529,7 +569,7 @@ __device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& 
       }
 #pragma unroll
       for (int step = 1; step < 8; step *= 2) dot += __shfl_xor_sync(~0u, dot, step);
-      if (OWN) there = there && a.valid[span.first + j];
+      if (own) there = there && sh.valid[span.first + j];
       score[i] = there ? dot : -__int_as_float(0x7f800000);
     }
     float best = top;
@@ -542,7 +582,7 @@ __device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& 
     for (int e = 0; e < 8; e++) x[e] *= shrink;
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++) {
-      int j = start + i * 64 + group;
+      int j = start + i * GROUPS + group;
       float weight = exp2f(score[i] - best);
       total += weight;
       if (j < span.count) {
@@ -550,7 +590,7 @@ __device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& 
         unpack8(other, raw);
 #pragma unroll
         for (int e = 0; e < 8; e++) x[e] += weight * other[e];
-      } else if (OWN && j < span.count + newest) {
+      } else if (j < span.count + newest) {
 #pragma unroll
         for (int e = 0; e < 8; e++) x[e] += weight * sh.value[part * 8 + e];
       }
@@ -569,11 +609,8 @@ __device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& 
     for (int e = 0; e < 8; e++) sh.runs[warp][part * 8 + e] = x[e];
     if (lane == 0) sh.tops[warp] = top, sh.totals[warp] = total;
   }
-  __syncthreads();
-  if (warp == WARPS - 1) {
-    s.ring.release(OWN ? SELF : CROSS);
-    s.ring.fill(lane);
-  }
+  everybody();
+  release(s, sh, 3 * third + RUN);
   u64* run = a.partial + (long)head * SPLITS * 66;
   if (threadIdx.x < 64) {
     float best = NOTHING, sum = 0, all = 0;
@@ -605,7 +642,7 @@ __device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& 
         sh.merge[threadIdx.x] = __uint_as_float((u32)word);
       }
     }
-    __syncthreads();
+    everybody();
     if (threadIdx.x < count / 2) {
       float best = NOTHING, all = 0, low = 0, high = 0;
 #pragma unroll
@@ -626,82 +663,79 @@ __device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& 
 
 // -- The kernel ----------------------------------------------------------------------------------------------------
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_layers(Arguments a) {
   extern __shared__ __align__(128) u8 memory[];
   Shared& sh = *(Shared*)(memory + RING);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  State s;
-  s.ring.table = a.table;
-  s.ring.memory = shared_address(memory);
-  s.ring.barriers = shared_address(sh.barriers);
-  s.ring.qkv = share(3 * WIDTH, ROWS_QKV, blockIdx.x);
-  s.ring.width = share(WIDTH, ROWS, blockIdx.x);
-  s.ring.ffn = share(FFN, ROWS_FFN, blockIdx.x);
-  s.slot = (int)*a.length - 1;
-  const bool attends = blockIdx.x < HEADS * SPLITS;
+  const Span width = share(WIDTH, ROWS);
   // Who has nothing to give to others leaves; the rest of this function counts on everybody having started.
-  if (!s.ring.qkv.count && !s.ring.width.count && !s.ring.ffn.count && !attends) return;
-  const int split = blockIdx.x % SPLITS;
-  s.ring.head = blockIdx.x / SPLITS;
-  s.ring.self = attends ? share(s.slot, (s.slot + SPLITS - 1) / SPLITS, split) : Span{0, 0};
-  s.ring.cross = attends ? share(SOURCE, (SOURCE + SPLITS - 1) / SPLITS, split) : Span{0, 0};
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < BARRIERS; i++)
-      asm volatile("mbarrier.init.shared.b64 [%0],1;" ::"r"(s.ring.barriers + i * 8) : "memory");
+  if (!width.count && !features_of(SELF).count && !features_of(FORWARD).count && blockIdx.x >= HEADS * SPLITS) return;
+  State s;
+  s.memory = shared_address(memory);
+  s.slot = (int)*a.length - 1;
+  s.taken = s.read = s.parity = 0;
+  if (threadIdx.x < CHUNKS) {
+    const int third = threadIdx.x / 3, kind = threadIdx.x % 3;
+    int bytes = kind == FIRST ? chunk_bytes(features_of(third).count, 2 * WIDTH, true)
+                : kind == SECOND ? chunk_bytes(width.count, third == FORWARD ? 2 * FFN : 2 * WIDTH, false)
+                : third == FORWARD ? 0 : up(keys_of(third == SELF ? s.slot : SOURCE).count * 256, 128);
+    sh.bytes[threadIdx.x] = bytes;
+  }
+  if (threadIdx.x < SLOTS_IN_RING) {
+    asm volatile("mbarrier.init.shared.b64 [%0],1;" ::"r"(shared_address(&sh.full[threadIdx.x])) : "memory");
+    asm volatile("mbarrier.init.shared.b64 [%0],1;" ::"r"(shared_address(&sh.empty[threadIdx.x])) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
+  for (int i = threadIdx.x; i < 2 * MOST_ROWS; i += THREADS + 32) sh.sums[i / MOST_ROWS][i % MOST_ROWS][WARPS] = 0;
+  if (threadIdx.x < 4) sh.moments[threadIdx.x / 2][threadIdx.x % 2][WARPS] = 0;
+  for (int i = threadIdx.x; i < LAYERS * THIRDS; i += THREADS + 32) sh.eps[i] = a.eps[i];
+  for (int i = threadIdx.x; i < SLOTS; i += THREADS + 32) sh.valid[i] = a.valid[i];
   __syncthreads();
-  if (warp == WARPS - 1) s.ring.fill(lane);
-  s.parity = 0;
-  s.token = a.tokens[s.slot];
-  s.position = s.slot - *a.offset;
-  if (s.position < 0) s.position = 0;
-  s.exchange = *a.exchange;
-  s.residual = 0;
-  {
-    int n = s.ring.width.first + threadIdx.x / 4;
-    if ((int)threadIdx.x / 4 < s.ring.width.count)
-      s.residual = widen(a.embedding[s.token * WIDTH + n]) + widen(a.positions[s.position * WIDTH + n]);
+  if (threadIdx.x >= THREADS) {
+    fetch(a, sh, s.memory, s.slot);
+    return;
   }
-  const Ring& r = s.ring;
   // Exchanges are numbered through the launches; a product writes the one after that which it reads.
-  u32 e = s.exchange;
-  for (int layer = 0; layer < LAYERS; layer++) {
-    const u64* p = a.table + layer * POINTERS;
-    // The chain: whoever writes `stream` here has read all of `mixed`, to which every head's programs gave, who had
-    // read what every program gave to `qkv` of their head; and so on around the layer.
-    product<3 * WIDTH, WIDTH, STREAM, HEADS_OUT>(a, s, sh, QKV, r.qkv, a.stream, a.qkv, e, (const u16*)p[SELF_GAIN],
-        (const void*)p[QKV_CONSTANT], (const float*)p[QKV_FOLDED], a.eps[3 * layer], p, layer == 0, false);
-    attention<true>(a, s, sh, e + 1, e + 2, e + 3);
-    product<WIDTH, WIDTH, PAIRS, RESIDUAL>(a, s, sh, SELF_OUT, r.width, a.mixed, a.stream, e + 3, nullptr,
-        (const void*)p[SELF_OUT_BIAS], nullptr, 0, p, false, false);
-    product<WIDTH, WIDTH, STREAM, QUERY>(a, s, sh, CROSS_Q, r.width, a.stream, a.query, e + 4, (const u16*)p[CROSS_GAIN],
-        (const void*)p[CROSS_Q_CONSTANT], (const float*)p[CROSS_Q_FOLDED], a.eps[3 * layer + 1], p, false, false);
-    attention<false>(a, s, sh, e + 5, e + 6, e + 7);
-    product<WIDTH, WIDTH, PAIRS, RESIDUAL>(a, s, sh, CROSS_OUT, r.width, a.mixed, a.stream, e + 7, nullptr,
-        (const void*)p[CROSS_OUT_BIAS], nullptr, 0, p, false, false);
-    product<FFN, WIDTH, STREAM, GELU>(a, s, sh, FC1, r.ffn, a.stream, a.hidden, e + 8, (const u16*)p[FC_GAIN],
-        (const void*)p[FC1_CONSTANT], (const float*)p[FC1_FOLDED], a.eps[3 * layer + 2], p, false, false);
-    product<WIDTH, FFN, PAIRS, RESIDUAL>(a, s, sh, FC2, r.width, a.hidden, a.stream, e + 9, nullptr,
-        (const void*)p[FC2_BIAS], nullptr, 0, p, false, layer == LAYERS - 1);
-    e += 10;
+  u32 e = *a.exchange;
+  const int row = threadIdx.x / 4, n = width.first + row;
+  const bool finishes = row < width.count, leads = finishes && threadIdx.x % 4 == 0;
+  s.residual = 0;
+  if (finishes) {
+    const long token = a.tokens[s.slot];
+    long position = s.slot - *a.offset;
+    if (position < 0) position = 0;
+    s.residual = widen(a.embedding[token * WIDTH + n]) + widen(a.positions[position * WIDTH + n]);
+    if (leads) publish(a.stream + n, __float_as_uint(s.residual), e);
   }
-  __syncthreads();
-  if (r.width.count && warp == 0) {
+#pragma unroll 1
+  for (int layer = 0; layer < LAYERS; layer++)
+#pragma unroll 1
+    for (int third = 0; third < THIRDS; third++) {
+      // The chain: whoever writes `stream` here has read all of `mixed`, to which every head's programs gave, who had
+      // read what every program gave to `heads` of theirs; and so on around the layer.
+      product<STREAM, WIDTH, MOST_ROWS / 16, 4>(a, s, sh, layer, third, features_of(third), a.stream,
+                                               third == FORWARD ? a.hidden : a.heads, e);
+      if (third < FORWARD) {
+        attention(a, s, sh, third, e + 1);
+        product<PAIRS, WIDTH, (ROWS + 15) / 16, 4>(a, s, sh, layer, third, width, a.mixed, a.stream, e + 3);
+        e += 4;
+      } else {
+        product<PAIRS, FFN, (ROWS + 15) / 16, 6>(a, s, sh, layer, third, width, a.hidden, a.stream, e + 1);
+        e += 2;
+      }
+    }
+  if (leads) a.gained[n] = s.residual * widen(a.last_gain[n]);
+  if (threadIdx.x % 4 == 0 && row < MOST_ROWS) sh.sums[s.parity][row][0] = finishes ? s.residual : 0;
+  everybody();
+  if (threadIdx.x == 0 && width.count) {
     // The sums that the head's layer norm goes by, one pair from each program.
     float sum = 0, squares = 0;
-    for (int row = lane; row < r.width.count; row += 32) {
-      float x = sh.sums[s.parity][row][0];
+    for (int i = 0; i < width.count; i++) {
+      float x = sh.sums[s.parity][i][0];
       sum += x;
       squares += x * x;
     }
-#pragma unroll
-    for (int step = 16; step; step /= 2) {
-      sum += __shfl_xor_sync(~0u, sum, step);
-      squares += __shfl_xor_sync(~0u, squares, step);
-    }
     constexpr int COUNT = (WIDTH + ROWS - 1) / ROWS;
-    if (lane == 0) a.stats[blockIdx.x] = sum, a.stats[COUNT + blockIdx.x] = squares;
+    a.stats[blockIdx.x] = sum, a.stats[COUNT + blockIdx.x] = squares;
   }
-  if (blockIdx.x == 0 && threadIdx.x == 0) *a.exchange = e;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *a.exchange = e + 1;
 }

@@ -88,9 +88,9 @@ def why_not(shape, dtype, device):
     chunks = [(max(shape.source, shape.slots) // shape.splits + 1) * 256]
     for features, depth in ((3 * shape.width, shape.width), (shape.ffn, shape.width), (shape.width, shape.ffn)):
         rows = shape.rows(features)
-        if -(-depth // 512) * -(-rows // 16) * 8 > _WEIGHT_REGISTERS:
+        if -(-depth // 480) * -(-rows // 16) * 8 > _WEIGHT_REGISTERS:
             return "a product's weights exceed the registers of this GPU's multiprocessors"
-        chunks.append(rows * (2 * depth + 64))
+        chunks.append(rows * 2 * depth + 2 * shape.width + 1024)
     if max(chunks) > shape.memory - _BESIDE_RING:
         return "a product's weights exceed the shared memory of this GPU's multiprocessors"
     return None
@@ -179,7 +179,7 @@ class _Arguments(ctypes.Structure):
     """The kernel's `Arguments`."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("table", "stream", "qkv", "query", "partial", "mixed", "hidden")),
+        *((name, ctypes.c_void_p) for name in ("table", "stream", "heads", "partial", "mixed", "hidden")),
         *((name, ctypes.c_void_p) for name in ("exchange", "tokens", "length", "offset", "valid")),
         *((name, ctypes.c_void_p) for name in ("embedding", "positions", "last_gain", "gained", "stats", "eps")),
         ("scale", ctypes.c_float),
@@ -250,7 +250,6 @@ def work_space(shape, device):
     sizes = (
         shape.width,
         3 * shape.width,
-        shape.width,
         shape.heads * shape.splits * (HEAD_DIM + 2),
         shape.width // 2,
         shape.ffn // 2,
