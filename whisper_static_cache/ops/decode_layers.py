@@ -20,8 +20,6 @@ import torch.nn.functional as F
 
 HEAD_DIM = 64
 THREADS = 512
-# Registers for weights that a thread can spare of its 128.
-_WEIGHT_REGISTERS = 80
 # Shared memory beside the ring, at most.
 _BESIDE_RING = 28 * 1024
 MAX_SPLITS = 16
@@ -85,18 +83,21 @@ def why_not(shape, dtype, device):
         return "heads are of 64 dimensions, and decoder_ffn_dim is a multiple of 64"
     if shape.splits < 1:
         return f"{shape.heads} heads exceed the {shape.programs} multiprocessors"
+    if shape.width > 1920:
+        return f"d_model {shape.width} exceeds 1920"
     chunks = [(max(shape.source, shape.slots) // shape.splits + 1) * 256]
     for features, depth in ((3 * shape.width, shape.width), (shape.ffn, shape.width), (shape.width, shape.ffn)):
         rows = shape.rows(features)
-        if -(-depth // 480) * -(-rows // 16) * 8 > _WEIGHT_REGISTERS:
-            return "a product's weights exceed the registers of this GPU's multiprocessors"
+        most = 48 if depth == shape.width else 16
+        if rows > most:
+            return f"{rows} features to a multiprocessor exceed the {most} that its registers hold"
         chunks.append(rows * 2 * depth + 2 * shape.width + 1024)
     if max(chunks) > shape.memory - _BESIDE_RING:
         return "a product's weights exceed the shared memory of this GPU's multiprocessors"
     return None
 
 
-# -- Compiling and loading ---------------------------------------------------------------------------------------------
+# -- Compiling and loading --------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -239,7 +240,7 @@ def kernel_for(shape, device_index):
         return _Kernel(shape, torch.cuda.get_device_capability(device_index))
 
 
-# -- The op ------------------------------------------------------------------------------------------------------------
+# -- The op -----------------------------------------------------------------------------------------------------------
 
 
 def work_space(shape, device):
