@@ -191,16 +191,16 @@ def _forwards_as_its_class(module):
 
 
 class ModuleFingerprint:
-    """Notices that a model's decoder or head is no longer the one seen before: moved, cast, requantised, hooked.
+    """Notices that modules, `roots`, are no longer what was seen before: moved, cast, requantised.
 
     Everything that a compiled step or a captured graph has baked in is compared: which module stands where, and where
     each parameter's storage is. A deep copy is another model and never gets here.
     """
 
-    def __init__(self, model, roots=None):
+    def __init__(self, *roots):
         self._children = []
         self._tensors = []
-        for root in roots or (model.model.decoder, model.proj_out):
+        for root in roots:
             for module in root.modules():
                 self._children += [(module._modules, name, child) for name, child in module._modules.items()]
                 for table in (module._parameters, module._buffers):
