@@ -39,22 +39,46 @@ def decode_table(found):
     for row in found:
         if row["engine"].startswith("stock"):
             continue
-        case = ("shape", "bits", "batch", "timestamps", "dtype", "command")
+        case = ("shape", "bits", "batch", "timestamps", "dtype", "command", "commit")
         same = [r for r in found if r["engine"].startswith("stock") and all(r[k] == row[k] for k in case)]
         best = max((r["tok_s"] for r in same), default=None)
-        name = f"{row['shape']}, {row['dtype']}, batch {row['batch']}" + (", timestamps" if row["timestamps"] else "")
-        stock = "not measured" if best is None else f"{best:,.0f}"
-        ratio = "" if best is None else f"{row['tok_s'] / best:.2f}x"
-        agree = f"{row['tokens_equal_to_first_case']:.0%}"
-        lines.append([name, row["engine"], stock, f"{row['tok_s']:,.0f}", ratio, agree, f"{row['first_call_s']} s"])
+        agree = row.get("tokens_equal_to_first_case")
+        name = f"{row['shape']}, " + (f"{row['bits']:g}:{row['group_size']}, " if row["group_size"] else "")
+        name += f"{row['dtype']}, batch {row['batch']}" + (", timestamps" if row["timestamps"] else "")
+        lines.append(
+            [
+                name,
+                row["engine"],
+                "" if best is None else f"{best:,.0f}",
+                f"{row['tok_s']:,.0f}",
+                "" if best is None else f"{row['tok_s'] / best:.2f}x",
+                "" if agree is None else f"{agree:.0%}",
+                f"{row['percent_of_copy_bandwidth']:.0f}%",
+                f"{row['peak_memory_gib']:.2f} GiB",
+                f"{row['first_call_s']} s",
+                row["commit"],
+            ]
+        )
     first = found[0]
-    machine = f"{first['gpu']}, torch {first['torch']}, transformers {first['transformers']}, commit {first['commit']}"
+    machine = f"{first['gpu']}, torch {first['torch']}, transformers {first['transformers']}"
     commands = ", ".join(f"`{command}`" for command in dict.fromkeys(row["command"] for row in found))
-    header = ["case", "engine", "stock static, tok/s", "patched, tok/s", "ratio", "same tokens", "first call"]
+    header = [
+        "case",
+        "engine",
+        "stock static, tok/s",
+        "patched, tok/s",
+        "ratio",
+        "same tokens",
+        "of the copy bandwidth",
+        "peak memory",
+        "first call",
+        "commit",
+    ]
     return (
         "Decoding on a GPU, random weights at the real shape, slope between 64 and 192 tokens; random weights in half "
-        f"precision make near-ties. Measured at the commit named and not since ({machine}; {commands}):\n\n"
-        f"{table(header, lines)}\n"
+        "precision make near-ties. Stock's column is empty where it was not measured in the same run; the bandwidth "
+        "is that of the bytes a step must read. Measured at the commit named and not since "
+        f"({machine}; {commands}):\n\n{table(header, lines)}\n"
     )
 
 
@@ -176,11 +200,8 @@ def quantising_section():
         sizes = [f"{size / 2**20:,.0f} MiB" for size in (peak, layer, row["model_bytes"], row["after_bytes"])]
         lines.append([name, f"{row['seconds']:.2f} s", *sizes])
     first = found[0]
-    commands = ", ".join(dict.fromkeys(f"`{row['command']}`" for row in found if row["command"]))
-    commands = (
-        commands or "by the calls that `python benchmarks/decode_speed.py --quantising` makes, before it was there"
-    )
-    versions = f"torch {first['torch']}" + (f", transformers {first['transformers']}" if first["transformers"] else "")
+    commands = ", ".join(dict.fromkeys(f"`{row['command']}`" for row in found))
+    versions = f"torch {first['torch']}, transformers {first['transformers']}"
     commits = ", ".join(dict.fromkeys(str(row["commit"]) for row in found))
     header = ["decoder", "quantised in", "peak above the model", "one layer", "model before", "after"]
     return (

@@ -279,6 +279,19 @@ def test_a_replaced_layer_is_used(engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("part", ["proj_out", "model.decoder", "model"])
+def test_a_replaced_head_or_decoder_is_used(engine, part):
+    model, other = tiny_model(2), tiny_model(3)
+    whisper_static_cache.patch(model, engine=engine)
+    before = model.generate(features(2))
+    model.set_submodule(part, other.get_submodule(part))
+    tokens = model.generate(features(2))
+    whisper_static_cache.unpatch(model)
+    assert torch.equal(tokens, model.generate(features(2)))
+    assert not torch.equal(tokens, before)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_deep_copy_is_a_model_of_its_own(engine):
     model = tiny_model(2)
     whisper_static_cache.patch(engine=engine)

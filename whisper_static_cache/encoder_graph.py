@@ -104,7 +104,7 @@ class CapturedEncoder:
         with self._lock, torch.inference_mode(False), torch.no_grad(), torch.cuda.device(features.device):
             if self._fingerprint is None or not self._fingerprint.still_holds():
                 self._forget()
-                self._fingerprint = ModuleFingerprint(self.encoder, roots=(self.encoder,))
+                self._fingerprint = ModuleFingerprint(self.encoder)
             # Replays on two streams could overlap: each stream has graphs and a pool of its own.
             stream = torch.cuda.current_stream().cuda_stream
             rows = rows_for(features.shape[0])

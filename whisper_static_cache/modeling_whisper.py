@@ -191,19 +191,27 @@ def _forwards_as_its_class(module):
 
 
 class ModuleFingerprint:
-    """Notices that a model's decoder or head is no longer the one seen before: moved, cast, requantised, hooked.
+    """Notices that parts of a module are no longer what was seen before: replaced, moved, cast, requantised.
 
     Everything that a compiled step or a captured graph has baked in is compared: which module stands where, and where
     each parameter's storage is. A deep copy is another model and never gets here.
+
+    Args:
+        module: the model.
+        parts: dotted names of the submodules to look at; without any, `module` is looked at.
     """
 
-    def __init__(self, model, roots=None):
+    def __init__(self, module, *parts):
         self._children = []
         self._tensors = []
-        for root in roots or (model.model.decoder, model.proj_out):
-            for module in root.modules():
-                self._children += [(module._modules, name, child) for name, child in module._modules.items()]
-                for table in (module._parameters, module._buffers):
+        for part in parts or ("",):
+            root = module
+            for name in filter(None, part.split(".")):
+                self._children.append((root._modules, name, root._modules[name]))
+                root = root._modules[name]
+            for inner in root.modules():
+                self._children += [(inner._modules, *child) for child in inner._modules.items()]
+                for table in (inner._parameters, inner._buffers):
                     self._tensors += [(table, name) for name in table]
         self._seen = self._describe()
 

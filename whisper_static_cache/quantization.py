@@ -54,8 +54,10 @@ def quantize_decoder(
     """Replace linears of a Whisper model's decoder, in place, by `QuantizedLinear`.
 
     One linear is quantised and its full-precision weight dropped before the next is looked at, the smallest first, so
-    that memory stays below the full-precision model plus one layer. The head, by itself larger than that, is solved in
-    blocks of rows, with hqq's own result. A request that cannot be served raises before anything is changed.
+    that memory stays below the full-precision model plus one layer (on a GPU: plus 37 to 39 MB where a layer of
+    large-v2 has 52). The head comes last and in blocks of groups, with hqq's own result; where few layers have made
+    room for it the peak is its own, above that of one layer (turbo, 4 bits: plus 72 MB). A request that cannot be
+    served raises before anything is changed.
 
     Args:
         model: a transformers Whisper model with a decoder, full-precision, on any real device.

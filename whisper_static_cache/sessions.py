@@ -95,7 +95,7 @@ class ModelState:
         with self.lock:
             if self.fingerprint is None or not self.fingerprint.still_holds():
                 self._forget()
-                self.fingerprint = ModuleFingerprint(model)
+                self.fingerprint = ModuleFingerprint(model, "model.decoder", "proj_out")
         return why_not_plain(model)
 
     def engine(self, model, kind):
