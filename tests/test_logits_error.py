@@ -4,8 +4,8 @@ Both decode the same tokens with the same half-precision weights, and both are c
 weights cast up, by the root mean square over steps and vocabulary of the difference. The bound is stock's own error
 times 1.0, plus an allowance for the two being finite samples of rounding errors. Errors of a step are taken for wholly
 dependent, those of different steps for independent; then the logarithm of the quotient of two mean squares over `n`
-steps of Gaussian errors has the standard deviation sqrt(4 / n), that of the root mean squares sqrt(1 / n). Two of these
-are allowed: 1.14 over 200 steps.
+steps of Gaussian errors has the standard deviation sqrt(4 / n), that of the root mean squares sqrt(1 / n). Two of
+these are allowed: 1.14 over 200 steps.
 
 On a GPU the models have the real checkpoints' shapes or are these; elsewhere a tiny one runs in Triton's interpreter,
 over fewer steps.
