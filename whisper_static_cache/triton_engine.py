@@ -7,7 +7,6 @@ the weights; larger batches go to the next engine.
 """
 
 import importlib.util
-import logging
 from typing import NamedTuple
 
 import torch
@@ -18,8 +17,6 @@ from .engines import ENGINES, EagerEngine
 from .modeling_whisper import forward_hooks, project_cross_attention
 from .quantized_linear import QuantizedLinear
 
-
-logger = logging.getLogger(__name__)
 
 # Longest prompt that is fed token by token through the step.
 MAX_STEPPED_PROMPT = 8
@@ -94,7 +91,6 @@ class _Buffers:
         self.rules = torch.zeros(9, dtype=torch.int64, device=device)
         self.ends = torch.zeros(MAX_ENDS, dtype=torch.int64, device=device)
         self.graphs = {}
-        self.whole = None
 
     def best_for(self, rows):
         """What `choose_next` works in, for this number of rows."""
@@ -130,7 +126,6 @@ class TritonEngine(EagerEngine):
         self._scaling = self.decoder.layers[0].self_attn.scaling
         self._layers = [self._layer(layer) for layer in self.decoder.layers]
         self._head = self._product([self.proj_out], self.decoder.layer_norm)
-        self._whole_failed = False
 
     @staticmethod
     def why_not(model, device):
@@ -262,51 +257,6 @@ class TritonEngine(EagerEngine):
 
     # -- A step ------------------------------------------------------------------------------------------------------
 
-    def _whole(self, rows, buffers):
-        """The arguments of `decode_layers` for this one row, or None where its layers go kernel by kernel."""
-        from .ops import decode_layers
-
-        if rows.count != 1 or not self._on_gpu or self._whole_failed:
-            return None
-        if buffers.whole is not None:
-            return buffers.whole
-        device = rows.session.device
-        dtype = self.decoder.embed_positions.weight.dtype
-        products = [product for layer in self._layers for product in layer]
-        if any(product.weights[0].scales is not None for product in products):
-            return None
-        shape = decode_layers.shape_for(self._config, rows.buffers[0], dtype, device)
-        if decode_layers.why_not(shape, dtype, device) is not None:
-            return None
-        try:
-            table = decode_layers.pointer_table(
-                [_pointers(layer, tensors) for layer, tensors in zip(self._layers, rows.buffers)]
-            )
-            decode_layers.kernel_for(shape, table.device.index)
-        except (RuntimeError, ValueError, OSError) as error:
-            self._whole_failed = True
-            logger.warning("The kernel of the whole step cannot be used (%s): layers go kernel by kernel.", error)
-            return None
-        eps = [[layer.qkv.eps, layer.query.eps, layer.fc1.eps] for layer in self._layers]
-        buffers.whole = (
-            buffers.gained[:1],
-            torch.zeros(2, 1, shape.stats_count, device=device),
-            decode_layers.work_space(shape, device),
-            [tensor for tensors in rows.buffers for tensor in tensors],
-            table,
-            rows.tokens,
-            rows.session.length,
-            rows.position_offset,
-            rows.session.valid,
-            self.decoder.embed_tokens.weight,
-            self.decoder.embed_positions.weight,
-            self._head.norm.weight,
-            torch.tensor(eps, device=device),
-            self._scaling,
-            self._config.decoder_ffn_dim,
-        )
-        return buffers.whole
-
     def _calls(self, rows, buffers):
         if rows.count not in buffers.graphs:
             self.prepare(rows)
@@ -370,7 +320,6 @@ class TritonEngine(EagerEngine):
 
     def _logits(self, rows, buffers):
         from .ops.decode_attention import decode_attention
-        from .ops.decode_layers import decode_layers
         from .ops.decode_linear import GELU, HEADS, RESIDUAL, STORE, decode_linear
         from .ops.decode_tokens import embed_newest
 
@@ -380,16 +329,6 @@ class TritonEngine(EagerEngine):
         runs, cross_runs = (tensor[:count] for tensor in buffers.runs)
         logs, cross_logs = (tensor[:count] for tensor in buffers.logarithms)
         length, valid, scale = session.length, session.valid[:count], self._scaling
-        logits = buffers.logits[:count]
-        whole = self._whole(rows, buffers)
-        if whole is not None:
-            decode_layers(*whole)
-            head = self._head
-            stats = whole[1]
-            decode_linear(
-                logits, gained, *head.arguments, head.constant, STORE, 1.0, head.folded, stats, head.eps
-            )
-            return logits
         norms = [layer.qkv.norm for layer in self._layers[1:]] + [self._head.norm]
         stats = buffers.stats_for(1, count)
         embed_newest(
@@ -442,21 +381,9 @@ class TritonEngine(EagerEngine):
             stats = residual(cross_runs, layer.cross_out, layer.fc1.norm, lse=cross_logs)
             normed(hidden, layer.fc1, GELU)
             stats = residual(hidden, layer.fc2, next_norm)
+        logits = buffers.logits[:count]
         normed(logits, self._head, STORE)
         return logits
-
-
-def _pointers(layer, caches):
-    """A layer's tensors in the order of the kernel's `Pointer`."""
-    first, second = (layer.qkv, layer.query, layer.fc1), (layer.self_out, layer.cross_out, layer.fc2)
-    return [
-        *(weight.values for product in first + second for weight in product.weights),
-        *(product.constant for product in first),
-        *(product.folded for product in first),
-        *(product.constant for product in second),
-        *(product.norm.weight for product in first),
-        *caches,
-    ]
 
 
 def _why_not_served(model):
