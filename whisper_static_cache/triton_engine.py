@@ -2,8 +2,8 @@
 
 A step is eight kernels a layer, one for the embedding, one for the head and two for the choice of the token. Every
 other thing that a step does (layer norms, residual sums, the cache update, the merge of split attention) is part of
-one of them; `ops` says how. The kernels multiply row by row and are for the few rows at which a step is the reading of
-the weights; larger batches go to the next engine.
+one of them; `ops` says how. Up to 8 rows are multiplied row by row, up to 32 on the tensor cores, where a step is the
+reading of cross-attention's keys and values; larger batches go to the next engine.
 """
 
 import importlib.util
@@ -61,7 +61,7 @@ class _Calls(NamedTuple):
 class _Buffers:
     """A session's tensors between the kernels, and what the choice of tokens goes by."""
 
-    def __init__(self, session, config, decoder, vocab_size, stats_counts):
+    def __init__(self, session, config, decoder, vocab_size):
         device = session.device
         rows, width = session.max_batch_size, config.d_model
         heads = config.decoder_attention_heads
@@ -72,7 +72,7 @@ class _Buffers:
             return torch.zeros(shape, device=device)
 
         self.stream, self.gained = floats(rows, width), floats(rows, width)
-        self.stats = {count: [None] * (rows + 1) for count in {1, *stats_counts}}
+        self.stats = {}
         self.runs = floats(rows, self_splits, width), floats(rows, cross_splits, width)
         self.logarithms = floats(rows, self_splits, heads), floats(rows, cross_splits, heads)
         dtype = decoder.embed_positions.weight.dtype
@@ -104,9 +104,18 @@ class _Buffers:
 
     def stats_for(self, count, rows):
         """Float32 `(2, rows, count)`, contiguous for this number of rows."""
-        if self.stats[count][rows] is None:
-            self.stats[count][rows] = torch.zeros(2, rows, count, device=self.stream.device)
-        return self.stats[count][rows]
+        if (count, rows) not in self.stats:
+            self.stats[count, rows] = torch.zeros(2, rows, count, device=self.stream.device)
+        return self.stats[count, rows]
+
+    def runs_for(self, kind, rows):
+        """Attention's runs and their logarithms, 0 self and 1 cross: one run where many rows fill the GPU without."""
+        from .ops.decode_linear import FEW_ROWS
+
+        runs, logarithms = self.runs[kind], self.logarithms[kind]
+        if rows <= FEW_ROWS:
+            return runs[:rows], logarithms[:rows]
+        return tuple(tensor.flatten()[: rows * tensor.shape[2]].view(rows, 1, -1) for tensor in (runs, logarithms))
 
 
 class TritonEngine(EagerEngine):
@@ -115,7 +124,7 @@ class TritonEngine(EagerEngine):
     name = "triton"
     fallback = "compile"
     max_ends = MAX_ENDS
-    max_batch_size = 8
+    max_batch_size = 32
 
     def __init__(self, model):
         from .ops import launch
@@ -141,6 +150,10 @@ class TritonEngine(EagerEngine):
         return _why_not_served(model)
 
     def rows_for(self, batch_size):
+        # Every row that only pads a large batch has its cross-attention read: closer sizes there.
+        if batch_size > 8:
+            step = 4 if batch_size <= 16 else 8
+            return -(-batch_size // step) * step
         return 1 << (batch_size - 1).bit_length()
 
     # -- What is built once ------------------------------------------------------------------------------------------
@@ -172,22 +185,17 @@ class TritonEngine(EagerEngine):
 
     def _buffers(self, session):
         if "triton" not in session.engine_buffers:
-            counts = {
-                self._programs(product, merges)
-                for layer in self._layers
-                for product, merges in ((layer.self_out, True), (layer.cross_out, True), (layer.fc2, False))
-            }
             session.engine_buffers["triton"] = _Buffers(
-                session, self._config, self.decoder, self.proj_out.out_features, counts
+                session, self._config, self.decoder, self.proj_out.out_features
             )
         return session.engine_buffers["triton"]
 
     @staticmethod
-    def _programs(product, merges):
+    def _programs(product, merges, rows):
         """Programs of a product, each of which leaves its sums for the layer norm that follows."""
         from .ops.decode_linear import plan_for
 
-        return plan_for(product.weights[0], merges=merges).programs(product.weights[0])
+        return plan_for(product.weights[0], merges=merges, rows=rows).programs(product.weights[0])
 
     def prepare(self, rows):
         buffers = self._buffers(rows.session)
@@ -326,8 +334,9 @@ class TritonEngine(EagerEngine):
         count, session, decoder = rows.count, rows.session, self.decoder
         stream, gained = buffers.stream[:count], buffers.gained[:count]
         query, hidden = buffers.query[:count], buffers.hidden[:count]
-        runs, cross_runs = (tensor[:count] for tensor in buffers.runs)
-        logs, cross_logs = (tensor[:count] for tensor in buffers.logarithms)
+        (runs, logs), (cross_runs, cross_logs) = (buffers.runs_for(kind, count) for kind in range(2))
+        # A single run is whole, wherever the length stands.
+        split_size = 0 if runs.shape[1] == 1 else SELF_SPLIT
         length, valid, scale = session.length, session.valid[:count], self._scaling
         norms = [layer.qkv.norm for layer in self._layers[1:]] + [self._head.norm]
         stats = buffers.stats_for(1, count)
@@ -358,7 +367,7 @@ class TritonEngine(EagerEngine):
             )
 
         def residual(x, product, next_norm, **options):
-            after = buffers.stats_for(self._programs(product, "lse" in options), count)
+            after = buffers.stats_for(self._programs(product, "lse" in options, count), count)
             decode_linear(
                 stream,
                 x,
@@ -375,7 +384,7 @@ class TritonEngine(EagerEngine):
         for layer, (keys, values, cross_keys, cross_values), next_norm in zip(self._layers, rows.buffers, norms):
             normed(query, layer.qkv, HEADS, scale, keys=keys, values=values, length=length)
             decode_attention(runs, logs, query, keys, values, SELF_SPLIT, length, valid)
-            stats = residual(runs, layer.self_out, layer.query.norm, lse=logs, split_size=SELF_SPLIT, length=length)
+            stats = residual(runs, layer.self_out, layer.query.norm, lse=logs, split_size=split_size, length=length)
             normed(query, layer.query, STORE, scale, prefetch=layer.fc2.weights[0].values)
             decode_attention(cross_runs, cross_logs, query, cross_keys, cross_values, CROSS_SPLIT, None, None)
             stats = residual(cross_runs, layer.cross_out, layer.fc1.norm, lse=cross_logs)

@@ -18,7 +18,11 @@ pytestmark = pytest.mark.skipif(
 FORMATS = [(16, 0), (8, 64), (4, 64), (3, 32), (2, 16), (1.58, 16)]
 # (in_features, out_features, rows): one chunk, several, features that do not fill the last program, planes with
 # padding.
-SHAPES = [(128, 64, 1), (320, 130, 2)] if DEVICE == "cpu" else [(128, 64, 1), (320, 130, 3), (1280, 1283, 8)]
+SHAPES = (
+    [(128, 64, 1), (320, 130, 2), (320, 130, 9), (128, 64, 17)]
+    if DEVICE == "cpu"
+    else [(128, 64, 1), (320, 130, 3), (1280, 1283, 8)]
+)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -76,7 +80,7 @@ def test_linear_with_layer_norm_and_residual(in_features, out_features, rows, bi
 
     residual, next_gain = torch.randn(rows, out_features, device=DEVICE), torch.randn(out_features, device=DEVICE)
     expected = residual.double() + decode_linear.reference_decode_linear(x.to(dtype).double(), exact, bias)
-    programs = decode_linear.plan_for(weight).programs(weight)
+    programs = decode_linear.plan_for(weight, rows=rows).programs(weight)
     gained, sums = poisoned(rows, out_features), poisoned(2, rows, programs)
     decode_linear.decode_linear(
         residual,

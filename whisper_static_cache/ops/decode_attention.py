@@ -4,14 +4,21 @@ Each program takes a run of `split_size` keys of one head and leaves the softmax
 logarithm of its softmax denominator. The product that follows merges the runs while it reads them
 (`decode_linear` with `lse`), so that no kernel of its own does. What earlier steps have written is fetched before the
 wait for the predecessor: all of cross-attention, and all of self-attention but the newest entry.
+
+Many rows fill the chip without a split. With one run, a program streams all the keys of its row and head through a
+pipeline of tiles, and as many programs as fit keep the memory busy.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .decode_linear import HEAD_DIM
-from .launch import let_successor_start, options, wait_for_predecessor
+from .decode_linear import FEW_ROWS, HEAD_DIM
+from .launch import fetch_line, let_successor_start, options, wait_for_predecessor
+
+
+# Stages of the pipeline in which a single run streams its keys, and keys in a tile of it.
+STREAM_STAGES, STREAM_TILE = 3, 64
 
 
 @triton.jit
@@ -83,6 +90,58 @@ def _decode_attention_kernel(
         tl.store(lse_ptr + place + tl.zeros([1, 1], tl.int32), log)
 
 
+@triton.jit
+def _stream_attention_kernel(
+    out_ptr, lse_ptr, query_ptr, keys_ptr, values_ptr, length_ptr, valid_ptr, source_length,
+    HEADS: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, LINES: tl.constexpr,
+    CAUSAL: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    let_successor_start(OVERLAP)
+    row = tl.program_id(0) // HEADS
+    lane = tl.arange(0, TILE)[:, None]
+    dim = tl.arange(0, 64)[None, :]
+    base = tl.program_id(0).to(tl.int64) * SLOTS * 64
+    end = source_length
+    if CAUSAL:
+        end = tl.load(length_ptr).to(tl.int32)
+    if OVERLAP:
+        # The first keys and values come into the L2 cache while the query is still being made.
+        line_bytes: tl.constexpr = 64 * keys_ptr.dtype.element_ty.primitive_bitwidth // 8
+        last = (end * line_bytes - 1) // 128
+        line = tl.minimum(tl.arange(0, LINES), last)
+        fetch_line(keys_ptr + base, line)
+        fetch_line(values_ptr + base, line)
+    wait_for_predecessor(OVERLAP)
+    q = tl.load(query_ptr + tl.program_id(0) * 64 + dim).to(tl.float32)
+    # Each lane keeps a softmax of its own over the tiles; only the lanes' are merged in the end.
+    best = tl.full([TILE, 1], -1e30, tl.float32)
+    total = tl.zeros([TILE, 1], tl.float32)
+    value = tl.zeros([TILE, 64], tl.float32)
+    for start in tl.range(0, end, TILE, num_stages=STAGES):
+        key = start + lane
+        allowed = key < end
+        k = tl.load(keys_ptr + base + key * 64 + dim, mask=allowed, other=0.0).to(tl.float32)
+        v = tl.load(values_ptr + base + key * 64 + dim, mask=allowed, other=0.0).to(tl.float32)
+        if CAUSAL:
+            allowed = allowed & (tl.load(valid_ptr + row * SLOTS + key, mask=allowed, other=0) != 0)
+        score = tl.sum(k * q, axis=1, keep_dims=True)
+        score = tl.where(allowed, score, -float("inf"))
+        higher = tl.maximum(best, score)
+        shrink = tl.exp(best - higher)
+        weight = tl.exp(score - higher)
+        total = total * shrink + weight
+        value = value * shrink + weight * v
+        best = higher
+    # Of a row of nothing but padding there is no maximum: -1e30 keeps the exponentials at 0 rather than NaN.
+    top = tl.max(best, axis=0, keep_dims=True)
+    weight = tl.exp(best - top)
+    total = tl.sum(total * weight, axis=0, keep_dims=True)
+    value = tl.sum(value * weight, axis=0, keep_dims=True) / tl.maximum(total, 1e-30)
+    tl.store(out_ptr + tl.program_id(0) * 64 + dim, value)
+    log = tl.where(total > 0, top + tl.log(total), -1e30)
+    tl.store(lse_ptr + tl.program_id(0) + tl.zeros([1, 1], tl.int32), log)
+
+
 @torch.library.custom_op(
     "whisper_static_cache::decode_attention", mutates_args=("out", "lse"), device_types=("cpu", "cuda")
 )
@@ -103,7 +162,8 @@ def decode_attention(
         lse: float32 ``(rows, splits, heads)``, written: the logarithm of each run's sum of exponentials.
         query: ``(rows, heads * 64)`` in the dtype of `keys`, scaled.
         keys, values: ``(rows, heads, slots, 64)``.
-        split_size: a power of two, with ``splits * split_size >= slots``.
+        split_size: a power of two, with ``splits * split_size >= slots``; not looked at with a single run of more than
+            FEW_ROWS rows, which takes every key.
         length: int64 ``(1,)``, on the device: the query stands in slot ``length - 1`` and sees the slots up to its
             own, those of them that `valid` allows; runs behind it are not written. None: it sees every slot.
         valid: bool ``(rows, slots)``, given with `length`.
@@ -111,6 +171,25 @@ def decode_attention(
     rows, heads, slots, _ = keys.shape
     splits = out.shape[1]
     causal = length is not None
+    if splits == 1 and rows > FEW_ROWS:
+        _stream_attention_kernel[(rows * heads,)](
+            out,
+            lse,
+            query,
+            keys,
+            values,
+            length if causal else out,
+            valid.view(torch.uint8) if causal else out,
+            slots,
+            HEADS=heads,
+            SLOTS=slots,
+            TILE=STREAM_TILE,
+            STAGES=STREAM_STAGES,
+            LINES=128 if causal else 256,
+            CAUSAL=causal,
+            **options(out.device, 4),
+        )
+        return
     num_warps = 16 if split_size > 256 else 8
     # Threads to a key, each with a vector of 16 bytes.
     tile = min(split_size, 32 * num_warps * 16 // (64 * keys.element_size()))

@@ -1,4 +1,6 @@
-"""Products of a few rows of activations with a decoder weight, for the one-token step: Triton kernel and reference.
+"""Products of some rows of activations with a decoder weight, for the one-token step: Triton kernel and reference.
+
+The kernel here takes up to FEW_ROWS, row by row; for up to 32 rows `decode_dot` has one on the tensor cores.
 
 A step at a small batch reads every weight once and computes little, so that the time is that of the bytes as long as
 nothing stands in front of them. Weights are therefore fetched, and unpacked if they are low-bit, before the kernel
@@ -26,11 +28,14 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .launch import fetch_line, let_successor_start, options, overlaps, wait_for_predecessor
+from .decode_dot import MAX_ROWS, decode_dot_kernel, dot_plan_for
+from .launch import digit, fetch_line, gelu, interpreted, let_successor_start, options, overlaps, wait_for_predecessor
 from .packing import PLANES, plane_width, unpack
 
 
 HEAD_DIM = 64
+# Rows up to which products are made row by row.
+FEW_ROWS = 8
 _ONE: tl.constexpr = tl.constexpr(0x3F800000)  # the bits of float32 1.0
 
 # What the activations are ...
@@ -72,39 +77,6 @@ def weight_of(linear):
     if hasattr(linear, "packed"):
         return Weight(linear.packed, linear.scales, linear.zeros, linear.bits, linear.group_size, linear.in_features)
     return Weight(linear.weight, None, None, 8 * linear.weight.element_size(), 0, linear.in_features)
-
-
-@triton.jit
-def _digit(packed, INDEX: tl.constexpr, BASE: tl.constexpr):
-    """Digit INDEX, an int32, of bytes held in int32."""
-    if BASE == 256:
-        return packed
-    elif BASE == 3:
-        # Quotients by 3, 9, 27, 81 by multiplication, exact below 256.
-        low = packed
-        if INDEX == 1:
-            low = (packed * 21846) >> 16
-        elif INDEX == 2:
-            low = (packed * 7282) >> 16
-        elif INDEX == 3:
-            low = (packed * 2428) >> 16
-        elif INDEX == 4:
-            low = (packed * 810) >> 16
-        if INDEX == 4:
-            return low
-        else:
-            return low - 3 * ((low * 21846) >> 16)
-    elif BASE == 16:
-        return (packed >> (4 * INDEX)) & 15
-    elif BASE == 4:
-        return (packed >> (2 * INDEX)) & 3
-    else:
-        return (packed >> INDEX) & 1
-
-
-@triton.jit
-def _gelu(x):
-    return 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
 
 
 @triton.jit
@@ -200,9 +172,9 @@ def _decode_linear_kernel(
                 tiles = tiles + (tl.load(w_ptr + n * STRIDE + step * CHUNK + index),)
             else:
                 packed = tl.load(w_ptr + n * STRIDE + step * CHUNK + index).to(tl.int32)
-                for digit in tl.static_range(DIGITS):
-                    first = digit * WIDTH + step * CHUNK
-                    q = _digit(packed, digit, BASE)
+                for place in tl.static_range(DIGITS):
+                    first = place * WIDTH + step * CHUNK
+                    q = digit(packed, place, BASE)
                     if HIGH > 0:
                         # The plane of high bits is HIGH bytes wide: element e is bit e // HIGH of its byte e % HIGH.
                         element = first + index
@@ -238,8 +210,8 @@ def _decode_linear_kernel(
             else:
                 totals = totals + (tl.zeros([LANES, GROUP_ROWS, 1], tl.float32),)
         for step in tl.static_range(STEPS):
-            for digit in tl.static_range(DIGITS):
-                first = digit * WIDTH + step * CHUNK
+            for place in tl.static_range(DIGITS):
+                first = place * WIDTH + step * CHUNK
                 if SOURCE == 2:
                     x = _merged(x_ptr, lse_ptr, row, first, index, lane, K, SPLITS, splits)
                 elif DIGITS * WIDTH > K:
@@ -250,13 +222,13 @@ def _decode_linear_kernel(
                     x_sum = tl.sum(x, axis=2, keep_dims=True)
                 grown = ()
                 for group in tl.static_range(GROUPS):
-                    tile = tiles[(group * STEPS + step) * DIGITS + digit]
+                    tile = tiles[(group * STEPS + step) * DIGITS + place]
                     if BASE == 0:
                         grown = grown + (totals[group] + tile.to(tl.float32) * x,)
                     else:
                         dot = tl.sum(tile * x, axis=2, keep_dims=True)
-                        factor = factors[(group * STEPS + step) * DIGITS + digit]
-                        offset = offsets[(group * STEPS + step) * DIGITS + digit]
+                        factor = factors[(group * STEPS + step) * DIGITS + place]
+                        offset = offsets[(group * STEPS + step) * DIGITS + place]
                         grown = grown + (totals[group] + (factor * dot - offset * x_sum),)
                 totals = grown
         if SOURCE == 0:
@@ -297,7 +269,7 @@ def _decode_linear_kernel(
                 written += y
                 written_squares += y * y
             elif EPILOGUE == 1:
-                tl.store(out_ptr + row * WIDE + n, _gelu(y).to(out_ptr.dtype.element_ty), mask=stores)
+                tl.store(out_ptr + row * WIDE + n, gelu(y).to(out_ptr.dtype.element_ty), mask=stores)
             else:
                 tl.store(out_ptr + row * WIDE + n, (y * scale).to(out_ptr.dtype.element_ty), mask=stores)
         if EPILOGUE == 2:
@@ -319,8 +291,13 @@ class Plan(NamedTuple):
         return parts * triton.cdiv(weight.out_features, self.group_rows * self.groups)
 
 
-def plan_for(weight, parts=1, merges=False):
-    """The `Plan` of a product with `weight`, or with `parts` of its shape; `merges`: of attention's runs."""
+def plan_for(weight, parts=1, merges=False, rows=1):
+    """The `Plan` or `DotPlan` of a product of `rows` with `weight`, or with `parts` of its shape.
+
+    `merges`: of attention's runs. Up to FEW_ROWS are multiplied one by one, more on the tensor cores.
+    """
+    if rows > FEW_ROWS:
+        return dot_plan_for(weight, parts)
     k = weight.in_features
     num_warps = 8 if k > 2048 else 4
     # A thread that merges runs has several values to fetch for each activation, and one that unpacks integers works
@@ -369,7 +346,7 @@ def decode_linear(
     """Product of a few rows with one weight, or with three of the same shape, and what goes with it.
 
     Args:
-        out: ``(rows, out_features)``, written; with three weights and no keys, theirs side by side. With the epilogue
+        out: ``(rows, out_features)`` of up to 32 rows, written; with three weights and no keys, theirs side by side. With the epilogue
             RESIDUAL float32 and added to.
         x: ``(rows, in_features)``; where a layer norm is folded, float32 and multiplied by its gain; with `lse` the
             runs of `decode_attention`, float32 ``(rows, splits, in_features)``.
@@ -386,8 +363,14 @@ def decode_linear(
         length: int64 ``(1,)`` where `keys` or a `split_size` is given.
         gained, next_gain, next_stats: with RESIDUAL, the layer norm that comes next: `out` times its gain, and the
             sums for it, both written.
-        prefetch: a contiguous tensor that a later kernel will read, fetched into the L2 cache meanwhile, or None.
+        prefetch: a contiguous tensor that a later kernel will read, fetched into the L2 cache meanwhile, or None. Not
+            with more than FEW_ROWS, whose cross-attention would wash it out again.
+
+    Raises:
+        ValueError: more rows than the kernels take.
     """
+    if out.shape[0] > MAX_ROWS:
+        raise ValueError(f"out has {out.shape[0]} rows: split the product into ones of at most {MAX_ROWS}")
     # The op itself has no defaults: torch 2.11 fails on one whose written arguments are left out.
     torch.ops.whisper_static_cache.decode_linear(
         out,
@@ -449,7 +432,7 @@ def _launch_decode_linear(
     )
     parts, rows = len(weights), out.shape[0]
     n, k = weight.out_features, weight.in_features
-    plan = plan_for(weight, parts, lse is not None)
+    plan = plan_for(weight, parts, lse is not None, rows)
     if scales:
         plane = PLANES[bits][0]
         packing = {
@@ -458,10 +441,9 @@ def _launch_decode_linear(
             "WIDTH": plane_width(plane, k),
             "GROUP": group_size,
             "HIGH": plane_width(PLANES[bits][1], k) if len(PLANES[bits]) == 2 else 0,
-            "LEVEL_BITS": math.ceil(bits),
         }
     else:
-        packing = {"BASE": 0, "DIGITS": 1, "WIDTH": k, "GROUP": 1, "HIGH": 0, "LEVEL_BITS": 0}
+        packing = {"BASE": 0, "DIGITS": 1, "WIDTH": k, "GROUP": 1, "HIGH": 0}
     stats_count = 1 if stats is None else stats.shape[2]
 
     def three(tensors):
@@ -472,39 +454,54 @@ def _launch_decode_linear(
         return out if tensor is None else tensor
 
     programs = plan.programs(weight, parts)
+    read = (out, x, *map(given, (lse, stats, folded)), constant)
+    written = map(given, (keys, values, length, gained, next_gain, next_stats))
+    matrices = (*three(weights), *three(scales), *three(zeros), scale, eps)
+    sizes = {
+        "N": n,
+        "K": k,
+        "WIDE": out.shape[1],
+        "ROWS": rows,
+        "PARTS": parts,
+        "STRIDE": weight.values.shape[1],
+        "SOURCE": PARTIALS if lse is not None else PLAIN if folded is None else NORM,
+        "EPILOGUE": epilogue,
+        "SPLITS": 1 if lse is None else x.shape[1],
+        "SPLIT_SIZE": split_size,
+        "SLOTS": 1 if keys is None else keys.shape[2],
+        "STATS": stats_count,
+        **packing,
+        **options(x.device, plan.num_warps),
+    }
+    if rows > FEW_ROWS:
+        decode_dot_kernel[(programs,)](
+            *read,
+            *written,
+            *matrices,
+            PADDED=max(16, triton.next_power_of_2(rows)),
+            FEATURES=plan.features,
+            BATCH=plan.batch,
+            DEPTH=plan.depth,
+            STATS_BLOCK=triton.next_power_of_2(stats_count),
+            WIDEN=interpreted(),
+            **sizes,
+        )
+        return
     lines = 0 if prefetch is None or not overlaps(x.device) else prefetch.numel() * prefetch.element_size() // 128
     _decode_linear_kernel[(programs,)](
-        out,
-        x,
-        *map(given, (lse, stats, folded)),
-        constant,
-        *map(given, (keys, values, length, gained, next_gain, next_stats, prefetch)),
-        *three(weights),
-        *three(scales),
-        *three(zeros),
-        scale,
-        eps,
-        N=n,
-        K=k,
-        WIDE=out.shape[1],
-        ROWS=rows,
-        PARTS=parts,
+        *read,
+        *written,
+        given(prefetch),
+        *matrices,
         GROUP_ROWS=plan.group_rows,
         GROUPS=plan.groups,
         LANES=plan.lanes,
         VECTOR=plan.vector,
-        STRIDE=weight.values.shape[1],
-        SOURCE=PARTIALS if lse is not None else PLAIN if folded is None else NORM,
-        EPILOGUE=epilogue,
-        SPLITS=1 if lse is None else x.shape[1],
-        SPLIT_SIZE=split_size,
-        SLOTS=1 if keys is None else keys.shape[2],
-        STATS=stats_count,
+        LEVEL_BITS=math.ceil(bits) if scales else 0,
         STATS_BLOCKS=triton.cdiv(stats_count, plan.lanes),
         PREFETCH=triton.cdiv(lines, programs * 128) * 128,
         PREFETCH_LINES=lines,
-        **packing,
-        **options(x.device, plan.num_warps),
+        **sizes,
     )
 
 

@@ -1,4 +1,6 @@
-"""What the Triton kernels share: whether they can run here, and how they are launched. Needs the triton package.
+"""What the Triton kernels share: whether they can run here, how they are launched, and small arithmetic.
+
+Needs the triton package.
 
 Programmatic dependent launch (compute capability 9.0 and later) lets a kernel start while the one before it still
 runs. Every kernel here says at once that its successor may start, fetches what no earlier kernel of the step writes,
@@ -32,6 +34,39 @@ def fetch_line(pointer, line):
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
     )
+
+
+@triton.jit
+def digit(packed, INDEX: tl.constexpr, BASE: tl.constexpr):
+    """Digit INDEX, an int32, of bytes held in int32."""
+    if BASE == 256:
+        return packed
+    elif BASE == 3:
+        # Quotients by 3, 9, 27, 81 by multiplication, exact below 256.
+        low = packed
+        if INDEX == 1:
+            low = (packed * 21846) >> 16
+        elif INDEX == 2:
+            low = (packed * 7282) >> 16
+        elif INDEX == 3:
+            low = (packed * 2428) >> 16
+        elif INDEX == 4:
+            low = (packed * 810) >> 16
+        if INDEX == 4:
+            return low
+        else:
+            return low - 3 * ((low * 21846) >> 16)
+    elif BASE == 16:
+        return (packed >> (4 * INDEX)) & 15
+    elif BASE == 4:
+        return (packed >> (2 * INDEX)) & 3
+    else:
+        return (packed >> INDEX) & 1
+
+
+@triton.jit
+def gelu(x):
+    return 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
 
 
 @functools.cache
