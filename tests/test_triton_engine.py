@@ -44,8 +44,10 @@ def both(model, features, **arguments):
         (1, {"do_sample": True, "temperature": 0.7}),
         (1, {"repetition_penalty": 1.5}),
         (1, {"return_dict_in_generate": True, "output_scores": True}),
+        (12, {}),
+        (20, {"return_timestamps": True}),
     ],
-    ids=["greedy", "timestamps", "long-prompt", "sampling", "penalty", "scores"],
+    ids=["greedy", "timestamps", "long-prompt", "sampling", "penalty", "scores", "tensor-cores", "two-operands"],
 )
 def test_stocks_tokens(batch, arguments):
     model = served_model()
@@ -64,13 +66,13 @@ def test_stocks_tokens(batch, arguments):
     assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize(("bits", "group_size"), [(4, 64), (2, 16)])
-def test_low_bit_weights(bits, group_size):
+@pytest.mark.parametrize(("bits", "group_size", "batch"), [(4, 64, 1), (2, 16, 1), (3, 32, 12)])
+def test_low_bit_weights(bits, group_size, batch):
     model = served_model(1)
     whisper_static_cache.quantize_decoder(
         model, bits, group_size, method="rtn", backend="torch", head_bits=8, progress=False
     )
-    features = tiny_features(1, config=model.config).to(DEVICE)
+    features = tiny_features(batch, config=model.config).to(DEVICE)
     expected, actual, report = both(model, features, language="en", max_new_tokens=5)
     assert report.engine == "triton"
     assert torch.equal(actual, expected)
@@ -119,14 +121,21 @@ def eager_is_next(monkeypatch):
     monkeypatch.setattr(TritonEngine, "fallback", "eager")
 
 
+@pytest.mark.parametrize(
+    ("batch", "rows"), [(1, 1), (3, 4), (8, 8), (9, 12), (12, 12), (13, 16), (17, 24), (25, 32), (32, 32)]
+)
+def test_few_rows_pad_a_batch(batch, rows):
+    assert TritonEngine(served_model()).rows_for(batch) == rows
+
+
 @pytest.mark.usefixtures("eager_is_next")
 def test_large_batches_go_to_the_next_engine():
     model = served_model()
-    features = tiny_features(9, config=model.config).to(DEVICE)
+    features = tiny_features(33, config=model.config).to(DEVICE)
     expected, actual, report = both(model, features, language="en", max_new_tokens=3)
     assert torch.equal(actual, expected)
     # A window of one row, if there is one, is this engine's again.
-    assert "a batch of 9" in report.reason
+    assert "a batch of 33" in report.reason
 
 
 @pytest.mark.usefixtures("eager_is_next")

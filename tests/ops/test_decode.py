@@ -18,11 +18,9 @@ pytestmark = pytest.mark.skipif(
 FORMATS = [(16, 0), (8, 64), (4, 64), (3, 32), (2, 16), (1.58, 16)]
 # (in_features, out_features, rows): one chunk, several, features that do not fill the last program, planes with
 # padding.
-SHAPES = (
-    [(128, 64, 1), (320, 130, 2), (320, 130, 9), (128, 64, 17)]
-    if DEVICE == "cpu"
-    else [(128, 64, 1), (320, 130, 3), (1280, 1283, 8)]
-)
+SHAPES = [(128, 64, 1), (320, 130, 2), (320, 130, 9), (192, 66, 16), (128, 64, 17), (64, 64, 32)]
+if DEVICE == "cuda":
+    SHAPES += [(320, 130, 3), (1280, 1283, 8), (1280, 1283, 12), (1280, 5120, 16), (5120, 1280, 16), (384, 384, 32)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -97,9 +95,10 @@ def test_linear_with_layer_norm_and_residual(in_features, out_features, rows, bi
     assert_close(sums.sum(2), torch.stack((expected.sum(1), (expected * expected).sum(1))), 1e-4)
 
 
+@pytest.mark.parametrize("rows", [2, 9, 32])
 @pytest.mark.parametrize(("bits", "group_size"), [(16, 0), (4, 64)])
-def test_query_key_and_value_go_where_they_belong(bits, group_size):
-    width, rows, slots = 128, 2, 5
+def test_query_key_and_value_go_where_they_belong(bits, group_size, rows):
+    width, slots = 128, 5
     trio = [random_weight(bits, group_size, width, width, torch.float16) for _ in range(3)]
     weights, dense = [weight for weight, _ in trio], torch.cat([matrix for _, matrix in trio])
     norm = random_norm(width, torch.float16)
@@ -136,9 +135,10 @@ def test_query_key_and_value_go_where_they_belong(bits, group_size):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("length", [1, 2, 32, 33, 100])
-def test_self_attention_reads_up_to_its_slot(length, dtype):
-    rows, heads, slots, split = 2, 2, 100, 64
+@pytest.mark.parametrize("length", [1, 2, 32, 33, 64, 65, 100])
+@pytest.mark.parametrize(("rows", "split"), [(2, 64), (9, 64), (9, 128), (17, 128)])
+def test_self_attention_reads_up_to_its_slot(length, dtype, rows, split):
+    heads, slots = 2, 100
     torch.manual_seed(length)
     keys, values = (poisoned(rows, heads, slots, 64, dtype=dtype) for _ in range(2))
     keys[:, :, :length] = torch.randn(rows, heads, length, 64, device=DEVICE).to(dtype)
@@ -148,7 +148,8 @@ def test_self_attention_reads_up_to_its_slot(length, dtype):
     if length > 2:
         valid[1, :2] = False
     at = torch.tensor([length], device=DEVICE)
-    runs, lse = poisoned(rows, 2, heads * 64), poisoned(rows, 2, heads)
+    splits = -(-slots // split)
+    runs, lse = poisoned(rows, splits, heads * 64), poisoned(rows, splits, heads)
     decode_attention.decode_attention(runs, lse, query, keys, values, split, at, valid)
     expected = decode_attention.reference_decode_attention(
         query.double(), keys[:, :, :length], values[:, :, :length], at, valid[:, :length]
@@ -156,7 +157,7 @@ def test_self_attention_reads_up_to_its_slot(length, dtype):
     # The product that follows merges the runs.
     width = heads * 64
     weight, dense = random_weight(16, 0, width, width, dtype)
-    programs = decode_linear.plan_for(weight, merges=True).programs(weight)
+    programs = decode_linear.plan_for(weight, merges=True, rows=rows).programs(weight)
     product, none = torch.zeros(rows, width, device=DEVICE), torch.zeros(width, device=DEVICE)
     decode_linear.decode_linear(
         product,
@@ -174,16 +175,42 @@ def test_self_attention_reads_up_to_its_slot(length, dtype):
     assert_close(product, expected @ dense.T, 1e-5)
 
 
-def test_cross_attention_reads_every_position():
-    rows, heads, positions, split = 2, 2, 150, 64
+@pytest.mark.parametrize(("rows", "split"), [(2, 64), (9, 64), (9, 256), (16, 256)])
+def test_cross_attention_reads_every_position(rows, split):
+    heads, positions = 2, 150
     keys, values = (torch.randn(rows, heads, positions, 64, device=DEVICE) for _ in range(2))
     query = torch.randn(rows, heads * 64, device=DEVICE) * 0.3
-    runs, lse = poisoned(rows, 3, heads * 64), poisoned(rows, 3, heads)
+    splits = -(-positions // split)
+    runs, lse = poisoned(rows, splits, heads * 64), poisoned(rows, splits, heads)
     decode_attention.decode_attention(runs, lse, query, keys, values, split, None, None)
     weights = lse.softmax(1).repeat_interleave(64, dim=-1)
     assert_close(
         (runs * weights).sum(1), decode_attention.reference_decode_attention(query.double(), keys, values), 1e-5
     )
+
+
+@pytest.mark.parametrize("rows", [9, 32])
+def test_norms_that_leave_the_range_of_half_precision_are_served(rows):
+    """A residual stream beyond 65504, which only the normed activations come back from; and GELU of many rows."""
+    weight, dense = random_weight(16, 0, 128, 64, torch.float16)
+    norm, x = random_norm(128, torch.float16), torch.randn(rows, 128, device=DEVICE) * 1e6
+    constant, folded = poisoned(64), poisoned(64)
+    decode_linear.fold_norm(constant, folded, [weight], [None], norm)
+    stats, out = torch.stack((x.sum(1, keepdim=True), (x * x).sum(1, keepdim=True))), poisoned(rows, 64)
+    arguments = (*decode_linear.arguments([weight]), constant, decode_linear.GELU, 1.0, folded, stats, norm.eps)
+    decode_linear.decode_linear(out, x * norm.weight.float(), *arguments)
+    exact = decode_linear.Weight(dense, None, None, 64, 0, 128)
+    expected = torch.nn.functional.gelu(decode_linear.reference_decode_linear(x.double(), exact, None, norm))
+    assert_close(out, expected, 2e-5)
+
+
+def test_more_rows_than_the_kernels_take_are_refused():
+    weight, _ = random_weight(16, 0, 64, 64, torch.float32)
+    x, none = torch.randn(33, 64, device=DEVICE), torch.zeros(64, device=DEVICE)
+    with pytest.raises(ValueError, match="33 rows"):
+        decode_linear.decode_linear(
+            torch.empty_like(x), x, *decode_linear.arguments([weight]), none, decode_linear.STORE
+        )
 
 
 def test_embedding_and_what_the_first_layer_norm_needs():

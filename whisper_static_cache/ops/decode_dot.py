@@ -54,7 +54,7 @@ def decode_dot_kernel(
     BASE: tl.constexpr, DIGITS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, HIGH: tl.constexpr,
     STRIDE: tl.constexpr, SOURCE: tl.constexpr, EPILOGUE: tl.constexpr, SPLITS: tl.constexpr,
     SPLIT_SIZE: tl.constexpr, SLOTS: tl.constexpr, STATS: tl.constexpr, STATS_BLOCK: tl.constexpr,
-    WIDEN: tl.constexpr, OVERLAP: tl.constexpr,
+    HALVES: tl.constexpr, WIDEN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     let_successor_start(OVERLAP)
     CHUNK: tl.constexpr = BATCH * DEPTH
@@ -90,30 +90,18 @@ def decode_dot_kernel(
     exists = in_part < N
     constant = tl.load(constant_ptr + feature, mask=exists, other=0.0).to(tl.float32)
     tiles = ()
-    factors = ()
-    offsets = ()
+    scales = ()
+    zeros = ()
     for step in tl.static_range(STEPS):
+        # Low-bit ones stay packed until they are multiplied: unpacked they would not fit the registers.
         raw = tl.load(w_ptr + n * STRIDE + step * CHUNK + index)
-        if BASE == 0:
-            tiles = tiles + (raw,)
-        else:
-            packed = raw.to(tl.int32)
+        tiles = tiles + (raw,)
+        if BASE != 0:
             for place in tl.static_range(DIGITS):
                 first = place * WIDTH + step * CHUNK
-                q = digit(packed, place, BASE)
-                if HIGH > 0:
-                    # The plane of high bits is HIGH bytes wide: element e is bit e // HIGH of its byte e % HIGH.
-                    element = first + index
-                    high = tl.load(w_ptr + n * STRIDE + WIDTH + element % HIGH).to(tl.int32)
-                    q = q | (((high >> (element // HIGH)) & 1) << 2)
-                # Added to 2**23 an integer is a float's mantissa: no conversion instruction.
-                value = (q | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-                tiles = tiles + (value.to(s_ptr.dtype.element_ty),)
                 meta = n * (K // GROUP) + (first + block) // GROUP
-                s = tl.load(s_ptr + meta, mask=first + block < K, other=0.0).to(tl.float32)
-                z = tl.load(z_ptr + meta, mask=first + block < K, other=0.0).to(tl.float32)
-                factors = factors + (s,)
-                offsets = offsets + (s * z,)
+                scales = scales + (tl.load(s_ptr + meta, mask=first + block < K, other=0.0),)
+                zeros = zeros + (tl.load(z_ptr + meta, mask=first + block < K, other=0.0),)
 
     wait_for_predecessor(OVERLAP)
     row = tl.arange(0, PADDED)
@@ -121,23 +109,32 @@ def decode_dot_kernel(
     read = tl.minimum(row, ROWS - 1)
     if SOURCE == 0:
         entry = tl.arange(0, STATS_BLOCK)[None, :]
-        at = stats_ptr + read[:, None] * STATS + entry
-        mean = tl.sum(tl.load(at, mask=entry < STATS, other=0.0), axis=1) / K
-        square = tl.sum(tl.load(at + ROWS * STATS, mask=entry < STATS, other=0.0), axis=1) / K
+        sums = stats_ptr + read[:, None] * STATS + entry
+        mean = tl.sum(tl.load(sums, mask=entry < STATS, other=0.0), axis=1) / K
+        square = tl.sum(tl.load(sums + ROWS * STATS, mask=entry < STATS, other=0.0), axis=1) / K
         inverse = tl.rsqrt(tl.maximum(square - mean * mean, 0.0) + eps)
     across = tl.arange(0, BATCH)[:, None, None] * DEPTH + tl.arange(0, DEPTH)[None, None, :]
     total = tl.zeros([BATCH, PADDED, FEATURES], tl.float32)
     for step in tl.static_range(STEPS):
         for place in tl.static_range(DIGITS):
             first = place * WIDTH + step * CHUNK
-            tile = tiles[step * DIGITS + place]
-            at = first + across
+            tile = tiles[step]
+            if BASE != 0:
+                q = digit(tiles[step].to(tl.int32), place, BASE)
+                if HIGH > 0:
+                    # The plane of high bits is HIGH bytes wide: element e is bit e // HIGH of its byte e % HIGH.
+                    bit = first + index
+                    high = tl.load(w_ptr + n * STRIDE + WIDTH + bit % HIGH).to(tl.int32)
+                    q = q | (((high >> (bit // HIGH)) & 1) << 2)
+                # Added to 2**23 an integer is a float's mantissa: no conversion instruction.
+                tile = ((q | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0).to(s_ptr.dtype.element_ty)
+            element = first + across
             if SOURCE == 2:
-                x = _merged_tile(x_ptr, lse_ptr, read[None, :, None], at, block, first, K, SPLITS, splits)
+                x = _merged_tile(x_ptr, lse_ptr, read[None, :, None], element, block, first, K, SPLITS, splits)
             elif DIGITS * WIDTH > K:
-                x = tl.load(x_ptr + read[None, :, None] * K + at, mask=at < K, other=0.0)
+                x = tl.load(x_ptr + read[None, :, None] * K + element, mask=element < K, other=0.0)
             else:
-                x = tl.load(x_ptr + read[None, :, None] * K + at)
+                x = tl.load(x_ptr + read[None, :, None] * K + element)
             if SOURCE == 0:
                 x = x * inverse[None, :, None]
             high_x = x.to(tile.dtype)
@@ -151,13 +148,14 @@ def decode_dot_kernel(
             if BASE == 0:
                 part_sum = total
             part_sum = tl.dot(high_x, tile, part_sum, input_precision="ieee")
-            if x.dtype != tiles[0].dtype:
+            if HALVES:
                 part_sum = tl.dot(low_x, tile, part_sum, input_precision="ieee")
             if BASE == 0:
                 total = part_sum
             else:
                 x_sum = tl.sum(x.to(tl.float32), axis=2, keep_dims=True)
-                total += factors[step * DIGITS + place] * part_sum - offsets[step * DIGITS + place] * x_sum
+                s = scales[step * DIGITS + place].to(tl.float32)
+                total += s * (part_sum - zeros[step * DIGITS + place].to(tl.float32) * x_sum)
     y = tl.sum(total, axis=0)
 
     if SOURCE == 0:
@@ -184,9 +182,9 @@ def decode_dot_kernel(
         tl.store(gained_ptr + wide + feature[None, :], y * gain[None, :], mask=stores)
         y = tl.where(stores, y, 0.0)
         programs = tl.num_programs(0)
-        at = next_stats_ptr + row * programs + tl.program_id(0)
-        tl.store(at, tl.sum(y, axis=1), mask=row < ROWS)
-        tl.store(at + ROWS * programs, tl.sum(y * y, axis=1), mask=row < ROWS)
+        sums = next_stats_ptr + row * programs + tl.program_id(0)
+        tl.store(sums, tl.sum(y, axis=1), mask=row < ROWS)
+        tl.store(sums + ROWS * programs, tl.sum(y * y, axis=1), mask=row < ROWS)
     elif EPILOGUE == 1:
         tl.store(out_ptr + wide + feature[None, :], gelu(y).to(out_ptr.dtype.element_ty), mask=stores)
     else:
@@ -208,9 +206,16 @@ class DotPlan(NamedTuple):
 def dot_plan_for(weight, parts=1):
     """The `DotPlan` of a product with `weight`, or with `parts` of its shape."""
     k, total = weight.in_features, parts * weight.out_features
-    # A program's weights are in registers before it waits: as many warps as hold them.
-    features = 32 if total > 2048 and k <= 2048 else 16
-    num_warps = 16 if k > 2048 else 8 if features == 32 else 4
+    # A program's weights are in registers, or in shared memory, before it waits.
+    single = weight.values.element_size() == 4 or (weight.scales is not None and weight.scales.element_size() == 4)
+    if single:
+        features, num_warps = (4 if k > 2048 else 16), 4
+    elif k > 2048:
+        features, num_warps = 8, 8
+    elif total > 2048:
+        features, num_warps = 32, 8
+    else:
+        features, num_warps = 16, 4
     width, group = k, 64
     if weight.scales is not None:
         width, group = plane_width(PLANES[weight.bits][0], k), min(64, weight.group_size & -weight.group_size)

@@ -346,8 +346,8 @@ def decode_linear(
     """Product of a few rows with one weight, or with three of the same shape, and what goes with it.
 
     Args:
-        out: ``(rows, out_features)`` of up to 32 rows, written; with three weights and no keys, theirs side by side. With the epilogue
-            RESIDUAL float32 and added to.
+        out: ``(rows, out_features)`` of up to 32 rows, written; with three weights and no keys, theirs side by side.
+            With the epilogue RESIDUAL float32 and added to.
         x: ``(rows, in_features)``; where a layer norm is folded, float32 and multiplied by its gain; with `lse` the
             runs of `decode_attention`, float32 ``(rows, splits, in_features)``.
         weights, scales, zeros, bits, group_size: what `arguments` gives.
@@ -474,6 +474,8 @@ def _launch_decode_linear(
         **options(x.device, plan.num_warps),
     }
     if rows > FEW_ROWS:
+        # Two programs of eight warps to a multiprocessor, one of them reading while the other multiplies.
+        limit = {"maxnreg": 128} if plan.features == 32 and rows <= 16 and not scales and not interpreted() else {}
         decode_dot_kernel[(programs,)](
             *read,
             *written,
@@ -483,8 +485,10 @@ def _launch_decode_linear(
             BATCH=plan.batch,
             DEPTH=plan.depth,
             STATS_BLOCK=triton.next_power_of_2(stats_count),
+            HALVES=x.dtype != (scales[0] if scales else weights[0]).dtype,
             WIDEN=interpreted(),
             **sizes,
+            **limit,
         )
         return
     lines = 0 if prefetch is None or not overlaps(x.device) else prefetch.numel() * prefetch.element_size() // 128
