@@ -23,6 +23,13 @@ def rows_for(batch_size):
     return 1 << (batch_size - 1).bit_length()
 
 
+def named_arguments(encoder, args, kwargs):
+    """The arguments of a call of `encoder` by name, those that its signature has no name for among them."""
+    bound = inspect.signature(encoder.forward).bind(*args, **kwargs).arguments
+    unnamed = bound.pop("kwargs", {})
+    return {**bound, **unnamed}
+
+
 def why_not(encoder, features, arguments):
     """The reason why this call of `encoder` cannot be replayed from a graph, or None.
 
@@ -34,7 +41,7 @@ def why_not(encoder, features, arguments):
     parameter = next(encoder.parameters())
     if not isinstance(features, torch.Tensor) or features.dim() != 3:
         return "the features are not one batch"
-    if features.device != parameter.device or features.device.type != "cuda":
+    if not _on_one_gpu(features, parameter):
         return "features and encoder are not on one GPU"
     if features.dtype != parameter.dtype:
         return "the features are of another dtype than the encoder"
@@ -54,6 +61,10 @@ def why_not(encoder, features, arguments):
         if forward_hooks(module) or "forward" in module.__dict__:
             return f"{type(module).__name__} has a forward of its own or a hook"
     return None
+
+
+def _on_one_gpu(features, parameter):
+    return features.device == parameter.device and features.device.type == "cuda"
 
 
 class CapturedEncoder:
@@ -81,10 +92,9 @@ class CapturedEncoder:
 
     def __call__(self, *args, **kwargs):
         try:
-            bound = inspect.signature(self.encoder.forward).bind(*args, **kwargs).arguments
+            arguments = named_arguments(self.encoder, args, kwargs)
         except TypeError:
             return self.encoder(*args, **kwargs)
-        arguments = {**bound, **bound.pop("kwargs", {})}
         features = arguments.pop("input_features", None)
         if self._failed or why_not(self.encoder, features, arguments) is not None:
             return self.encoder(*args, **kwargs)
