@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 # The largest batch that is captured; beyond it the arithmetic hides the launches.
 MAX_ROWS = 16
 _SERVED_ATTENTION = ("sdpa", "eager")
+# Where the classes come from whose forward reads nothing but parameters and inputs.
+_FIXED = ("torch.nn.", "transformers.")
 
 
 def rows_for(batch_size):
@@ -53,14 +55,48 @@ def why_not(encoder, features, arguments):
             return f"the argument `{name}` is given"
     if arguments.get("return_dict") is False:
         return "a tuple is asked for"
-    if encoder.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
-        return "training, gradients or autocast are on"
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
+        return "gradients or autocast are on"
     if getattr(encoder.config, "_attn_implementation", None) not in _SERVED_ATTENTION:
         return "the attention implementation may not be capturable"
+    frames = encoder.config.max_source_positions * encoder.conv1.stride[0] * encoder.conv2.stride[0]
+    if tuple(features.shape[1:]) != (encoder.config.num_mel_bins, frames):
+        return "the features are of another shape than the encoder takes"
     for module in encoder.modules():
+        kind = type(module)
+        if not kind.__module__.startswith(_FIXED):
+            # An adapter computes by switches and factors that no fingerprint sees.
+            return f"{kind.__name__} may not compute the same every time"
+        if module.training:
+            return f"{kind.__name__} is in training mode"
         if forward_hooks(module) or "forward" in module.__dict__:
-            return f"{type(module).__name__} has a forward of its own or a hook"
+            return f"{kind.__name__} has a forward of its own or a hook"
     return None
+
+
+def _arithmetic():
+    """PyTorch's settings that decide which kernels a graph has captured.
+
+    From 2.9 on the older names of the precisions raise once the newer have been set; the newer follow the older.
+    """
+    backends, cublas = torch.backends, torch.backends.cuda.matmul
+    if hasattr(backends.cudnn, "conv"):
+        precisions = cublas.fp32_precision, backends.cudnn.conv.fp32_precision
+    else:
+        precisions = cublas.allow_tf32, backends.cudnn.allow_tf32
+    return (
+        *precisions,
+        cublas.allow_fp16_reduced_precision_reduction,
+        cublas.allow_bf16_reduced_precision_reduction,
+        backends.cudnn.enabled,
+        backends.cudnn.benchmark,
+        backends.cudnn.deterministic,
+        torch.are_deterministic_algorithms_enabled(),
+        backends.cuda.flash_sdp_enabled(),
+        backends.cuda.mem_efficient_sdp_enabled(),
+        backends.cuda.math_sdp_enabled(),
+        backends.cuda.cudnn_sdp_enabled(),
+    )
 
 
 def _on_one_gpu(features, parameter):
@@ -118,7 +154,7 @@ class CapturedEncoder:
             # Replays on two streams could overlap: each stream has graphs and a pool of its own.
             stream = torch.cuda.current_stream().cuda_stream
             rows = rows_for(features.shape[0])
-            key = (stream, rows, features.shape[1:], self.encoder.config._attn_implementation)
+            key = (stream, rows, self.encoder.config._attn_implementation, _arithmetic())
             if key not in self._graphs:
                 self._graphs[key] = self._capture(stream, rows, features)
             graph, buffer = self._graphs[key]
