@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .cuda_graphs import CapturedCall
-from .modeling_whisper import ModuleFingerprint, forward_hooks
+from .modeling_whisper import ModuleFingerprint, foreign_modules, forward_hooks
 
 
 logger = logging.getLogger(__name__)
@@ -16,8 +16,6 @@ logger = logging.getLogger(__name__)
 # The largest batch that is captured; beyond it the arithmetic hides the launches.
 MAX_ROWS = 16
 _SERVED_ATTENTION = ("sdpa", "eager")
-# Where the classes come from whose forward reads nothing but parameters and inputs.
-_FIXED = ("torch.nn.", "transformers.")
 
 
 def rows_for(batch_size):
@@ -63,14 +61,13 @@ def why_not(encoder, features, arguments):
     if tuple(features.shape[1:]) != (encoder.config.num_mel_bins, frames):
         return "the features are of another shape than the encoder takes"
     for module in encoder.modules():
-        kind = type(module)
-        if not kind.__module__.startswith(_FIXED):
-            # An adapter computes by switches and factors that no fingerprint sees.
-            return f"{kind.__name__} may not compute the same every time"
         if module.training:
-            return f"{kind.__name__} is in training mode"
+            return f"{type(module).__name__} is in training mode"
         if forward_hooks(module) or "forward" in module.__dict__:
-            return f"{kind.__name__} has a forward of its own or a hook"
+            return f"{type(module).__name__} has a forward of its own or a hook"
+    for module in foreign_modules(encoder):
+        # An adapter computes by switches and factors that no fingerprint sees.
+        return f"{type(module).__name__} may not compute the same every time"
     return None
 
 
