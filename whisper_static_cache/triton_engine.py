@@ -398,7 +398,7 @@ def _why_not_served(model):
     dtype = decoder.embed_positions.weight.dtype
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"the Triton kernels compute in float16, bfloat16 and float32, not {dtype}"
-    norms, linears = [decoder.layer_norm], [model.proj_out]
+    norms, linears, activations = [decoder.layer_norm], [model.proj_out], []
     for layer in decoder.layers:
         own, cross = layer.self_attn, layer.encoder_attn
         norms += [layer.self_attn_layer_norm, layer.encoder_attn_layer_norm, layer.final_layer_norm]
@@ -412,6 +412,11 @@ def _why_not_served(model):
             layer.fc1,
             layer.fc2,
         ]
+        if not _is_gelu(layer.activation_fn):
+            return f"the activation {type(layer.activation_fn).__name__}; the Triton kernels have gelu"
+        if {own.scaling, cross.scaling} != {decoder.layers[0].self_attn.scaling}:
+            return "attention is not scaled the same in all layers"
+        activations.append(layer.activation_fn)
         trio = {_format(linear) for linear in (own.q_proj, own.k_proj, own.v_proj)}
         if len(trio) > 1:
             return "query, key and value weights are of different formats"
@@ -427,10 +432,14 @@ def _why_not_served(model):
             return f"the Triton kernels do not know {type(module).__name__}"
         if type(module) is nn.Linear and (module.weight.dtype != dtype or not module.weight.is_contiguous()):
             return "a weight is not contiguous, or of another dtype than the embeddings"
-    for module in (*norms, *linears, decoder.embed_tokens):
+    for module in (*norms, *linears, *activations, decoder.embed_tokens):
         if forward_hooks(module):
             return f"{type(module).__name__} has a forward hook, which the kernels would not call"
     return None
+
+
+def _is_gelu(module):
+    return type(module).__name__ == "GELUActivation" or (type(module) is nn.GELU and module.approximate == "none")
 
 
 def _format(linear):
