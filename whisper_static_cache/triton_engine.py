@@ -21,7 +21,7 @@ from .quantized_linear import QuantizedLinear
 # Longest prompt that is fed token by token through the step.
 MAX_STEPPED_PROMPT = 8
 # Keys a program of the attention kernels takes.
-SELF_SPLIT, CROSS_SPLIT = 128, 512
+SELF_SPLIT, CROSS_SPLIT = 256, 512
 # What `ops.decode_tokens` can hold of tokens that end a row.
 MAX_ENDS = 16
 

@@ -118,15 +118,18 @@ def _merged(x_ptr, lse_ptr, row, first, index, lane, K: tl.constexpr, SPLITS: tl
         lse = tl.load(lse_ptr + (row * SPLITS + split) * heads + head, mask=split < splits, other=-float("inf"))
         logarithms = logarithms + (lse,)
         best = tl.maximum(best, lse)
-    weight = tl.exp(logarithms[0] - best)
-    total = weight
-    value = tl.load(x_ptr + row * SPLITS * K + first + index) * weight
+    weights = ()
+    total = tl.zeros_like(best)
+    for split in tl.static_range(SPLITS):
+        weights = weights + (tl.exp(logarithms[split] - best),)
+        total += weights[split]
+    # One division for all elements of a head that a thread has.
+    inverse = 1.0 / total
+    value = tl.load(x_ptr + row * SPLITS * K + first + index) * (weights[0] * inverse)
     for split in tl.static_range(1, SPLITS):
-        weight = tl.exp(logarithms[split] - best)
-        total += weight
         at = x_ptr + (row * SPLITS + split) * K + first + index
-        value += tl.load(at, mask=split < splits, other=0.0) * weight
-    return value / total
+        value += tl.load(at, mask=split < splits, other=0.0) * (weights[split] * inverse)
+    return value
 
 
 @triton.jit
