@@ -223,7 +223,7 @@ def parse(argv=None):
     parser.add_argument("--datasets", nargs="+", choices=DATASETS, help="sets on the hub, instead of --folder")
     parser.add_argument("--limit", type=int, help="recordings to take of each set")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--engine", choices=("auto", "eager", "compile", "stock"), default="auto")
+    parser.add_argument("--engine", choices=("auto", "eager", "compile", "triton", "stock"), default="auto")
     parser.add_argument("--dtype", default="float32", help="of what is not quantised, beside bits:group_size")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--solve-on", help="device to quantise on, if not --device: hqq solves in half on CUDA")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import whisper_static_cache
-from whisper_static_cache import encoder_graph
+from whisper_static_cache import encoder_graph, generation_whisper
 from whisper_static_cache.sessions import state_of
 
 from .conftest import tiny_features, tiny_model
@@ -43,6 +43,67 @@ def test_the_cpu_is_left_to_the_encoder():
         assert state_of(model).encoder is None
     reason = encoder_graph.why_not(model.model.encoder, tiny_features(1, config=model.config), {})
     assert "GPU" in reason
+
+
+def test_what_generate_passes_is_served(monkeypatch):
+    """The arguments that transformers calls the encoder with are none that keep it from its graph."""
+    model, seen = tiny_model(), []
+
+    class Watched(encoder_graph.CapturedEncoder):
+        def __call__(self, *args, **kwargs):
+            arguments = encoder_graph.named_arguments(self.encoder, args, kwargs)
+            features = arguments.pop("input_features")
+            monkeypatch.setattr(encoder_graph, "_on_one_gpu", lambda *_: True)
+            seen.append(encoder_graph.why_not(self.encoder, features, arguments))
+            return self.encoder(*args, **kwargs)
+
+    monkeypatch.setattr(generation_whisper, "encoder_for_call", lambda _, encoder: Watched(encoder))
+    with whisper_static_cache.patched(model):
+        model.generate(tiny_features(2, config=model.config), max_new_tokens=2)
+    assert seen == [None]
+
+
+class Scaled(torch.nn.Linear):
+    """An adapter: what it computes depends on a number that is no parameter."""
+
+    scale = 1.0
+
+    def forward(self, states):
+        return self.scale * super().forward(states)
+
+
+def test_what_a_graph_could_not_follow_is_left_to_the_encoder(monkeypatch):
+    monkeypatch.setattr(encoder_graph, "_on_one_gpu", lambda *_: True)
+    model = tiny_model()
+    encoder, features = model.model.encoder, tiny_features(1, config=model.config)
+    with torch.no_grad():
+        assert encoder_graph.why_not(encoder, features, {}) is None
+        assert "another shape" in encoder_graph.why_not(encoder, features[..., :-2], {})
+        assert "output_attentions" in encoder_graph.why_not(encoder, features, {"output_attentions": True})
+        assert "one batch" in encoder_graph.why_not(encoder, None, {})
+        encoder.layers[0].train()
+        assert "training" in encoder_graph.why_not(encoder, features, {})
+        encoder.eval()
+        encoder.layers[0].fc1 = Scaled(encoder.layers[0].fc1.in_features, encoder.layers[0].fc1.out_features).eval()
+        assert encoder_graph.why_not(encoder, features, {}) == "Scaled may not compute the same every time"
+    assert "gradients" in encoder_graph.why_not(encoder, features, {})
+
+
+def test_settings_that_choose_kernels_choose_the_graph(monkeypatch):
+    before = encoder_graph._arithmetic()
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not torch.backends.cudnn.allow_tf32)
+    assert encoder_graph._arithmetic() != before
+    monkeypatch.undo()
+    assert encoder_graph._arithmetic() == before
+
+
+@pytest.mark.gpu
+def test_generate_replays_it():
+    model = tiny_model().cuda()
+    with whisper_static_cache.patched(model, engine="auto"):
+        for _ in range(2):
+            model.generate(tiny_features(2, config=model.config).cuda(), max_new_tokens=2)
+        assert state_of(model).encoder.captures == 1
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache, EncoderDecoderCache, LogitsProcessor, LogitsProcessorList
 
 import whisper_static_cache
-from whisper_static_cache import EncoderDecoderStaticCache, _compat, sessions
+from whisper_static_cache import EncoderDecoderStaticCache, _compat, engines, modeling_whisper, sessions
 from whisper_static_cache.engines import CompileEngine, EagerEngine
 
 from .conftest import tiny_features, tiny_model
@@ -267,6 +267,34 @@ def test_new_weights_are_used(engine):
     assert torch.equal(model.generate(features(2)), expected)
 
 
+class Adapter(torch.nn.Module):
+    """A linear layer and a correction, as much of it as an attribute says."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.more, self.scale = base, torch.nn.Linear(base.in_features, base.out_features), 0.0
+
+    def forward(self, states):
+        return self.base(states) + self.scale * self.more(states)
+
+
+def adapted_model():
+    model = tiny_model(2)
+    torch.manual_seed(5)
+    layer = model.model.decoder.layers[0]
+    layer.fc1 = Adapter(layer.fc1).eval()
+    return model, layer.fc1
+
+
+def tokens_at_scales(model, adapter):
+    found = []
+    for scale in (0.0, 3.0, -3.0, 0.0, 3.0):
+        adapter.scale = scale
+        found.append(model.generate(features(2)).tolist())
+    assert found[0] != found[1] != found[2] != found[0]
+    return found
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_replaced_layer_is_used(engine):
     model = tiny_model(2)
@@ -289,6 +317,50 @@ def test_a_replaced_head_or_decoder_is_used(engine, part):
     whisper_static_cache.unpatch(model)
     assert torch.equal(tokens, model.generate(features(2)))
     assert not torch.equal(tokens, before)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_adapters_switch_is_followed(engine):
+    model, adapter = adapted_model()
+    expected = tokens_at_scales(model, adapter)
+    with whisper_static_cache.patched(model, engine=engine):
+        assert tokens_at_scales(model, adapter) == expected
+
+
+def test_a_graph_is_replayed_for_the_adapters_switch_it_was_captured_at(monkeypatch):
+    """Without a GPU: a graph goes on with what it saw, here with the adapter's scale."""
+    model, adapter = adapted_model()
+    expected = tokens_at_scales(model, adapter)
+
+    class Captured:
+        def __init__(self, function, pool):
+            self.function, self.scale = function, adapter.scale
+
+        def __call__(self):
+            now, adapter.scale = adapter.scale, self.scale
+            try:
+                return self.function()
+            finally:
+                adapter.scale = now
+
+    whisper_static_cache.patch(model, engine="compile")
+    engine = sessions.state_of(model).engine(model, CompileEngine)
+    monkeypatch.setattr(engine, "_on_gpu", True)
+    monkeypatch.setattr(engine, "_compile", lambda: modeling_whisper.decode_step)
+    monkeypatch.setattr(engines, "CapturedCall", Captured)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    sessions.state_of(model).refresh(model)
+    sessions.state_of(model).engines["compile"] = engine
+    assert tokens_at_scales(model, adapter) == expected
+    captures = engine.captures
+    assert captures >= 3
+    assert tokens_at_scales(model, adapter) == expected
+    assert engine.captures == captures
+    for step in range(20):
+        adapter.scale = 0.1 * step
+        model.generate(features(2))
+    (session,) = sessions.state_of(model).sessions
+    assert len({setting for _, setting in session.graphs}) <= 8
 
 
 @pytest.mark.parametrize("engine", ENGINES)

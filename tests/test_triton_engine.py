@@ -114,6 +114,22 @@ def test_shapes_that_are_not_served_have_a_reason(overrides, part):
     assert part in TritonEngine.why_not(served_model(**overrides), torch.device(DEVICE))
 
 
+def test_what_was_put_in_place_of_the_activation_is_not_passed_over():
+    model, device = served_model(), torch.device(DEVICE)
+    model.model.decoder.layers[0].activation_fn = torch.nn.GELU()
+    assert TritonEngine.why_not(model, device) is None
+    model.model.decoder.layers[0].activation_fn.register_forward_hook(lambda *_: None)
+    assert "hook" in TritonEngine.why_not(model, device)
+    model.model.decoder.layers[0].activation_fn = torch.nn.GELU(approximate="tanh")
+    assert "the activation GELU" in TritonEngine.why_not(model, device)
+
+
+def test_layers_scaled_apart_are_not_served():
+    model = served_model()
+    model.model.decoder.layers[-1].self_attn.scaling *= 2
+    assert "scaled" in TritonEngine.why_not(model, torch.device(DEVICE))
+
+
 @pytest.fixture
 def eager_is_next(monkeypatch):
     """In place of "compile", whose compilation would be most of a test's time."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .cuda_graphs import CapturedCall
-from .modeling_whisper import ModuleFingerprint, forward_hooks
+from .modeling_whisper import ModuleFingerprint, foreign_modules, forward_hooks
 
 
 logger = logging.getLogger(__name__)
@@ -23,6 +23,13 @@ def rows_for(batch_size):
     return 1 << (batch_size - 1).bit_length()
 
 
+def named_arguments(encoder, args, kwargs):
+    """The arguments of a call of `encoder` by name, those that its signature has no name for among them."""
+    bound = inspect.signature(encoder.forward).bind(*args, **kwargs).arguments
+    unnamed = bound.pop("kwargs", {})
+    return {**bound, **unnamed}
+
+
 def why_not(encoder, features, arguments):
     """The reason why this call of `encoder` cannot be replayed from a graph, or None.
 
@@ -34,7 +41,7 @@ def why_not(encoder, features, arguments):
     parameter = next(encoder.parameters())
     if not isinstance(features, torch.Tensor) or features.dim() != 3:
         return "the features are not one batch"
-    if features.device != parameter.device or features.device.type != "cuda":
+    if not _on_one_gpu(features, parameter):
         return "features and encoder are not on one GPU"
     if features.dtype != parameter.dtype:
         return "the features are of another dtype than the encoder"
@@ -46,14 +53,51 @@ def why_not(encoder, features, arguments):
             return f"the argument `{name}` is given"
     if arguments.get("return_dict") is False:
         return "a tuple is asked for"
-    if encoder.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
-        return "training, gradients or autocast are on"
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
+        return "gradients or autocast are on"
     if getattr(encoder.config, "_attn_implementation", None) not in _SERVED_ATTENTION:
         return "the attention implementation may not be capturable"
+    frames = encoder.config.max_source_positions * encoder.conv1.stride[0] * encoder.conv2.stride[0]
+    if tuple(features.shape[1:]) != (encoder.config.num_mel_bins, frames):
+        return "the features are of another shape than the encoder takes"
     for module in encoder.modules():
+        if module.training:
+            return f"{type(module).__name__} is in training mode"
         if forward_hooks(module) or "forward" in module.__dict__:
             return f"{type(module).__name__} has a forward of its own or a hook"
+    for module in foreign_modules(encoder):
+        # An adapter computes by switches and factors that no fingerprint sees.
+        return f"{type(module).__name__} may not compute the same every time"
     return None
+
+
+def _arithmetic():
+    """PyTorch's settings that decide which kernels a graph has captured.
+
+    From 2.9 on the older names of the precisions raise once the newer have been set; the newer follow the older.
+    """
+    backends, cublas = torch.backends, torch.backends.cuda.matmul
+    if hasattr(backends.cudnn, "conv"):
+        precisions = cublas.fp32_precision, backends.cudnn.conv.fp32_precision
+    else:
+        precisions = cublas.allow_tf32, backends.cudnn.allow_tf32
+    return (
+        *precisions,
+        cublas.allow_fp16_reduced_precision_reduction,
+        cublas.allow_bf16_reduced_precision_reduction,
+        backends.cudnn.enabled,
+        backends.cudnn.benchmark,
+        backends.cudnn.deterministic,
+        torch.are_deterministic_algorithms_enabled(),
+        backends.cuda.flash_sdp_enabled(),
+        backends.cuda.mem_efficient_sdp_enabled(),
+        backends.cuda.math_sdp_enabled(),
+        backends.cuda.cudnn_sdp_enabled(),
+    )
+
+
+def _on_one_gpu(features, parameter):
+    return features.device == parameter.device and features.device.type == "cuda"
 
 
 class CapturedEncoder:
@@ -81,10 +125,9 @@ class CapturedEncoder:
 
     def __call__(self, *args, **kwargs):
         try:
-            bound = inspect.signature(self.encoder.forward).bind(*args, **kwargs).arguments
+            arguments = named_arguments(self.encoder, args, kwargs)
         except TypeError:
             return self.encoder(*args, **kwargs)
-        arguments = {**bound, **bound.pop("kwargs", {})}
         features = arguments.pop("input_features", None)
         if self._failed or why_not(self.encoder, features, arguments) is not None:
             return self.encoder(*args, **kwargs)
@@ -108,7 +151,7 @@ class CapturedEncoder:
             # Replays on two streams could overlap: each stream has graphs and a pool of its own.
             stream = torch.cuda.current_stream().cuda_stream
             rows = rows_for(features.shape[0])
-            key = (stream, rows, features.shape[1:], self.encoder.config._attn_implementation)
+            key = (stream, rows, self.encoder.config._attn_implementation, _arithmetic())
             if key not in self._graphs:
                 self._graphs[key] = self._capture(stream, rows, features)
             graph, buffer = self._graphs[key]

@@ -15,10 +15,16 @@ from .cuda_graphs import CapturedCall
 from .modeling_whisper import (
     decode_step,
     decoder_forward,
+    foreign_modules,
     forward_hooks,
     padded_prompt_mask,
     project_cross_attention,
+    switches,
 )
+
+
+# Settings of adapters that a session keeps graphs for; one more, and all are let go, so that memory is bounded.
+_MAX_SETTINGS = 8
 
 
 class EagerEngine:
@@ -108,7 +114,8 @@ class CompileEngine(EagerEngine):
     Two compilations serve every batch: one for a single row, one with a symbolic batch size for two rows and more. A
     single row runs padded to two where only the second is there, rather than compile again. On a GPU, batches are
     padded to powers of two, so that few graphs are captured. Prompts are run uncompiled: their lengths differ from
-    call to call.
+    call to call. Adapters are looked at before every window: a graph replays what they were when it was captured, so
+    each setting of them has its own.
     """
 
     name = "compile"
@@ -117,6 +124,9 @@ class CompileEngine(EagerEngine):
     def __init__(self, model):
         super().__init__(model)
         self._steps = {}
+        self._adapters = foreign_modules(self.decoder, self.proj_out)
+        # What has been compiled, or found compiled, on the CPU: kind of batch and adapters' switches.
+        self._ready = set()
         self._lock = threading.Lock()
         self._on_gpu = next(self.decoder.parameters()).device.type == "cuda"
 
@@ -144,20 +154,26 @@ class CompileEngine(EagerEngine):
     def prepare(self, rows):
         session = rows.session
         with self._lock:
-            if (rows.count in session.graphs) if self._on_gpu else (_kind(rows) in self._steps):
+            session.switches = switches(self._adapters)
+            key = (rows.count if self._on_gpu else _kind(rows), session.switches)
+            if key in (session.graphs if self._on_gpu else self._ready):
                 return
             session.clear()
             session.length.fill_(1)
             if not self._on_gpu:
                 self._run(rows)
+                self._ready.add(key)
                 return
+            if len({setting for _, setting in session.graphs} | {session.switches}) > _MAX_SETTINGS:
+                session.graphs.clear()
             if session.graph_pool is None:
                 session.graph_pool = torch.cuda.graph_pool_handle()
-            session.graphs[rows.count] = CapturedCall(lambda: self._run(rows), pool=session.graph_pool)
+            session.graphs[key] = CapturedCall(lambda: self._run(rows), pool=session.graph_pool)
             self.captures += 1
 
     def step(self, rows, slot):
-        return rows.session.graphs[rows.count]() if self._on_gpu else self._run(rows)
+        session = rows.session
+        return session.graphs[rows.count, session.switches]() if self._on_gpu else self._run(rows)
 
     def _run(self, rows):
         kind = _kind(rows)

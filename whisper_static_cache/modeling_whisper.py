@@ -15,6 +15,10 @@ from torch.nn import functional as F
 _BYPASSED = ("WhisperModel", "WhisperDecoder", "WhisperDecoderLayer", "WhisperAttention", "WhisperPositionalEmbedding")
 # Up to transformers 4.53 the attention implementation is a class of its own.
 _ATTENTION_VARIANTS = ("WhisperSdpaAttention", "WhisperFlashAttention2")
+# Where the classes come from whose forward reads nothing but parameters, buffers and inputs.
+_KNOWN_PACKAGES = ("torch.nn.", "transformers.", f"{__package__}.")
+# What every module has: children, tensors and hooks, which `ModuleFingerprint` and the engines look at.
+_MODULE_TABLES = vars(nn.Module()).keys() - {"training"}
 
 
 def decoder_forward(decoder, input_ids, position_ids, buffers, write_at, attention_mask=None):
@@ -230,6 +234,40 @@ def _identity(tensor):
         return None
     address = tensor.data_ptr() if type(tensor) in (torch.Tensor, nn.Parameter) else None
     return id(tensor), address, tensor.dtype, tensor.device
+
+
+def foreign_modules(*roots):
+    """The modules below `roots` of classes that are not PyTorch's, transformers' or ours: adapters, most of all."""
+    modules = (module for root in roots for module in root.modules())
+    return [module for module in modules if not type(module).__module__.startswith(_KNOWN_PACKAGES)]
+
+
+def switches(modules):
+    """The plain attributes of `modules`, to compare and to hash.
+
+    What an adapter computes hinges on such: PEFT keeps which adapter is active, whether any is, and
+    the scales in them.
+    A captured graph reads none of them again.
+    """
+    return tuple(
+        _frozen({name: value for name, value in vars(module).items() if name not in _MODULE_TABLES})
+        for module in modules
+    )
+
+
+def _frozen(value, depth=6):
+    """`value` as far as it is made of plain ones; of others, and of what lies deeper, which object it is."""
+    if value is None or isinstance(value, (bool, int, float, str, bytes, torch.dtype, torch.device)):
+        return value
+    if isinstance(value, torch.Tensor):
+        return _identity(value)
+    if depth and isinstance(value, dict):
+        return tuple((_frozen(key, depth - 1), _frozen(one, depth - 1)) for key, one in value.items())
+    if depth and isinstance(value, (list, tuple)):
+        return tuple(_frozen(one, depth - 1) for one in value)
+    if depth and isinstance(value, (set, frozenset)):
+        return frozenset(_frozen(one, depth - 1) for one in value)
+    return id(value)
 
 
 def decoder_device(model):

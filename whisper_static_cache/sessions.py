@@ -37,7 +37,9 @@ class Session:
         self.watch = FinishedWatch(self.device, self.slots + 1)
         self.padded_prompt = False
         self.graph_pool = None
+        # Graphs of the compiled step by rows and by the adapters' switches, and the switches of the running call.
         self.graphs = {}
+        self.switches = ()
         # What an engine keeps for this session, by the engine's name.
         self.engine_buffers = {}
         self._rows = {}

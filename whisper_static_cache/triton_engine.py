@@ -21,7 +21,7 @@ from .quantized_linear import QuantizedLinear
 # Longest prompt that is fed token by token through the step.
 MAX_STEPPED_PROMPT = 8
 # Keys a program of the attention kernels takes.
-SELF_SPLIT, CROSS_SPLIT = 128, 512
+SELF_SPLIT, CROSS_SPLIT = 256, 512
 # What `ops.decode_tokens` can hold of tokens that end a row.
 MAX_ENDS = 16
 
@@ -208,6 +208,11 @@ class TritonEngine(EagerEngine):
             lambda: self._choose(rows, buffers),
         ]
         if self._on_gpu:
+            from .ops.launch import compiled_together
+
+            with compiled_together():
+                for call in calls:
+                    call()
             if rows.session.graph_pool is None:
                 rows.session.graph_pool = torch.cuda.graph_pool_handle()
             calls = [CapturedCall(call, pool=rows.session.graph_pool, warmups=1) for call in calls]
@@ -385,7 +390,7 @@ class TritonEngine(EagerEngine):
             normed(query, layer.qkv, HEADS, scale, keys=keys, values=values, length=length)
             decode_attention(runs, logs, query, keys, values, SELF_SPLIT, length, valid)
             stats = residual(runs, layer.self_out, layer.query.norm, lse=logs, split_size=split_size, length=length)
-            normed(query, layer.query, STORE, scale, prefetch=layer.fc2.weights[0].values)
+            normed(query, layer.query, STORE, scale)
             decode_attention(cross_runs, cross_logs, query, cross_keys, cross_values, CROSS_SPLIT, None, None)
             stats = residual(cross_runs, layer.cross_out, layer.fc1.norm, lse=cross_logs)
             normed(hidden, layer.fc1, GELU)
@@ -407,7 +412,7 @@ def _why_not_served(model):
     dtype = decoder.embed_positions.weight.dtype
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"the Triton kernels compute in float16, bfloat16 and float32, not {dtype}"
-    norms, linears = [decoder.layer_norm], [model.proj_out]
+    norms, linears, activations = [decoder.layer_norm], [model.proj_out], []
     for layer in decoder.layers:
         own, cross = layer.self_attn, layer.encoder_attn
         norms += [layer.self_attn_layer_norm, layer.encoder_attn_layer_norm, layer.final_layer_norm]
@@ -421,6 +426,11 @@ def _why_not_served(model):
             layer.fc1,
             layer.fc2,
         ]
+        if not _is_gelu(layer.activation_fn):
+            return f"the activation {type(layer.activation_fn).__name__}; the Triton kernels have gelu"
+        if {own.scaling, cross.scaling} != {decoder.layers[0].self_attn.scaling}:
+            return "attention is not scaled the same in all layers"
+        activations.append(layer.activation_fn)
         trio = {_format(linear) for linear in (own.q_proj, own.k_proj, own.v_proj)}
         if len(trio) > 1:
             return "query, key and value weights are of different formats"
@@ -436,10 +446,14 @@ def _why_not_served(model):
             return f"the Triton kernels do not know {type(module).__name__}"
         if type(module) is nn.Linear and (module.weight.dtype != dtype or not module.weight.is_contiguous()):
             return "a weight is not contiguous, or of another dtype than the embeddings"
-    for module in (*norms, *linears, decoder.embed_tokens):
+    for module in (*norms, *linears, *activations, decoder.embed_tokens):
         if forward_hooks(module):
             return f"{type(module).__name__} has a forward hook, which the kernels would not call"
     return None
+
+
+def _is_gelu(module):
+    return type(module).__name__ == "GELUActivation" or (type(module) is nn.GELU and module.approximate == "none")
 
 
 def _format(linear):

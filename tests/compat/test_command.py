@@ -14,7 +14,7 @@ from whisper_static_cache.compat_symbols import SYMBOLS
 
 ROOT = Path(transformers.__file__).parent
 # Whisper's classes inherit through these.
-BETWEEN = {"generation.__init__", "models.whisper.generation_whisper"}
+BETWEEN = {"generation.__init__", "modeling_utils", "models.whisper.generation_whisper"}
 MODULES = sorted({symbol.module for symbol in SYMBOLS} | BETWEEN)
 SAMPLE = "def _sample(\n"
 

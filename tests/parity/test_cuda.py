@@ -7,6 +7,7 @@ import whisper_static_cache
 from whisper_static_cache import engines, token_choice
 
 from ..conftest import tiny_features, tiny_model
+from ..test_generation_whisper import adapted_model
 from .compare import assert_same
 from .rows import LONG, TEMPERATURES, Favour, Recorder, Row, StopAt
 
@@ -117,6 +118,19 @@ def test_few_graphs_serve_every_batch(model):
             assert torch.equal(model.generate(tiny_features(size, config=model.config).cuda()), expected)
             report = whisper_static_cache.last_run(model)
             assert (report.compiles, report.captures) == (0, 0)
+
+
+def test_an_adapters_switch_is_followed():
+    model, adapter = adapted_model()
+    model.cuda()
+    features = tiny_features(2, config=model.config).cuda()
+    for engine in ("compile", "triton"):
+        for scale in (0.0, 3.0, 0.0, 3.0):
+            adapter.scale = scale
+            expected = model.generate(features)
+            with whisper_static_cache.patched(model, engine=engine):
+                assert torch.equal(model.generate(features), expected)
+                assert whisper_static_cache.last_run(model).engine == "compile"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .decode_linear import FEW_ROWS, HEAD_DIM
-from .launch import fetch_line, let_successor_start, options, wait_for_predecessor
+from .launch import fetch_line, let_successor_start, options, start, wait_for_predecessor
 
 
 # Stages of the pipeline in which a single run streams its keys, and keys in a tile of it.
@@ -172,7 +172,9 @@ def decode_attention(
     splits = out.shape[1]
     causal = length is not None
     if splits == 1 and rows > FEW_ROWS:
-        _stream_attention_kernel[(rows * heads,)](
+        start(
+            _stream_attention_kernel,
+            (rows * heads,),
             out,
             lse,
             query,
@@ -193,7 +195,9 @@ def decode_attention(
     num_warps = 16 if split_size > 256 else 8
     # Threads to a key, each with a vector of 16 bytes.
     tile = min(split_size, 32 * num_warps * 16 // (64 * keys.element_size()))
-    _decode_attention_kernel[(rows * heads, splits)](
+    start(
+        _decode_attention_kernel,
+        (rows * heads, splits),
         out,
         lse,
         query,
