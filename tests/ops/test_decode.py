@@ -172,7 +172,8 @@ def test_self_attention_reads_up_to_its_slot(length, dtype, rows, split):
         next_gain=none,
         next_stats=torch.empty(2, rows, programs, device=DEVICE),
     )
-    assert_close(product, expected @ dense.T, 1e-5)
+    # On the tensor cores activations are two numbers of the weight's dtype: 16 bits of mantissa in bfloat16.
+    assert_close(product, expected @ dense.T, 2**-16 if dtype == torch.bfloat16 and rows > 8 else 1e-5)
 
 
 @pytest.mark.parametrize(("rows", "split"), [(2, 64), (9, 64), (9, 256), (16, 256)])

@@ -117,8 +117,8 @@ def _stream_attention_kernel(
     best = tl.full([TILE, 1], -1e30, tl.float32)
     total = tl.zeros([TILE, 1], tl.float32)
     value = tl.zeros([TILE, 64], tl.float32)
-    for start in tl.range(0, end, TILE, num_stages=STAGES):
-        key = start + lane
+    for first in tl.range(0, end, TILE, num_stages=STAGES):
+        key = first + lane
         allowed = key < end
         k = tl.load(keys_ptr + base + key * 64 + dim, mask=allowed, other=0.0).to(tl.float32)
         v = tl.load(values_ptr + base + key * 64 + dim, mask=allowed, other=0.0).to(tl.float32)
