@@ -12,6 +12,11 @@ One JSON line a case, with the machine and the versions.
     python benchmarks/decode_speed.py --quantising --shapes large-v2 --bits 4 3 2 1.58 --head-bits 4
 
 times `quantize_decoder` with hqq's solver instead, and on a GPU says by how much its peak passes the model's bytes.
+
+    python benchmarks/decode_speed.py --breakdown --shapes large-v2 --bits 16 4
+
+profiles the Triton engine's step kernel by kernel: the time from the end of the kernel before to its own end, so that
+the kernels' times add up to the step although they overlap, and the bytes that it must read.
 """
 
 import argparse
@@ -205,6 +210,71 @@ def step_bytes(model, batch, cross_dtype=None):
     return total + vectors * (size * head_dim if cross_dtype is None else head_dim + size)
 
 
+def break_down(model, bandwidth, tokens=96):
+    """Where one step of the Triton engine spends its time: a list of dicts, one a kind of kernel."""
+    device, dtype = model.device, model.dtype
+    decoder, layers = model.model.decoder, len(model.model.decoder.layers)
+    states = torch.randn(1, model.config.max_source_positions, model.config.d_model, device=device).to(dtype)
+    whisper_static_cache.patch(model, engine="triton")
+    try:
+        generate(model, states, tokens, False)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            generate(model, states, tokens, False)
+            synchronize(device)
+        report = whisper_static_cache.last_run(model)
+    finally:
+        whisper_static_cache.unpatch(model)
+    if report.engine != "triton":
+        raise SystemExit(f"--breakdown needs the triton engine, but {report.engine} served: {report.reason}")
+
+    def linears(*modules):
+        tensors = [
+            t
+            for m in modules
+            for t in ((m.packed, m.scales, m.zeros) if hasattr(m, "packed") else (m.weight,))
+        ]  # fmt: skip
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    first = decoder.layers[0]
+    own, cross = first.self_attn, first.encoder_attn
+    states_bytes = 2 * states.numel() * states.element_size()
+    kinds = [
+        ("query, key, value", linears(own.q_proj, own.k_proj, own.v_proj)),
+        ("self-attention", 0),
+        ("its output", linears(own.out_proj)),
+        ("cross-attention's query", linears(cross.q_proj)),
+        ("cross-attention", states_bytes),
+        ("its output", linears(cross.out_proj)),
+        ("fc1", linears(first.fc1)),
+        ("fc2", linears(first.fc2)),
+    ]
+    names = ["embedding", *range(len(kinds)), "head", "best of each block", "choice"]
+    order = [names[0], *list(range(len(kinds))) * layers, *names[-3:]]
+    kernels = [
+        event for event in profiler.events() if event.name.startswith(("_embed", "_decode", "_best", "_choose"))
+    ]
+    kernels.sort(key=lambda event: event.time_range.start)
+    starts = [i for i, event in enumerate(kernels) if event.name.startswith("_embed")]
+    # Whole steps with the choice of the token, the first ones aside.
+    steps = [kernels[a:b] for a, b in itertools.pairwise(starts) if b - a == len(order)][8:]
+    total = dict.fromkeys(names, 0.0)
+    for step in steps:
+        last = step[0].time_range.start
+        for name, event in zip(order, step):
+            total[name] += event.time_range.end - last
+            last = event.time_range.end
+    rows = []
+    for name in names:
+        calls = layers if isinstance(name, int) else 1
+        label, size = kinds[name] if isinstance(name, int) else (name, linears(model.proj_out) * (name == "head"))
+        us = total[name] / len(steps)
+        row = {"kernel": label, "calls": calls, "us": round(us, 1), "us_per_call": round(us / calls, 2)}
+        row["bytes"] = size * calls
+        row["percent_of_copy_bandwidth"] = round(100 * row["bytes"] / (us * 1e-6) / bandwidth, 1)
+        rows.append(row)
+    return {"steps": len(steps), "us_per_step": round(sum(row["us"] for row in rows), 1), "kernels": rows}
+
+
 def copy_bandwidth(device):
     """Bytes a second of a large device-to-device copy, read plus written; None on the CPU."""
     if device.type != "cuda":
@@ -262,6 +332,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quantising", action="store_true", help="time quantize_decoder, not decoding")
+    parser.add_argument("--breakdown", action="store_true", help="time the Triton engine's step kernel by kernel")
     parser.add_argument("--head-bits", nargs="+", type=int, choices=(0, 8, 4, 3, 2), default=[0], help="0: no head")
     parser.add_argument("--output", type=Path, help="file to append JSON lines to")
     options = parser.parse_args()
@@ -294,6 +365,12 @@ def main():
             whisper_static_cache.quantize_decoder(
                 model, bits, group_size, method="rtn", backend="torch", progress=False
             )
+        if options.breakdown:
+            row = {"shape": shape, "bits": bits if group_size else 8 * dtype.itemsize, "group_size": group_size}
+            row.update(engine="triton", dtype=options.dtype, copy_bandwidth_tb_s=round(bandwidth / 1e12, 3))
+            write({**row, **break_down(model, bandwidth)})
+            del model
+            continue
         for batch, timestamps in itertools.product(options.batches, map(bool, options.timestamps)):
             reference = None
             for case, name in itertools.product(options.cases, options.cross_dtypes):

@@ -21,7 +21,7 @@ from .quantized_linear import QuantizedLinear
 # Longest prompt that is fed token by token through the step.
 MAX_STEPPED_PROMPT = 8
 # Keys a program of the attention kernels takes.
-SELF_SPLIT, CROSS_SPLIT = 128, 512
+SELF_SPLIT, CROSS_SPLIT = 256, 512
 # What `ops.decode_tokens` can hold of tokens that end a row.
 MAX_ENDS = 16
 
@@ -200,6 +200,11 @@ class TritonEngine(EagerEngine):
             lambda: self._choose(rows, buffers),
         ]
         if self._on_gpu:
+            from .ops.launch import compiled_together
+
+            with compiled_together():
+                for call in calls:
+                    call()
             if rows.session.graph_pool is None:
                 rows.session.graph_pool = torch.cuda.graph_pool_handle()
             calls = [CapturedCall(call, pool=rows.session.graph_pool, warmups=1) for call in calls]
@@ -376,7 +381,7 @@ class TritonEngine(EagerEngine):
             normed(query, layer.qkv, HEADS, scale, keys=keys, values=values, length=length)
             decode_attention(runs, logs, query, keys, values, SELF_SPLIT, length, valid)
             stats = residual(runs, layer.self_out, layer.query.norm, lse=logs, split_size=SELF_SPLIT, length=length)
-            normed(query, layer.query, STORE, scale, prefetch=layer.fc2.weights[0].values)
+            normed(query, layer.query, STORE, scale)
             decode_attention(cross_runs, cross_logs, query, *cross[:2], CROSS_SPLIT, None, None, *cross[2:])
             stats = residual(cross_runs, layer.cross_out, layer.fc1.norm, lse=cross_logs)
             normed(hidden, layer.fc1, GELU)

@@ -289,7 +289,7 @@ def test_opcheck():
     weight, _ = random_weight(16, 0, 64, 64, torch.float32)
     x, out = torch.randn(1, 64, device=DEVICE), torch.zeros(1, 64, device=DEVICE)
     arguments = (out, x, *decode_linear.arguments([weight]), torch.zeros(64, device=DEVICE), decode_linear.STORE, 1.0)
-    optional = (None, None, 0.0, None, 0, *[None] * 7)
+    optional = (None, None, 0.0, None, 0, *[None] * 6)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(
         torch.ops.whisper_static_cache.decode_linear.default, (*arguments, *optional), test_utils=checks

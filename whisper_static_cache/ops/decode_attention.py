@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .decode_linear import HEAD_DIM
-from .launch import let_successor_start, options, wait_for_predecessor
+from .launch import let_successor_start, options, start, wait_for_predecessor
 
 
 @triton.jit
@@ -140,7 +140,9 @@ def decode_attention(
     num_warps = 16 if split_size > 256 else 8
     # Threads to a key, each with a vector of 16 bytes.
     tile = min(split_size, 32 * num_warps * 16 // (64 * keys.element_size()))
-    _decode_attention_kernel[(rows * heads, splits)](
+    start(
+        _decode_attention_kernel,
+        (rows * heads, splits),
         out,
         lse,
         query,

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .launch import fetch_line, let_successor_start, options, overlaps, wait_for_predecessor
+from .launch import let_successor_start, options, start, wait_for_predecessor
 from .packing import PLANES, plane_width, unpack
 
 
@@ -118,21 +118,24 @@ def _merged(x_ptr, lse_ptr, row, first, index, lane, K: tl.constexpr, SPLITS: tl
         lse = tl.load(lse_ptr + (row * SPLITS + split) * heads + head, mask=split < splits, other=-float("inf"))
         logarithms = logarithms + (lse,)
         best = tl.maximum(best, lse)
-    weight = tl.exp(logarithms[0] - best)
-    total = weight
-    value = tl.load(x_ptr + row * SPLITS * K + first + index) * weight
+    weights = ()
+    total = tl.zeros_like(best)
+    for split in tl.static_range(SPLITS):
+        weights = weights + (tl.exp(logarithms[split] - best),)
+        total += weights[split]
+    # One division for all elements of a head that a thread has.
+    inverse = 1.0 / total
+    value = tl.load(x_ptr + row * SPLITS * K + first + index) * (weights[0] * inverse)
     for split in tl.static_range(1, SPLITS):
-        weight = tl.exp(logarithms[split] - best)
-        total += weight
         at = x_ptr + (row * SPLITS + split) * K + first + index
-        value += tl.load(at, mask=split < splits, other=0.0) * weight
-    return value / total
+        value += tl.load(at, mask=split < splits, other=0.0) * (weights[split] * inverse)
+    return value
 
 
 @triton.jit
 def _decode_linear_kernel(
     out_ptr, x_ptr, lse_ptr, stats_ptr, folded_ptr, constant_ptr, keys_ptr, values_ptr, length_ptr,
-    gained_ptr, next_gain_ptr, next_stats_ptr, prefetch_ptr,
+    gained_ptr, next_gain_ptr, next_stats_ptr,
     w0_ptr, w1_ptr, w2_ptr, s0_ptr, s1_ptr, s2_ptr, z0_ptr, z1_ptr, z2_ptr,
     scale, eps,
     N: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
@@ -140,7 +143,7 @@ def _decode_linear_kernel(
     BASE: tl.constexpr, DIGITS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, HIGH: tl.constexpr,
     LEVEL_BITS: tl.constexpr, STRIDE: tl.constexpr, SOURCE: tl.constexpr, EPILOGUE: tl.constexpr,
     SPLITS: tl.constexpr, SPLIT_SIZE: tl.constexpr, SLOTS: tl.constexpr, STATS: tl.constexpr,
-    STATS_BLOCKS: tl.constexpr, PREFETCH: tl.constexpr, PREFETCH_LINES: tl.constexpr, OVERLAP: tl.constexpr,
+    STATS_BLOCKS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     let_successor_start(OVERLAP)
     # A tile is LANES * VECTOR elements, VECTOR to a thread, of GROUP_ROWS output features. Whatever is combined with a
@@ -220,10 +223,6 @@ def _decode_linear_kernel(
                     factors = factors + (s * (1 << LEVEL_BITS),)
                     offsets = offsets + (s * (z + (1 << LEVEL_BITS)),)
 
-    if PREFETCH > 0:
-        line = tl.program_id(0) * PREFETCH + tl.arange(0, 128)
-        for block in tl.static_range(PREFETCH // 128):
-            fetch_line(prefetch_ptr, tl.minimum(line + block * 128, PREFETCH_LINES - 1))
     wait_for_predecessor(OVERLAP)
     for row in tl.static_range(ROWS):
         old = ()
@@ -331,8 +330,10 @@ def plan_for(weight, parts=1, merges=False):
     vector = min(4, chunk)
     lanes = chunk // vector
     group_rows = 32 * num_warps // lanes
-    # Weights a thread holds: enough of them in flight, and few enough that many programs are resident.
-    groups = max(1, min(4, 96 * 32 * num_warps // (group_rows * k)))
+    # Weights a thread holds: enough of them in flight, and few enough that many programs are resident. Where there are
+    # programs to spare, more features to a warp: it reads all activations, whatever it does with them.
+    held = 160 if weight.out_features >= 4 * k else 96
+    groups = max(1, min(4, held * 32 * num_warps // (group_rows * k)))
     groups = 1 << (groups.bit_length() - 1)
     while parts > 1 and weight.out_features % (group_rows * groups):
         if groups > 1:
@@ -364,7 +365,6 @@ def decode_linear(
     gained=None,
     next_gain=None,
     next_stats=None,
-    prefetch=None,
 ):
     """Product of a few rows with one weight, or with three of the same shape, and what goes with it.
 
@@ -386,7 +386,6 @@ def decode_linear(
         length: int64 ``(1,)`` where `keys` or a `split_size` is given.
         gained, next_gain, next_stats: with RESIDUAL, the layer norm that comes next: `out` times its gain, and the
             sums for it, both written.
-        prefetch: a contiguous tensor that a later kernel will read, fetched into the L2 cache meanwhile, or None.
     """
     # The op itself has no defaults: torch 2.11 fails on one whose written arguments are left out.
     torch.ops.whisper_static_cache.decode_linear(
@@ -411,7 +410,6 @@ def decode_linear(
         gained,
         next_gain,
         next_stats,
-        prefetch,
     )
 
 
@@ -442,7 +440,6 @@ def _launch_decode_linear(
     gained: torch.Tensor | None,
     next_gain: torch.Tensor | None,
     next_stats: torch.Tensor | None,
-    prefetch: torch.Tensor | None,
 ) -> None:
     weight = Weight(
         weights[0], scales[0] if scales else None, zeros[0] if zeros else None, bits, group_size, x.shape[-1]
@@ -472,13 +469,14 @@ def _launch_decode_linear(
         return out if tensor is None else tensor
 
     programs = plan.programs(weight, parts)
-    lines = 0 if prefetch is None or not overlaps(x.device) else prefetch.numel() * prefetch.element_size() // 128
-    _decode_linear_kernel[(programs,)](
+    start(
+        _decode_linear_kernel,
+        (programs,),
         out,
         x,
         *map(given, (lse, stats, folded)),
         constant,
-        *map(given, (keys, values, length, gained, next_gain, next_stats, prefetch)),
+        *map(given, (keys, values, length, gained, next_gain, next_stats)),
         *three(weights),
         *three(scales),
         *three(zeros),
@@ -501,8 +499,6 @@ def _launch_decode_linear(
         SLOTS=1 if keys is None else keys.shape[2],
         STATS=stats_count,
         STATS_BLOCKS=triton.cdiv(stats_count, plan.lanes),
-        PREFETCH=triton.cdiv(lines, programs * 128) * 128,
-        PREFETCH_LINES=lines,
         **packing,
         **options(x.device, plan.num_warps),
     )

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import let_successor_start, options, wait_for_predecessor
+from .launch import let_successor_start, options, start, wait_for_predecessor
 
 
 # Bits of a token's entry in the table of rules.
@@ -90,7 +90,9 @@ def embed_newest(
         gain: ``(d_model,)``, the first layer norm's weight.
     """
     rows, width = out.shape
-    _embed_kernel[(rows,)](
+    start(
+        _embed_kernel,
+        (rows,),
         out,
         gained,
         stats,
@@ -270,7 +272,9 @@ def choose_next(
         ends: int64, a power of two of them: the first ``rules.eos_count`` are the tokens that end a row.
     """
     rows, blocks = ids.shape[1:]
-    _best_kernel[(rows, blocks)](
+    start(
+        _best_kernel,
+        (rows, blocks),
         scores,
         ids,
         tokens,
@@ -287,7 +291,9 @@ def choose_next(
         HISTORY=triton.next_power_of_2(tokens.shape[1]),
         **options(logits.device, 8),
     )
-    _choose_kernel[(1,)](
+    start(
+        _choose_kernel,
+        (1,),
         tokens,
         logprobs,
         unfinished,

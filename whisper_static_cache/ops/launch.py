@@ -5,7 +5,10 @@ runs. Every kernel here says at once that its successor may start, fetches what 
 weights above all, and only then waits for its predecessor.
 """
 
+import contextlib
 import functools
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import triton
@@ -23,15 +26,6 @@ def let_successor_start(OVERLAP: tl.constexpr):
 def wait_for_predecessor(OVERLAP: tl.constexpr):
     if OVERLAP:
         gdc_wait()
-
-
-@triton.jit
-def fetch_line(pointer, line):
-    """Have the lines of 128 bytes numbered `line` behind `pointer` fetched into the L2 cache; waits for nothing."""
-    address = pointer.to(tl.int64) + line.to(tl.int64) * 128
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
-    )
 
 
 @functools.cache
@@ -55,3 +49,33 @@ def options(device, num_warps, *, overlap=True):
     if ahead and overlap:
         launch["launch_pdl"] = True
     return launch
+
+
+_compiling = False
+
+
+def start(kernel, grid, *args, **meta):
+    """Launch `kernel` over `grid`; inside `compiled_together`, have it compiled only."""
+    if _compiling:
+        kernel.warmup(*args, grid=grid, **meta)
+    else:
+        kernel[grid](*args, **meta)
+
+
+@contextlib.contextmanager
+def compiled_together():
+    """Kernels that are started inside are compiled side by side, a thread for each CPU core, and not run.
+
+    The compiler runs outside of Python's lock for most of the time. What is launched afterwards finds its kernel; a
+    release of Triton that cannot compile so, or a kernel that does not compile, is left to the launch.
+    """
+    global _compiling
+    if interpreted() or _compiling or not hasattr(triton, "AsyncCompileMode"):
+        yield
+        return
+    with ThreadPoolExecutor(os.cpu_count()) as threads, triton.AsyncCompileMode(threads, ignore_errors=True):
+        _compiling = True
+        try:
+            yield
+        finally:
+            _compiling = False
