@@ -47,6 +47,7 @@ SHAPES = {
     "large-v2": (1280, 32, 32, 20, 80, 51865),
     "turbo": (1280, 32, 4, 20, 128, 51866),
 }
+CROSS_DTYPES = {"none": None, "int8": torch.int8}
 CASES = ("stock-dynamic", "stock-static", "eager", "compile", "triton")
 SHORT, LONG = 64, 192
 GROUP_SIZES = {8: 64, 4: 64, 3: 32, 2: 16, 1.58: 16}
@@ -140,7 +141,7 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
-def time_case(case, model, batch, timestamps, repeats, reference):
+def time_case(case, model, batch, timestamps, repeats, reference, cross_dtype=None):
     """Time one case; returns its part of the row, and the tokens it gave."""
     device, dtype = model.device, model.dtype
     generator = torch.Generator(device).manual_seed(1)
@@ -149,7 +150,7 @@ def time_case(case, model, batch, timestamps, repeats, reference):
     stock = case.startswith("stock")
     arguments = {"cache_implementation": "static"} if case == "stock-static" else {}
     if not stock:
-        whisper_static_cache.patch(model, engine=case)
+        whisper_static_cache.patch(model, engine=case, cross_dtype=cross_dtype)
     try:
         gc.collect()
         if device.type == "cuda":
@@ -189,7 +190,7 @@ def time_case(case, model, batch, timestamps, repeats, reference):
             whisper_static_cache.unpatch(model)
 
 
-def step_bytes(model, batch):
+def step_bytes(model, batch, cross_dtype=None):
     """Bytes that one step must read: decoder linears with their scales, output head, cross-attention K/V."""
     config, decoder = model.config, model.model.decoder
     # Cross-attention's own k and v are projected once a window, not once a step.
@@ -203,7 +204,10 @@ def step_bytes(model, batch):
         elif hasattr(module, "packed"):
             total += sum(t.numel() * t.element_size() for t in (module.packed, module.scales, module.zeros))
     size = decoder.embed_positions.weight.element_size()
-    return total + size * 2 * batch * config.decoder_layers * config.max_source_positions * config.d_model
+    vectors = 2 * batch * config.decoder_layers * config.max_source_positions * config.decoder_attention_heads
+    head_dim = config.d_model // config.decoder_attention_heads
+    # In 8 bits each vector of a head has a scale.
+    return total + vectors * (size * head_dim if cross_dtype is None else head_dim + size)
 
 
 def break_down(model, bandwidth, tokens=96):
@@ -321,6 +325,9 @@ def main():
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--timestamps", nargs="+", type=int, choices=(0, 1), default=[0])
     parser.add_argument("--bits", nargs="+", type=float, choices=(16, *GROUP_SIZES), default=[16])
+    parser.add_argument(
+        "--cross-dtypes", nargs="+", choices=CROSS_DTYPES, default=["none"], help="as patch takes it; stock has none"
+    )
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5)
@@ -366,12 +373,17 @@ def main():
             continue
         for batch, timestamps in itertools.product(options.batches, map(bool, options.timestamps)):
             reference = None
-            for case in options.cases:
-                measured, tokens = time_case(case, model, batch, timestamps, options.repeats, reference)
+            for case, name in itertools.product(options.cases, options.cross_dtypes):
+                cross_dtype = CROSS_DTYPES[name]
+                if cross_dtype is not None and case.startswith("stock"):
+                    continue
+                measured, tokens = time_case(case, model, batch, timestamps, options.repeats, reference, cross_dtype)
                 reference = tokens if reference is None else reference
                 row = {"shape": shape, "bits": bits if group_size else 8 * dtype.itemsize, "group_size": group_size}
                 row.update(batch=batch, timestamps=timestamps, dtype=options.dtype, **measured)
-                row["bytes_per_step"] = step_bytes(model, batch)
+                if cross_dtype is not None:
+                    row["cross_dtype"] = name
+                row["bytes_per_step"] = step_bytes(model, batch, cross_dtype)
                 if bandwidth:
                     achieved = row["bytes_per_step"] / (measured["ms_per_token"] / 1000)
                     row["copy_bandwidth_tb_s"] = round(bandwidth / 1e12, 3)

@@ -187,6 +187,57 @@ def cpu_quantized_section():
     )
 
 
+# Decoder layers and d_model of the shapes whose saving is worked out (openai/whisper model cards).
+CROSS_SHAPES = {"base": (6, 512), "small": (12, 768), "medium": (24, 1024), "large-v2": (32, 1280), "turbo": (4, 1280)}
+
+
+def cross_section():
+    """Word error rate with cross-attention in 8 bits, and the bytes that it saves."""
+    found = rows("cross_int8_*.jsonl")
+    if not found:
+        return ""
+    lines = []
+    for row in found:
+        if row["cross_dtype"] is None:
+            continue
+        case = [row[key] for key in ("model", "dtype", "style", "command")]
+        plain = next(
+            other
+            for other in found
+            if other["cross_dtype"] is None and case == [other[key] for key in ("model", "dtype", "style", "command")]
+        )
+        lines.append(
+            [
+                f"{row['model']}, {row['style']}",
+                f"{plain['wer']:.2f}",
+                f"{row['wer']:.2f}",
+                f"{row['wer'] - plain['wer']:+.2f}",
+                f"{plain['seconds']:.1f} s",
+                f"{row['seconds']:.1f} s",
+            ]
+        )
+    sizes = []
+    for name, (layers, width) in CROSS_SHAPES.items():
+        # 1500 positions of keys and of values, with a scale of 2 bytes for each 64 of them in 8 bits.
+        elements = 2 * layers * 1500 * width
+        half, eight = elements * 2 / 1e6, elements * (1 + 2 / 64) / 1e6
+        sizes.append([name, f"{half:.1f} MB", f"{eight:.1f} MB", f"{half - eight:.1f} MB"])
+    first = found[0]
+    header = ["model, form", "WER, %", "WER with int8, %", "difference", "generate", "generate with int8"]
+    return (
+        "Cross-attention's keys and values in 8 bits (`patch(cross_dtype=torch.int8)`), greedy, 50 utterances of "
+        f"LibriSpeech {first['set']}, by themselves and joined by chapter ({first['dtype']}, a CPU, "
+        f"{first['threads']} thread, {first['engine']} engine, batch {first['batch']}, torch {first['torch']}, "
+        f"transformers {first['transformers']}, commit {first['commit']}; `{first['command']}`; other work shared the "
+        "machine, so the seconds are rough):\n\n"
+        f"{table(header, lines)}\n\n"
+        "What a row of the cache holds for cross-attention, and a step reads of it, worked out from the shapes:\n\n"
+        f"{table(['shape', 'in half precision', 'in 8 bits', 'saved'], sizes)}\n\n"
+        "The speed on a GPU is not measured. On `eager` and `compile` every step makes the full keys and values from "
+        "the 8 bits and is the slower for it; only the `triton` engine's kernel reads the 8 bits themselves.\n"
+    )
+
+
 def quantising_section():
     """Seconds and memory of quantising a large decoder on a GPU."""
     found = rows("quantising_*.jsonl")
@@ -265,6 +316,7 @@ def main():
         transcription_section,
         cpu_quantized_section,
         wer_section,
+        cross_section,
         quantising_section,
         releases_section,
     )

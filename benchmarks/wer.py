@@ -1,6 +1,7 @@
 """Word error rate, speed and bytes of a Whisper model, per configuration of its decoder.
 
     python benchmarks/wer.py --models tiny.en base --configurations fp32 8:64 4:64 3:32 2:16 --output rows.jsonl
+    python benchmarks/wer.py --configurations fp32 fp16 --cross-dtypes none int8 --output rows.jsonl
     python benchmarks/wer.py --models openai/whisper-large-v2 --configurations fp16 4:64 --dtype float16 \\
         --datasets librispeech.clean ami earnings22 tedlium-long-form
 
@@ -35,6 +36,7 @@ from whisper_static_cache.checkpoints import load_checkpoint
 SPEECH = Path(__file__).resolve().parents[2] / "shared" / "data" / "librispeech" / "test-other"
 SAMPLING_RATE = 16000
 SILENCE = SAMPLING_RATE // 2
+CROSS_DTYPES = {"none": None, "int8": torch.int8}
 DENSE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # Name -> (style, hub name, configuration, split, column of the reference).
@@ -173,12 +175,22 @@ def configure(original, configuration, options):
     return model, row
 
 
-def measure(model, processor, recordings, style, options):
+def cross_states(model, cross_dtype, rows):
+    """The part of the row that says how the encoder's keys and values are held for `rows` recordings."""
+    cache = whisper_static_cache.EncoderDecoderStaticCache(
+        model.config, rows, device="meta", dtype=model.dtype, cross_dtype=cross_dtype
+    )
+    held = [buffer for layer in cache.layer_buffers for buffer in layer[2:]]
+    name = None if cross_dtype is None else str(cross_dtype).removeprefix("torch.")
+    return {"cross_dtype": name, "cross_bytes": sum(buffer.nbytes for buffer in held), "cache_rows": rows}
+
+
+def measure(model, processor, recordings, style, options, cross_dtype=None):
     """Word errors and speed of one configuration on one set."""
     batches = [recordings[i : i + options.batch] for i in range(0, len(recordings), options.batch)]
     arguments = (style, options.max_new_tokens, options.language)
     if options.engine != "stock":
-        whisper_static_cache.patch(model, engine=options.engine)
+        whisper_static_cache.patch(model, engine=options.engine, cross_dtype=cross_dtype)
     try:
         for batch in {len(batch): batch for batch in batches}.values():
             transcribe(model, processor, batch, *arguments)
@@ -204,6 +216,7 @@ def measure(model, processor, recordings, style, options):
         "seconds": round(seconds, 3),
         "real_time_factor": round(audio / seconds, 2),
         "engine": engine,
+        **({} if options.engine == "stock" else cross_states(model, cross_dtype, options.batch)),
     }
 
 
@@ -218,6 +231,9 @@ def parse(argv=None):
     )
     parser.add_argument("--method", choices=("hqq", "rtn"), default="hqq")
     parser.add_argument("--backend", default="auto", help="as quantize_decoder takes it")
+    parser.add_argument(
+        "--cross-dtypes", nargs="+", choices=CROSS_DTYPES, default=["none"], help="as patch takes it; not with stock"
+    )
     parser.add_argument("--styles", nargs="+", choices=("short", "long"), default=["short", "long"])
     parser.add_argument("--folder", type=Path, default=SPEECH, help="speech in LibriSpeech's layout")
     parser.add_argument("--datasets", nargs="+", choices=DATASETS, help="sets on the hub, instead of --folder")
@@ -231,7 +247,10 @@ def parse(argv=None):
     parser.add_argument("--language", default="en", help='of multilingual models; "" to let them detect it')
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--output", type=Path, help="file to append JSON lines to")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.engine == "stock" and options.cross_dtypes != ["none"]:
+        parser.error("--cross-dtypes is not for --engine stock: stock's cache has no such option")
+    return options
 
 
 def main():
@@ -249,10 +268,10 @@ def main():
         original, processor = load_checkpoint(name)
         for configuration in options.configurations:
             model, described = configure(original, configuration, options)
-            for (source, style), recordings in speech.items():
+            for ((source, style), recordings), cross_dtype in itertools.product(speech.items(), options.cross_dtypes):
                 row = {"model": Path(name).name, "configuration": configuration, **described, "set": source}
                 row.update(style=style, batch=options.batch, language=options.language)
-                row.update(measure(model, processor, recordings, style, options), **facts)
+                row.update(measure(model, processor, recordings, style, options, CROSS_DTYPES[cross_dtype]), **facts)
                 print(json.dumps(row), flush=True)
                 if options.output:
                     options.output.parent.mkdir(parents=True, exist_ok=True)

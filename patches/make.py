@@ -49,6 +49,7 @@ LICENSE = """\
 # Module of the package -> file beside Whisper's own upstream.
 MODULES = {
     "cache_utils": "cache_whisper",
+    "int8_states": "int8_states_whisper",
     "modeling_whisper": "decode_step_whisper",
     "cuda_graphs": "cuda_graphs_whisper",
     "logits_process": "device_logits_process_whisper",
@@ -237,6 +238,7 @@ def static_cache(tree):
         append='__all__ = ["EncoderDecoderStaticCache"]\n',
     )
     tree.add(f"{WHISPER}/cache_whisper.py", source)
+    tree.add(f"{WHISPER}/{MODULES['int8_states']}.py", ported("int8_states"))
     configuration = r"^ *from \.configuration_whisper"
     tree.edit(f"{WHISPER}/__init__.py", configuration, "    from .cache_whisper import *\n\\g<0>")
     path = f"{WHISPER}/generation_whisper.py"

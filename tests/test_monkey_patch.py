@@ -90,8 +90,8 @@ def test_context_manager_restores_what_was_there():
     with whisper_static_cache.patched():
         assert whisper_static_cache.is_patched()
         with whisper_static_cache.patched(engine="eager"):
-            assert monkey_patch.engine_of(model) == "eager"
-        assert monkey_patch.engine_of(model) == "auto"
+            assert monkey_patch.setting_of(model).engine == "eager"
+        assert monkey_patch.setting_of(model).engine == "auto"
     assert attributes() == before
     with pytest.raises(ZeroDivisionError), whisper_static_cache.patched(model):
         1 / 0  # noqa: B018

@@ -40,7 +40,7 @@ def both(model, features, **arguments):
     [
         (1, {}),
         (2, {"return_timestamps": True}),
-        (3, {"prompt_ids": torch.tensor([108, 5, 9, 17, 33, 4, 8, 3])}),
+        (3, {"prompt_ids": torch.tensor([108, 5, 9, 17, 33, 4, 8, 3], device=DEVICE)}),
         (1, {"do_sample": True, "temperature": 0.7}),
         (1, {"repetition_penalty": 1.5}),
         (1, {"return_dict_in_generate": True, "output_scores": True}),
@@ -166,3 +166,21 @@ def test_a_kernel_that_does_not_build_costs_no_call(monkeypatch):
         expected, actual, report = both(model, features, language="en", max_new_tokens=3)
         assert torch.equal(actual, expected)
         assert report.engine == "eager" and "no such instruction" in report.reason
+
+
+@pytest.mark.parametrize(
+    "prompt_ids", [None, torch.tensor([108, 5, 9, 17, 33, 4, 8, 3], device=DEVICE)], ids=["short", "long"]
+)
+def test_cross_attention_in_8_bits_is_the_eager_engines(prompt_ids):
+    model = served_model(4)
+    features = tiny_features(2, config=model.config).to(DEVICE)
+    arguments = {"language": "en", "max_new_tokens": 4, "prompt_ids": prompt_ids}
+    found = {}
+    for engine in ("eager", "triton"):
+        with whisper_static_cache.patched(model, engine=engine, cross_dtype=torch.int8):
+            found[engine] = model.generate(features, return_dict_in_generate=True, output_scores=True, **arguments)
+            report = whisper_static_cache.last_run(model)
+        assert (report.engine, report.cross_dtype) == (engine, torch.int8)
+    assert torch.equal(found["triton"]["sequences"], found["eager"]["sequences"])
+    for ours, reference in zip(found["triton"]["scores"], found["eager"]["scores"], strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)

@@ -141,7 +141,7 @@ class _StandIn:
 
     def _reorder_cache(self, past_key_values, beam_idx):
         end = self.length - 1
-        for keys, values, _, _ in self._rows.buffers:
+        for keys, values, *_ in self._rows.buffers:
             keys[:, :, :end] = keys[:, :, :end].index_select(0, beam_idx)
             values[:, :, :end] = values[:, :, :end].index_select(0, beam_idx)
         return past_key_values

@@ -7,9 +7,10 @@ from transformers import WhisperConfig
 from transformers.cache_utils import EncoderDecoderCache, StaticCache
 
 from ._compat import CROP_ZERO_EMPTIES, LayerColumns, StaticLayer, init_cache, init_module
+from .int8_states import check_cross_dtype, dequantize, store
 
 
-__all__ = ["EncoderDecoderStaticCache", "LayerBuffers"]
+__all__ = ["EncoderDecoderStaticCache", "Int8LayerBuffers", "LayerBuffers"]
 
 
 class LayerBuffers(NamedTuple):
@@ -24,6 +25,20 @@ class LayerBuffers(NamedTuple):
     self_values: torch.Tensor
     cross_keys: torch.Tensor
     cross_values: torch.Tensor
+
+
+class Int8LayerBuffers(NamedTuple):
+    """`LayerBuffers` with cross-attention in 8 bits: `cross_keys` and `cross_values` are int8.
+
+    The scales are `(max_inputs, heads, max_source_len)` in the dtype of the others; `int8_states` says what they mean.
+    """
+
+    self_keys: torch.Tensor
+    self_values: torch.Tensor
+    cross_keys: torch.Tensor
+    cross_values: torch.Tensor
+    cross_key_scales: torch.Tensor
+    cross_value_scales: torch.Tensor
 
 
 class _Contents:
@@ -64,6 +79,8 @@ class _StaticLayer(StaticLayer):
     is_sliding = False
     is_croppable = True
     is_initialized = True
+    buffer_names = ("key_buffer", "value_buffer")
+    stored_dtype = None  # of the buffers, if not that of the states
 
     # StaticLayer.__init__ differs from release to release, and only prepares an allocation that is done here already.
     def __init__(self, contents, layer_idx, num_layers, shape, dtype, device):
@@ -73,8 +90,14 @@ class _StaticLayer(StaticLayer):
         self.is_last = layer_idx == num_layers - 1
         self.num_layers = num_layers
         self.max_batch_size, self.num_heads, self.max_cache_len, self.head_dim = shape
-        self.key_buffer = _static(torch.zeros(shape, dtype=dtype, device=device))
-        self.value_buffer = _static(torch.zeros(shape, dtype=dtype, device=device))
+        self.dtype = dtype  # of the states that come and go
+        stored = self.stored_dtype or dtype
+        self.key_buffer = _static(torch.zeros(shape, dtype=stored, device=device))
+        self.value_buffer = _static(torch.zeros(shape, dtype=stored, device=device))
+
+    @property
+    def buffers(self):
+        return tuple(getattr(self, name) for name in self.buffer_names)
 
     @property
     def batch_size(self):
@@ -83,10 +106,6 @@ class _StaticLayer(StaticLayer):
     @property
     def device(self):
         return self.key_buffer.device
-
-    @property
-    def dtype(self):
-        return self.key_buffer.dtype
 
     def lazy_initialization(self, *args, **kwargs):
         """Nothing is left to allocate; transformers calls this to allocate ahead of the first update."""
@@ -113,9 +132,9 @@ class _StaticLayer(StaticLayer):
                 f"The cache has {self.max_cache_len} {self.positions} and the call has {length}; "
                 f"create EncoderDecoderStaticCache with {self.length_argument}={length} or more."
             )
-        if states.dtype != self.key_buffer.dtype:
+        if states.dtype != self.dtype:
             raise ValueError(
-                f"The cache is of {self.key_buffer.dtype} and the model computes in {states.dtype}; "
+                f"The cache is of {self.dtype} and the model computes in {states.dtype}; "
                 f"create EncoderDecoderStaticCache with dtype={states.dtype}."
             )
         if states.device != self.key_buffer.device:
@@ -191,11 +210,14 @@ class _CrossAttentionLayer(_StaticLayer):
 
     @property
     def keys(self):
-        return self.key_buffer[: self.contents.batch_size, :, : self.contents.source_length]
+        return self._in_use(self.key_buffer)
 
     @property
     def values(self):
-        return self.value_buffer[: self.contents.batch_size, :, : self.contents.source_length]
+        return self._in_use(self.value_buffer)
+
+    def _in_use(self, buffer):
+        return buffer[: self.contents.batch_size, :, : self.contents.source_length]
 
     def update(self, key_states, value_states, cache_kwargs=None, **kwargs):
         """Write `(batch, heads, source_length, head_dim)` from the first source position on."""
@@ -207,12 +229,34 @@ class _CrossAttentionLayer(_StaticLayer):
             )
         self.contents.take_rows(key_states.shape[0])
         self.contents.source_length = key_states.shape[2]
-        self.keys.copy_(key_states.detach())
-        self.values.copy_(value_states.detach())
+        # Keys, values, and the scales of both if there are any.
+        targets = [self._in_use(buffer) for buffer in self.buffers]
+        store(key_states.detach(), *targets[::2])
+        store(value_states.detach(), *targets[1::2])
         return self.keys, self.values
 
     def get_seq_length(self, *args):
         return self.contents.source_length
+
+
+class _Int8CrossAttentionLayer(_CrossAttentionLayer):
+    """The same in 8 bits; `keys` and `values` are made from them whenever they are read."""
+
+    buffer_names = ("key_buffer", "value_buffer", "key_scales", "value_scales")
+    stored_dtype = torch.int8
+
+    def __init__(self, contents, layer_idx, num_layers, shape, dtype, device):
+        super().__init__(contents, layer_idx, num_layers, shape, dtype, device)
+        self.key_scales = _static(torch.zeros(shape[:-1], dtype=dtype, device=device))
+        self.value_scales = _static(torch.zeros(shape[:-1], dtype=dtype, device=device))
+
+    @property
+    def keys(self):
+        return dequantize(self._in_use(self.key_buffer), self._in_use(self.key_scales))
+
+    @property
+    def values(self):
+        return dequantize(self._in_use(self.value_buffer), self._in_use(self.value_scales))
 
 
 class _StaticHalf(LayerColumns, StaticCache):
@@ -299,10 +343,14 @@ class EncoderDecoderStaticCache(EncoderDecoderCache):
             own forward needs one for each row of the batch.
         device: where the model's decoder is.
         dtype: what the decoder computes in, a floating-point `torch.dtype`.
+        cross_dtype: None holds cross-attention's keys and values in `dtype`. `torch.int8` holds them in 8 bits, with a
+            scale in `dtype` for each vector of a head: in half precision 52 % of the bytes, at the price of a rounding
+            of 1/254 of the largest element of each vector.
 
     Raises:
-        TypeError: `config` is no WhisperConfig, a size is no integer, or `dtype` is no `torch.dtype`.
-        ValueError: a size is out of range, or `dtype` is not floating-point.
+        TypeError: `config` is no WhisperConfig, a size is no integer, or `dtype` or `cross_dtype` is no `torch.dtype`.
+        ValueError: a size is out of range, `dtype` is not floating-point, or `cross_dtype` is another than
+            `torch.int8`.
     """
 
     is_compileable = True
@@ -318,6 +366,7 @@ class EncoderDecoderStaticCache(EncoderDecoderCache):
         max_inputs=None,
         device="cpu",
         dtype=torch.float32,
+        cross_dtype=None,
     ):
         if not isinstance(config, WhisperConfig):
             raise TypeError(f"`config` must be a WhisperConfig, not {type(config).__name__}; pass model.config.")
@@ -333,6 +382,9 @@ class EncoderDecoderStaticCache(EncoderDecoderCache):
         if not dtype.is_floating_point:
             raise ValueError(f"`dtype` must be floating-point, not {dtype}; pass what the decoder computes in.")
 
+        check_cross_dtype(cross_dtype)
+        cross_layer = _CrossAttentionLayer if cross_dtype is None else _Int8CrossAttentionLayer
+
         num_layers, heads, head_dim = _decoder_shape(config)
 
         def layers(kind, rows, length):
@@ -344,16 +396,20 @@ class EncoderDecoderStaticCache(EncoderDecoderCache):
         with torch.inference_mode(False):
             contents = _Contents(max_batch_size, device)
             self.self_attention_cache = _StaticHalf(layers(_SelfAttentionLayer, max_batch_size, max_cache_len))
-            self.cross_attention_cache = _StaticHalf(layers(_CrossAttentionLayer, max_inputs, max_source_len))
+            self.cross_attention_cache = _StaticHalf(layers(cross_layer, max_inputs, max_source_len))
         self.contents = contents
         # Attention reads and sets this: whether cross-attention's keys and values are there already.
         self.is_updated = dict.fromkeys(range(num_layers), False)
 
     @property
     def layer_buffers(self):
-        """Tuple of `LayerBuffers`, one a layer: the whole buffers, for an engine that reads and writes them itself."""
+        """Tuple of `LayerBuffers`, one a layer: the whole buffers, for an engine that reads and writes them itself.
+
+        With a `cross_dtype`, of `Int8LayerBuffers`.
+        """
+        kind = LayerBuffers if self.cross_dtype is None else Int8LayerBuffers
         pairs = zip(self.self_attention_cache.layers, self.cross_attention_cache.layers)
-        return tuple(LayerBuffers(a.key_buffer, a.value_buffer, b.key_buffer, b.value_buffer) for a, b in pairs)
+        return tuple(kind(*a.buffers, *b.buffers) for a, b in pairs)
 
     @property
     def max_batch_size(self):
@@ -388,10 +444,17 @@ class EncoderDecoderStaticCache(EncoderDecoderCache):
     def dtype(self):
         return self.self_attention_cache.layers[0].dtype
 
+    @property
+    def cross_dtype(self):
+        """`torch.int8` if cross-attention's keys and values are held in 8 bits, None if in `dtype`."""
+        return self.cross_attention_cache.layers[0].stored_dtype
+
     def __repr__(self):
+        cross_dtype = "" if self.cross_dtype is None else f", cross_dtype={self.cross_dtype}"
         return (
             f"{type(self).__name__}(max_batch_size={self.max_batch_size}, max_cache_len={self.max_cache_len}, "
-            f"max_source_len={self.max_source_len}, device={str(self.device)!r}, dtype={self.dtype})"
+            f"max_source_len={self.max_source_len}, device={str(self.device)!r}, dtype={self.dtype}"
+            f"{cross_dtype})"
         )
 
     def get_seq_length(self, layer_idx=0, cache_position=None):
@@ -548,13 +611,13 @@ class EncoderDecoderStaticCache(EncoderDecoderCache):
         if torch.empty(0, device=device).device != self.device:
             with torch.inference_mode(False):
                 for layer in (*self.self_attention_cache.layers, *self.cross_attention_cache.layers):
-                    layer.key_buffer = _static(layer.key_buffer.to(device))
-                    layer.value_buffer = _static(layer.value_buffer.to(device))
+                    for name in layer.buffer_names:
+                        setattr(layer, name, _static(getattr(layer, name).to(device)))
                 self.contents.length = _static(self.contents.length.to(device))
         return self
 
     def memory_footprint(self):
-        """Bytes of all keys and values allocated, whether in use or not."""
+        """Bytes of all keys and values allocated, and of their scales, whether in use or not."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self._all_buffers())
 
     # Not `_buffers`: that name is taken where caches are modules.

@@ -125,7 +125,8 @@ class CompileEngine(EagerEngine):
         super().__init__(model)
         self._steps = {}
         self._adapters = foreign_modules(self.decoder, self.proj_out)
-        # What has been compiled, or found compiled, on the CPU: kind of batch and adapters' switches.
+        # What has been compiled, or found compiled, on the CPU: kind of batch, dtype of the session's cross-attention,
+        # and adapters' switches.
         self._ready = set()
         self._lock = threading.Lock()
         self._on_gpu = next(self.decoder.parameters()).device.type == "cuda"
@@ -155,7 +156,9 @@ class CompileEngine(EagerEngine):
         session = rows.session
         with self._lock:
             session.switches = switches(self._adapters)
-            key = (rows.count if self._on_gpu else _kind(rows), session.switches)
+            key = (rows.count, session.switches)
+            if not self._on_gpu:
+                key = (_kind(rows), session.cross_dtype, session.switches)
             if key in (session.graphs if self._on_gpu else self._ready):
                 return
             session.clear()

@@ -18,6 +18,7 @@ from . import _compat
 from .cache_utils import EncoderDecoderStaticCache
 from .encoder_graph import encoder_of
 from .engines import ENGINES
+from .int8_states import in_full
 from .modeling_whisper import activation_dtype, decoder_device
 from .run_report import Call, Clock, Window
 from .sessions import last_call, state_of
@@ -65,15 +66,17 @@ def _leave_to_stock(model, call, reason):
 
 
 @contextlib.contextmanager
-def generate_call(model, engine, arguments):
+def generate_call(model, engine, arguments, cross_dtype=None):
     """Surround a `generate` call: understand its arguments, and keep its report.
 
     Args:
         model: the Whisper model.
         engine: name of the engine asked for, or "auto".
         arguments: the call's arguments by name, those of `**kwargs` included.
+        cross_dtype: what cross-attention's keys and values are held in, as `EncoderDecoderStaticCache` takes it.
     """
     call = _describe(model, engine, arguments)
+    call.cross_dtype = cross_dtype
     token = _CALL.set(call)
     try:
         yield call
@@ -283,7 +286,11 @@ class Job:
         compiles, captures = engine.compiles, engine.captures
         device, inputs = self.input_ids.device, rows // self.beams
         window = Window(engine.name, reason, self.batch_size, clock=Clock(device))
-        with state.session(self.model, rows, activation_dtype(self.model), device, self.user_cache, inputs) as session:
+        taken = state.session(
+            self.model, rows, activation_dtype(self.model), device, self.user_cache, inputs, self.call.cross_dtype
+        )
+        with taken as session:
+            window.cross_dtype = session.cross_dtype
             _prepare(engine, session.rows(rows, self.beams))
             result, window.steps = self._decode(engine, session, rows, window.clock)
         window.compiles, window.captures = engine.compiles - compiles, engine.captures - captures
@@ -339,7 +346,8 @@ class Job:
             # Nobody sees the cache of a long recording: transformers drops it, and only its presence counts. That of a
             # short one it takes apart layer by layer, even where the caller asked for tokens alone.
             visible = cached if self.call.is_shortform else 0
-            cache = _compat.dynamic_cache(buffers, visible)
+            full = [(*layer[:2], *in_full(*layer[2:])) for layer in buffers] if visible else buffers
+            cache = _compat.dynamic_cache(full, visible)
         return cache
 
 
@@ -386,13 +394,14 @@ def warmup(model, batch_sizes=(1,), *, engine=None):
     Raises:
         ValueError: a batch size is not a positive integer, the engine is unknown, or the model cannot be served.
     """
-    from .monkey_patch import check_engine, engine_of
+    from .monkey_patch import check_engine, setting_of
 
     sizes = sorted(set(batch_sizes))
     for size in sizes:
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"`batch_sizes` has {size!r}: pass positive integers.")
-    call = Call(model, engine_of(model) if engine is None else check_engine(engine))
+    setting = setting_of(model)
+    call = Call(model, setting.engine if engine is None else check_engine(engine), cross_dtype=setting.cross_dtype)
     state = state_of(model)
     for size in sizes:
         job = _warmup_job(model, size, call)
@@ -402,7 +411,8 @@ def warmup(model, batch_sizes=(1,), *, engine=None):
         with torch.inference_mode(False), torch.no_grad():
             # Buffers for the largest batch first: growing them later would throw away what is captured on these.
             rows = job.engine(state)[0].rows_for(sizes[-1])
-            with state.session(model, rows, activation_dtype(model), decoder_device(model), None):
+            place = (activation_dtype(model), decoder_device(model))
+            with state.session(model, rows, *place, None, cross_dtype=call.cross_dtype):
                 pass
             job.run(state)
     return call.report()

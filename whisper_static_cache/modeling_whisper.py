@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .int8_states import in_full, store
+
 
 # Modules whose own `forward` is bypassed. A hook on one of these, or another forward, would be lost without a word.
 _BYPASSED = ("WhisperModel", "WhisperDecoder", "WhisperDecoderLayer", "WhisperAttention", "WhisperPositionalEmbedding")
@@ -30,7 +32,7 @@ def decoder_forward(decoder, input_ids, position_ids, buffers, write_at, attenti
         position_ids: `(batch or 1, length)` int64, indices into the learned positions.
         buffers: per layer `(self_keys, self_values, cross_keys, cross_values)`, each `(batch, heads, slots,
             head_dim)`; the cross-attention ones are filled already (`project_cross_attention`), and may have fewer
-            rows: one for the beams of each input.
+            rows: one for the beams of each input. Held in 8 bits, their scales follow: `Int8LayerBuffers`.
         write_at: where the first of the `length` new entries goes. An `int`, known to the host: attention then reads
             the slots up to the last one written and no others, which is what a growing cache does. Or an int64 tensor
             of shape `(length,)`, known to the device only: attention reads every slot, and `attention_mask` must hide
@@ -45,7 +47,7 @@ def decoder_forward(decoder, input_ids, position_ids, buffers, write_at, attenti
     hidden = decoder.embed_tokens(input_ids) + decoder.embed_positions.weight[position_ids]
     host_knows = isinstance(write_at, int)
     is_causal = attention_mask is None and length > 1
-    for layer, (self_keys, self_values, cross_keys, cross_values) in zip(decoder.layers, buffers):
+    for layer, (self_keys, self_values, *cross) in zip(decoder.layers, buffers):
         attention = layer.self_attn
         residual = hidden
         hidden = layer.self_attn_layer_norm(hidden)
@@ -70,7 +72,7 @@ def decoder_forward(decoder, input_ids, position_ids, buffers, write_at, attenti
         residual = hidden
         hidden = layer.encoder_attn_layer_norm(hidden)
         query = _heads(attention.q_proj(hidden) * attention.scaling, attention)
-        hidden = _cross_attention(query, cross_keys, cross_values)
+        hidden = _cross_attention(query, *in_full(*cross))
         hidden = residual + attention.out_proj(hidden.transpose(1, 2).reshape(batch, length, -1))
 
         residual = hidden
@@ -96,10 +98,11 @@ def _cross_attention(query, keys, values):
 
 def project_cross_attention(decoder, encoder_hidden_states, buffers):
     """Fill every layer's cross-attention keys and values from encoder states `(batch, source_length, d_model)`."""
-    for layer, (_, _, cross_keys, cross_values) in zip(decoder.layers, buffers):
+    for layer, (_, _, *cross) in zip(decoder.layers, buffers):
         attention = layer.encoder_attn
-        cross_keys.copy_(_heads(attention.k_proj(encoder_hidden_states), attention))
-        cross_values.copy_(_heads(attention.v_proj(encoder_hidden_states), attention))
+        # Keys, values, and the scales of both if there are any.
+        store(_heads(attention.k_proj(encoder_hidden_states), attention), *cross[::2])
+        store(_heads(attention.v_proj(encoder_hidden_states), attention), *cross[1::2])
 
 
 def decode_step(decoder, proj_out, tokens, length, position_offset, valid, buffers):

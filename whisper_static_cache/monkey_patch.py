@@ -11,16 +11,26 @@ import inspect
 import logging
 import threading
 import weakref
+from typing import NamedTuple
 
 from . import _compat
 from .compat_symbols import PATCHED, check_live
 from .engines import ENGINES
+from .int8_states import check_cross_dtype
 
 
 logger = logging.getLogger(__name__)
 
+
+class Setting(NamedTuple):
+    """What `patch` was told: `engine` and `cross_dtype`, as it takes them."""
+
+    engine: str = "auto"
+    cross_dtype: object = None
+
+
 _LOCK = threading.RLock()
-# Engine for all models, None while patch() was not called; engines of single models.
+# `Setting` for all models, None while patch() was not called; those of single models.
 _EVERYWHERE = None
 _MODELS = weakref.WeakKeyDictionary()
 # (class, attribute) -> (what stood in the class's own dictionary or _INHERITED, what we put there)
@@ -33,14 +43,14 @@ def _make_generate(stock):
 
     @functools.wraps(stock)
     def generate(self, *args, **kwargs):
-        engine = _engine_or_none(self)
-        if engine is None:
+        setting = _setting_or_none(self)
+        if setting is None:
             return stock(self, *args, **kwargs)
         from .generation_whisper import generate_call
 
         arguments = signature.bind(self, *args, **kwargs).arguments
         arguments = {**arguments, **arguments.pop("kwargs", {})}
-        with generate_call(self, engine, arguments):
+        with generate_call(self, setting.engine, arguments, setting.cross_dtype):
             return stock(self, *args, **_compat.without_dynamic(kwargs))
 
     return generate
@@ -49,7 +59,7 @@ def _make_generate(stock):
 def _make_sample(stock):
     @functools.wraps(stock)
     def _sample(self, *args, **kwargs):
-        if _engine_or_none(self) is None:
+        if _setting_or_none(self) is None:
             return stock(self, *args, **kwargs)
         from .generation_whisper import sample
 
@@ -74,7 +84,7 @@ def _make_beam_search(stock):
 
     @functools.wraps(stock)
     def _beam_search(self, *args, **kwargs):
-        if has_scorer or _engine_or_none(self) is None:
+        if has_scorer or _setting_or_none(self) is None:
             return stock(self, *args, **kwargs)
         from .beam_search import beam_search
 
@@ -88,7 +98,8 @@ def _make_get_encoder(stock):
     def get_encoder(self, *args, **kwargs):
         encoder = stock(self, *args, **kwargs)
         # Accelerate puts its hooks on what this returns.
-        if _engine_or_none(self) not in ("auto", "triton") or hasattr(self, "hf_device_map"):
+        setting = _setting_or_none(self)
+        if setting is None or setting.engine not in ("auto", "triton") or hasattr(self, "hf_device_map"):
             return encoder
         from .generation_whisper import encoder_for_call
 
@@ -101,25 +112,28 @@ def _make_get_encoder(stock):
 _ROWS = (_make_generate, _make_sample, _make_average_logprob, _make_beam_search, _make_get_encoder)
 
 
-def patch(model=None, *, engine="auto"):
+def patch(model=None, *, engine="auto", cross_dtype=None):
     """Let transformers' Whisper models generate on a preallocated cache, with the tokens they would give anyway.
 
-    Calling it again changes the engine and nothing else. Safe to call from several threads.
+    Calling it again changes `engine` and `cross_dtype` and nothing else. Safe to call from several threads.
 
     Args:
         model: one `WhisperForConditionalGeneration` to switch on; None switches on all, present and future.
         engine: "auto", "triton" (hand-written kernels, NVIDIA GPUs), "compile" (torch.compile; CUDA graphs on a GPU)
             or "eager" (the same step uncompiled). "auto" takes "triton" on a CUDA device and "eager" elsewhere; what
             an engine cannot serve goes to the next one in this order, with the reason in `last_run`.
+        cross_dtype: None holds the encoder's keys and values in what the decoder computes in. `torch.int8` holds them
+            in 8 bits, as `EncoderDecoderStaticCache` does: less memory to hold and to read, and no longer exactly
+            stock's tokens. A call with a cache of this package in `past_key_values` goes by that cache's.
 
     Raises:
-        ValueError: the engine is not known.
-        TypeError: `model` is not a Whisper model with a language modelling head.
+        ValueError: the engine is not known, or `cross_dtype` is another than `torch.int8`.
+        TypeError: `model` is not a Whisper model with a language modelling head, or `cross_dtype` is no `torch.dtype`.
         RuntimeError: a symbol of transformers that the package counts on is missing or different; the sentence names
             it, both signatures and the newest release known to work, and nothing has been patched.
     """
     global _EVERYWHERE
-    check_engine(engine)
+    setting = Setting(check_engine(engine), check_cross_dtype(cross_dtype))
     if model is not None and not isinstance(model, _whisper_class()):
         raise TypeError(
             f"`model` is a {type(model).__name__}: pass a WhisperForConditionalGeneration, or nothing to patch all."
@@ -127,9 +141,9 @@ def patch(model=None, *, engine="auto"):
     with _LOCK:
         _apply()
         if model is None:
-            _EVERYWHERE = engine
+            _EVERYWHERE = setting
         else:
-            _MODELS[model] = engine
+            _MODELS[model] = setting
 
 
 def unpatch(model=None):
@@ -157,26 +171,26 @@ def unpatch(model=None):
 def is_patched(model=None):
     """Whether `model` generates on the preallocated cache; without a model, whether all do."""
     with _LOCK:
-        return (_EVERYWHERE if model is None else _engine_or_none(model)) is not None
+        return (_EVERYWHERE if model is None else _setting_or_none(model)) is not None
 
 
 @contextlib.contextmanager
-def patched(model=None, *, engine="auto"):
-    """`patch(model, engine=engine)` for the length of a `with` block; afterwards all is as before it.
+def patched(model=None, *, engine="auto", cross_dtype=None):
+    """`patch` with these arguments for the length of a `with` block; afterwards all is as before it.
 
     Args:
-        model, engine: as for `patch`.
+        model, engine, cross_dtype: as for `patch`.
     """
     with _LOCK:
         before = _EVERYWHERE if model is None else _MODELS.get(model)
-        patch(model, engine=engine)
+        patch(model, engine=engine, cross_dtype=cross_dtype)
     try:
         yield
     finally:
         if before is None:
             _leave(model)
         else:
-            patch(model, engine=before)
+            patch(model, **before._asdict())
 
 
 def _leave(model):
@@ -189,9 +203,9 @@ def _leave(model):
             unpatch(model)
 
 
-def engine_of(model):
-    """The engine asked for for `model`: its own, that of `patch()`, or "auto" if it is not patched."""
-    return _engine_or_none(model) or "auto"
+def setting_of(model):
+    """The `Setting` of `model`: its own, that of `patch()`, or the defaults if it is not patched."""
+    return _setting_or_none(model) or Setting()
 
 
 def check_engine(engine):
@@ -201,7 +215,7 @@ def check_engine(engine):
     return engine
 
 
-def _engine_or_none(model):
+def _setting_or_none(model):
     return _MODELS.get(model, _EVERYWHERE) if _MODELS else _EVERYWHERE
 
 

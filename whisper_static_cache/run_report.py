@@ -22,6 +22,7 @@ class RunReport:
         decode_seconds: time from there to the last token.
         steps: decode steps, summed over windows.
         tokens: steps times rows, summed over windows.
+        cross_dtype: `torch.int8` if cross-attention's keys and values were held in 8 bits, else None.
         tokens_per_second: `tokens / decode_seconds`, all rows together; 0.0 if nothing was decoded.
     """
 
@@ -35,6 +36,7 @@ class RunReport:
     decode_seconds: float = 0.0
     steps: int = 0
     tokens: int = 0
+    cross_dtype: torch.dtype | None = None
 
     @property
     def tokens_per_second(self):
@@ -44,13 +46,17 @@ class RunReport:
 class Call:
     """One call of `generate`: what the user asked of it, and what became of it."""
 
-    def __init__(self, model, engine="auto", *, stock_reason=None, keeps_results=True, is_shortform=True):
+    def __init__(
+        self, model, engine="auto", *, stock_reason=None, keeps_results=True, is_shortform=True, cross_dtype=None
+    ):
         self.model = weakref.ref(model)
         self.engine = engine
         self.stock_reason = stock_reason
         # Whether the user will see the result objects of the inner calls, or only their tokens.
         self.keeps_results = keeps_results
         self.is_shortform = is_shortform
+        # What cross-attention's keys and values are to be held in, where the caller brings no cache of their own.
+        self.cross_dtype = cross_dtype
         self.windows = []
 
     def served_by_stock(self, reason):
@@ -72,6 +78,7 @@ class Call:
             decode_seconds=sum(window.clock.seconds(1) for window in windows if window.clock),
             steps=sum(window.steps for window in windows),
             tokens=sum(window.steps * window.batch_size for window in windows),
+            cross_dtype=windows[-1].cross_dtype,
         )
 
 
@@ -85,6 +92,7 @@ class Window:
     compiles: int = 0
     captures: int = 0
     steps: int = 0
+    cross_dtype: torch.dtype | None = None
     clock: "Clock | None" = None
 
 

@@ -24,6 +24,7 @@ class Session:
     def __init__(self, cache):
         buffers = cache.layer_buffers
         self.max_batch_size, self.max_inputs = cache.max_batch_size, cache.max_inputs
+        self.cross_dtype = cache.cross_dtype
         self.device = buffers[0].self_keys.device
         self.slots = buffers[0].self_keys.shape[2]
         self.source_length = buffers[0].cross_keys.shape[2]
@@ -65,8 +66,11 @@ class Rows:
     def __init__(self, session, count, beams):
         self.session = session
         self.count = count
-        ends = (count, count, count // beams, count // beams)
-        self.buffers = [tuple(buffer[:end] for buffer, end in zip(layer, ends)) for layer in session.buffers]
+        inputs = count // beams
+        self.buffers = [
+            (*(buffer[:count] for buffer in layer[:2]), *(buffer[:inputs] for buffer in layer[2:]))
+            for layer in session.buffers
+        ]
         self.tokens = session.tokens[:count]
         self.position_offset = session.position_offset[:count]
         self.valid = session.valid[:count]
@@ -108,9 +112,13 @@ class ModelState:
             return self.engines[kind.name]
 
     @contextlib.contextmanager
-    def session(self, model, rows, dtype, device, user_cache, inputs=None):
-        """A session for at least `rows` rows, of `inputs` inputs if not one each, that no other call is using."""
-        session = self._take(model, rows, rows if inputs is None else inputs, dtype, device, user_cache)
+    def session(self, model, rows, dtype, device, user_cache, inputs=None, cross_dtype=None):
+        """A session for at least `rows` rows, of `inputs` inputs if not one each, that no other call is using.
+
+        It works on `user_cache`, or on a cache of its own, with cross-attention in `cross_dtype`.
+        """
+        inputs = rows if inputs is None else inputs
+        session = self._take(model, rows, inputs, dtype, device, user_cache, cross_dtype)
         try:
             yield session
         finally:
@@ -120,7 +128,7 @@ class ModelState:
                 else:
                     self.user_sessions[user_cache] = session
 
-    def _take(self, model, rows, inputs, dtype, device, user_cache):
+    def _take(self, model, rows, inputs, dtype, device, user_cache, cross_dtype):
         with self.lock:
             if user_cache is not None:
                 session = self.user_sessions.get(user_cache)
@@ -131,15 +139,20 @@ class ModelState:
                 self.user_sessions[user_cache] = _IN_USE
                 return session
             for index, session in enumerate(self.sessions):
-                if session.max_batch_size >= rows and session.max_inputs >= inputs and session.device == device:
+                fits = session.max_batch_size >= rows and session.max_inputs >= inputs
+                if fits and session.device == device and session.cross_dtype == cross_dtype:
                     return self.sessions.pop(index)
             if self.sessions:
-                # Too small: a larger one takes its place, and its memory is free before the new one is allocated.
+                # Too small, or in the wrong width: another takes its place, and its memory is free before that one is
+                # allocated.
                 old = self.sessions.pop()
                 # Beams need rows and a batch needs inputs: a model that is used for both must not go to and fro.
                 rows, inputs = max(rows, old.max_batch_size), max(inputs, old.max_inputs)
                 del old
-        return Session(EncoderDecoderStaticCache(model.config, rows, max_inputs=inputs, dtype=dtype, device=device))
+        cache = EncoderDecoderStaticCache(
+            model.config, rows, max_inputs=inputs, dtype=dtype, device=device, cross_dtype=cross_dtype
+        )
+        return Session(cache)
 
 
 # Stands in `user_sessions` while a call has the session.

@@ -386,12 +386,12 @@ class TritonEngine(EagerEngine):
             )
             return after
 
-        for layer, (keys, values, cross_keys, cross_values), next_norm in zip(self._layers, rows.buffers, norms):
+        for layer, (keys, values, *cross), next_norm in zip(self._layers, rows.buffers, norms):
             normed(query, layer.qkv, HEADS, scale, keys=keys, values=values, length=length)
             decode_attention(runs, logs, query, keys, values, SELF_SPLIT, length, valid)
             stats = residual(runs, layer.self_out, layer.query.norm, lse=logs, split_size=split_size, length=length)
             normed(query, layer.query, STORE, scale)
-            decode_attention(cross_runs, cross_logs, query, cross_keys, cross_values, CROSS_SPLIT, None, None)
+            decode_attention(cross_runs, cross_logs, query, *cross[:2], CROSS_SPLIT, None, None, *cross[2:])
             stats = residual(cross_runs, layer.cross_out, layer.fc1.norm, lse=cross_logs)
             normed(hidden, layer.fc1, GELU)
             stats = residual(hidden, layer.fc2, next_norm)

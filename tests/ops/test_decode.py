@@ -326,3 +326,41 @@ def test_opcheck():
     torch.library.opcheck(
         torch.ops.whisper_static_cache.decode_linear.default, (*arguments, *optional), test_utils=checks
     )
+
+
+@pytest.mark.parametrize("rows", [2, 9])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("positions", "split"), [(1, 64), (64, 64), (150, 64), (130, 128)])
+def test_cross_attention_in_8_bits(positions, split, dtype, rows):
+    from whisper_static_cache.int8_states import quantize
+
+    torch.manual_seed(positions)
+    heads = 2
+    # More than 8 rows stream it as one run.
+    splits = 1 if rows > 8 else -(-positions // split)
+    keys, values = (torch.empty(rows, heads, positions, 64, dtype=torch.int8, device=DEVICE) for _ in range(2))
+    scales = [poisoned(rows, heads, positions, dtype=dtype) for _ in range(2)]
+    for integers, scale in zip((keys, values), scales):
+        quantize(torch.randn(rows, heads, positions, 64, device=DEVICE).to(dtype), integers, scale)
+    # Every integer there is, the one that quantising never leaves included.
+    keys.flatten()[: 2 * 64] = torch.arange(128, device=DEVICE).to(torch.int8)
+    values.flatten()[:64] = torch.arange(-128, -64, device=DEVICE).to(torch.int8)
+    query = (torch.randn(rows, heads * 64, device=DEVICE) * 0.3).to(dtype)
+    runs, lse = poisoned(rows, splits, heads * 64), poisoned(rows, splits, heads)
+    decode_attention.decode_attention(runs, lse, query, keys, values, split, None, None, *scales)
+    actual = (runs * lse.softmax(1).repeat_interleave(64, dim=-1)).sum(1)
+    exact = [tensor.double() for tensor in (query, keys, values, *scales)]
+    expected = decode_attention.reference_decode_attention(*exact[:3], key_scales=exact[3], value_scales=exact[4])
+    # Integers and scales are exact in float32, u its rounding. A score is 64 products, their sum and a scale: off by
+    # 66 u of the sum of magnitudes. A weight is off by twice the worst score's, relatively, and by the exponential,
+    # and the mean by the weights and as many additions as there are positions, of its magnitudes.
+    unit = 2.0**-24
+    magnitudes = torch.einsum(
+        "rhd,rhsd->rhs", exact[0].abs().view(rows, heads, 64), exact[1].abs() * exact[3][..., None]
+    )
+    bound = 2 * 66 * unit * magnitudes.max() + (positions + 64) * unit
+    at_most = decode_attention.reference_decode_attention(
+        *exact[:2], exact[2].abs(), key_scales=exact[3], value_scales=exact[4]
+    )
+    assert ((actual.double() - expected).abs() <= bound * at_most).all()
+    assert bound < 1e-3
