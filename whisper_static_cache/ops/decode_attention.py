@@ -126,7 +126,8 @@ def _stream_attention_kernel(
     base = tl.program_id(0).to(tl.int64) * SLOTS * 64
     end = source_length
     if CAUSAL:
-        end = tl.load(length_ptr).to(tl.int32)
+        # A sum, since the interpreter's loops want a number that has no dimensions.
+        end = tl.sum(tl.load(length_ptr + tl.arange(0, 1)).to(tl.int32), axis=0)
     if OVERLAP:
         # The first keys and values come into the L2 cache while the query is still being made.
         line_bytes: tl.constexpr = 64 * keys_ptr.dtype.element_ty.primitive_bitwidth // 8
