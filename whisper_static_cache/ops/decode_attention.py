@@ -126,8 +126,7 @@ def _stream_attention_kernel(
     base = tl.program_id(0).to(tl.int64) * SLOTS * 64
     end = source_length
     if CAUSAL:
-        # A sum, since the interpreter's loops want a number that has no dimensions.
-        end = tl.sum(tl.load(length_ptr + tl.arange(0, 1)).to(tl.int32), axis=0)
+        end = tl.load(length_ptr).to(tl.int32)
     if OVERLAP:
         # The first keys and values come into the L2 cache while the query is still being made.
         line_bytes: tl.constexpr = 64 * keys_ptr.dtype.element_ty.primitive_bitwidth // 8
@@ -141,7 +140,8 @@ def _stream_attention_kernel(
     best = tl.full([TILE, 1], -1e30, tl.float32)
     total = tl.zeros([TILE, 1], tl.float32)
     value = tl.zeros([TILE, 64], tl.float32)
-    for first in tl.range(0, end, TILE, num_stages=STAGES):
+    # Over all slots: what lies behind the end is masked, costs no bytes, and the loop has a length that is known.
+    for first in tl.range(0, SLOTS, TILE, num_stages=STAGES):
         key = first + lane
         allowed = key < end
         k = _float(tl.load(keys_ptr + base + key * 64 + dim, mask=allowed, other=0))
