@@ -235,8 +235,8 @@ def cross_section():
         "What a row of the cache holds for cross-attention, and a step reads of it, worked out from the shapes:\n\n"
         f"{table(['shape', 'in half precision', 'in 8 bits', 'saved'], sizes)}\n\n"
         "On `eager` and `compile` every step makes the full keys and values from the 8 bits and is the slower for it; "
-        "only the `triton` engine's kernels read the 8 bits themselves. The GPU table above has both at batch 16: the 8 "
-        "bits save memory there, and no time.\n"
+        "only the `triton` engine's kernels read the 8 bits themselves. The GPU table above has both at batch 16: the "
+        "8 bits save memory there, and no time.\n"
     )
 
 

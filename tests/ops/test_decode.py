@@ -1,5 +1,7 @@
 """The kernels of the one-token step against float64, on a GPU, or in Triton's interpreter where there is none."""
 
+import threading
+
 import pytest
 import torch
 
@@ -364,3 +366,24 @@ def test_cross_attention_in_8_bits(positions, split, dtype, rows):
     )
     assert ((actual.double() - expected).abs() <= bound * at_most).all()
     assert bound < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(launch.interpreted(), reason="the interpreter compiles nothing")
+def test_kernels_compiled_together_do_not_run_there_but_in_another_thread():
+    weight, dense = random_weight(16, 0, 64, 64, torch.float32)
+    x, here, elsewhere = torch.randn(1, 64, device=DEVICE), poisoned(1, 64), poisoned(1, 64)
+
+    def multiply(out):
+        arguments = decode_linear.arguments([weight])
+        decode_linear.decode_linear(out, x, *arguments, torch.zeros(64, device=DEVICE), decode_linear.STORE)
+
+    with launch.compiled_together():
+        multiply(here)
+        thread = threading.Thread(target=multiply, args=(elsewhere,))
+        thread.start()
+        thread.join()
+    assert here.isnan().all()
+    assert_close(elsewhere, x.double() @ dense.T, 1e-5)
+    multiply(here)
+    assert torch.equal(here, elsewhere)

@@ -8,6 +8,7 @@ weights above all, and only then waits for its predecessor.
 """
 
 import contextlib
+import contextvars
 import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -95,12 +96,13 @@ def options(device, num_warps, *, overlap=True):
     return launch
 
 
-_compiling = False
+# Of this thread, as another one may be launching kernels meanwhile.
+_compiling = contextvars.ContextVar("compiling", default=False)
 
 
 def start(kernel, grid, *args, **meta):
     """Launch `kernel` over `grid`; inside `compiled_together`, have it compiled only."""
-    if _compiling:
+    if _compiling.get():
         kernel.warmup(*args, grid=grid, **meta)
     else:
         kernel[grid](*args, **meta)
@@ -113,13 +115,12 @@ def compiled_together():
     The compiler runs outside of Python's lock for most of the time. What is launched afterwards finds its kernel; a
     release of Triton that cannot compile so, or a kernel that does not compile, is left to the launch.
     """
-    global _compiling
-    if interpreted() or _compiling or not hasattr(triton, "AsyncCompileMode"):
+    if interpreted() or _compiling.get() or not hasattr(triton, "AsyncCompileMode"):
         yield
         return
     with ThreadPoolExecutor(os.cpu_count()) as threads, triton.AsyncCompileMode(threads, ignore_errors=True):
-        _compiling = True
+        token = _compiling.set(True)
         try:
             yield
         finally:
-            _compiling = False
+            _compiling.reset(token)
