@@ -319,15 +319,36 @@ def test_timestamp_rules_are_those_of_the_tensor_code(seed):
         assert_close(state["logprobs"][:, length - 1], scores.double().log_softmax(-1).amax(-1), 1e-4)
 
 
-def test_opcheck():
-    weight, _ = random_weight(16, 0, 64, 64, torch.float32)
-    x, out = torch.randn(1, 64, device=DEVICE), torch.zeros(1, 64, device=DEVICE)
-    arguments = (out, x, *decode_linear.arguments([weight]), torch.zeros(64, device=DEVICE), decode_linear.STORE, 1.0)
-    optional = (None, None, 0.0, None, 0, *[None] * 6)
+@pytest.mark.parametrize("op", ["decode_linear", "decode_attention", "embed_newest", "choose_next"])
+def test_opcheck(op):
+    def zeros(*shape, dtype=torch.float32):
+        return torch.zeros(shape, dtype=dtype, device=DEVICE)
+
+    def integers(*shape):
+        return zeros(*shape, dtype=torch.int64)
+
+    def bytes_(*shape):
+        return zeros(*shape, dtype=torch.uint8)
+
+    length = torch.ones(1, dtype=torch.int64, device=DEVICE)
+    if op == "decode_linear":
+        weight, _ = random_weight(16, 0, 64, 64, torch.float32)
+        product = (zeros(1, 64), torch.randn(1, 64, device=DEVICE), *decode_linear.arguments([weight]))
+        arguments = (*product, zeros(64), decode_linear.STORE, 1.0, None, None, 0.0, None, 0, *[None] * 6)
+    elif op == "decode_attention":
+        states = torch.randn(2, 1, 2, 70, 64, device=DEVICE)
+        valid = torch.ones(1, 70, dtype=torch.bool, device=DEVICE)
+        arguments = (zeros(1, 2, 128), zeros(1, 2, 2), zeros(1, 128), *states, 64, length, valid)
+    elif op == "embed_newest":
+        outputs = (zeros(1, 64), zeros(1, 64), zeros(2, 1, 1))
+        arguments = (*outputs, integers(1, 9), length, integers(1, 1), zeros(5, 64), zeros(9, 64), zeros(64))
+    else:
+        loop = (integers(1, 9), zeros(1, 9), bytes_(1), length, integers(1), bytes_(1), bytes_(1))
+        work = (zeros(4, 1, 1), zeros(2, 1, 1, dtype=torch.int32))
+        rules = torch.tensor(decode_tokens.Rules(0, 0, 0, 1, 1, 50, -1, 50, 0), device=DEVICE)
+        arguments = (*loop, *work, torch.randn(1, 64, device=DEVICE), bytes_(50), rules, integers(16))
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(
-        torch.ops.whisper_static_cache.decode_linear.default, (*arguments, *optional), test_utils=checks
-    )
+    torch.library.opcheck(getattr(torch.ops.whisper_static_cache, op).default, arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize("rows", [2, 9])
