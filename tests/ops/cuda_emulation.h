@@ -1,0 +1,742 @@
+// Runs a CUDA kernel's own source on the CPU, so that its logic can be checked where there is no GPU:
+//
+//     g++ -std=c++17 -O1 -fPIC -shared -DEMULATED -DBF16=0 -include cuda_emulation.h -x c++ kernel.cu -o kernel.so
+//
+// The source keeps its inline PTX under #ifndef EMULATED; the primitives of the same names are here. Every CUDA thread
+// is a fiber of one OS thread, and all that is random comes from the launch's seed, so that a failure can be repeated.
+// What a GPU leaves open is made as bad as it may get, for mistakes to show: shared memory starts as 0xFF; warps run in
+// random order, and any may stop at a collective or sleep for long; a bulk copy spoils its destination when it is
+// issued and brings the data late; a poke reaches the other blocks late and out of order. A launch that goes wrong
+// returns 1 and says why, also on stderr.
+//
+// What it cannot show: memory order within a block (shared memory and ordinary stores are seen at once), and lanes that
+// meet at the same kind of collective from different places. Memory that is poked must be read by peek alone.
+#pragma once
+#include <math.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <xmmintrin.h>
+
+#include <mutex>
+#include <string>
+#include <type_traits>
+#include <unordered_map>
+#include <unordered_set>
+#include <utility>
+#include <vector>
+
+#ifndef BF16
+#define BF16 0
+#endif
+
+#pragma GCC diagnostic ignored "-Wunknown-pragmas"  // #pragma unroll
+#define __device__
+#define __global__
+#define __host__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __forceinline__ inline __attribute__((always_inline))
+#define __align__(n) __attribute__((aligned(n)))
+// A variable of the source would be one for all blocks.
+#define __shared__ _Pragma("GCC error \"emulated kernels have shared memory by dynamic_shared() alone\"")
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+struct alignas(8) uint2 { u32 x, y; };
+struct alignas(16) uint4 { u32 x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct uint3 { u32 x, y, z; };
+
+// Everything is of this file alone (static): libraries of several kernels loaded into one process must not share it.
+static uint3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulation {
+
+constexpr u32 STACK = 65536 + 192;  // not a power of two: the tops of all stacks would share few cache lines
+constexpr u32 SHARED_BASE = 1024;   // the first shared address: a GPU keeps those below, and 0 is a mistake
+constexpr u32 FENCE = 128;          // bytes around shared memory that nothing may change
+constexpr u32 CALENDAR = 64;        // turns that a copy or a poke can be late
+constexpr u64 PATIENCE = 20000;     // turns without any event until what polls is held to wait forever
+constexpr u64 CANARY = 0xC0FFEE1234567890;
+
+enum Kind { RUN, SHFL_XOR, SHFL_DOWN, SHFL, ANY, ALL, BALLOT, SYNCWARP, MULTIPLY, SYNCTHREADS, BAR_SYNC, BAR_ARRIVE,
+            BARRIER_TRY, PEEK, SLEEP };
+static const char* const NAMES[] = {"its start", "shfl_xor", "shfl_down", "shfl", "any", "all", "ballot", "syncwarp",
+                                    "multiply", "syncthreads", "bar_sync", "bar_arrive", "barrier_try", "peek", "sleep"};
+
+// Where a thread waits, or last waited.
+struct Place {
+    Kind kind;
+    int line;
+    u64 first, second;
+    bool operator==(const Place& other) const {
+        return kind == other.kind && line == other.line && first == other.first && second == other.second;
+    }
+};
+struct Lane {
+    void* stack;
+    u8* bottom;
+    Place at;
+};
+typedef u32 Slots[32][10];  // the words that each lane brings to a collective, and takes from it
+struct Warp {
+    u32 block, index;
+    u32 ready, later;     // lanes to run in this turn of the warp, and in its next
+    u32 gathered, ended;  // lanes that wait at the warp's collective, and those that have ended
+    bool backward;        // the order in which lanes run
+    u64 asleep;           // the turn until which the warp does not run
+    // Two of each, used in turn: lanes still read the last collective's while others bring to the next.
+    u32 half, votes[2];
+    Slots slots[2];
+    Lane lanes[32];
+};
+struct NamedBarrier { u32 threads, arrived, warps, waiting; };  // the last two are sets of warps
+struct Block {
+    std::vector<u8> memory;
+    u8* shared;
+    u32 live;  // warps that have not ended
+    NamedBarrier barriers[16];
+    std::vector<Warp> warps;
+};
+// An mbarrier, in its 8 bytes of shared memory, such that 0xFF poison and zeros are not an initialised one.
+struct __attribute__((may_alias)) Phases {
+    u64 parity : 1, unset : 1, pending : 20, count : 20;
+    long long bytes : 22;
+};
+static_assert(sizeof(Phases) == 8, "");
+struct Store { u8* to; u32 size, block; u64 due; u8 bytes[16]; };
+struct Copy { u32 block, to, bytes, barrier; const void* from; int line; };
+struct Failure {};
+
+static struct State {
+    std::vector<Block> blocks;
+    u32 threads, shared_bytes;
+    void (*body)(const void*);
+    const void* call;
+    u64 random, turn, quiet, lateness, events, calls;  // quiet: turns since anything happened
+    std::vector<Copy> copies[CALENDAR];
+    std::vector<uintptr_t> commits[CALENDAR];                      // the 16 bytes that a store to commit lies in,
+    std::unordered_map<uintptr_t, std::vector<Store>> stores;      // and by them, in the order of the pokes, the stores
+    std::unordered_set<uintptr_t> poked;                           // every 4 bytes poked in this launch
+    Warp* warp;  // of the thread that runs; null in the scheduler
+    u32 lane;
+    void* scheduler;
+    std::string message;
+} now;
+
+static inline u32 chance(u32 below) {
+    now.random ^= now.random << 13, now.random ^= now.random >> 7, now.random ^= now.random << 17;
+    return (now.random * 0x2545F4914F6CDD1Dull >> 32) % below;
+}
+
+// Leaves the running stack's pointer in *from, its registers on it, and goes on where the stack `to` was left.
+__attribute__((naked, noipa)) static void switch_stack(void** /*from*/, void* /*to*/) {
+    asm("push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15; mov %rsp, (%rdi); mov %rsi, %rsp;"
+        "pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp; pop %rcx; jmp *%rcx");
+}
+
+// Where all warps wait, warps and lanes with the same place together.
+static std::string whereabouts() {
+    std::string all, last;
+    u32 first = 0;
+    for (Block& block : now.blocks) {
+        for (u32 i = 0; i <= block.warps.size(); i++) {
+            std::string text;
+            for (u32 lane = 0, end; i < block.warps.size() && lane < 32; lane = end) {
+                Warp& warp = block.warps[i];
+                const Place& at = warp.lanes[lane].at;
+                auto ended = [&](u32 l) { return warp.ended >> l & 1; };
+                for (end = lane + 1; end < 32 && ended(end) == ended(lane) && warp.lanes[end].at == at;) end++;
+                char part[200];
+                if (ended(lane)) snprintf(part, sizeof part, " lanes %u-%u ended;", lane, end - 1);
+                else snprintf(part, sizeof part, " lanes %u-%u at %s(0x%llx, %llu), line %d;", lane, end - 1,
+                              NAMES[at.kind], at.first, at.second, at.line);
+                text += part;
+            }
+            if (i && text != last) {
+                all += "\n  block " + std::to_string(&block - now.blocks.data()) + " warps " + std::to_string(first) +
+                       "-" + std::to_string(i - 1) + ":" + last;
+                first = i;
+            }
+            last = text;
+        }
+        first = 0;
+    }
+    return all;
+}
+
+// Ends the launch: an exception in the scheduler, which a thread goes back to, not to run again.
+[[noreturn]] __attribute__((format(printf, 2, 3))) static void fail(bool everywhere, const char* form, ...) {
+    char text[600];
+    int used = !now.warp ? 0 : snprintf(text, sizeof text, "block %u warp %u lane %u: ", now.warp->block,
+                                        now.warp->index, now.lane);
+    va_list list;
+    va_start(list, form);
+    vsnprintf(text + used, sizeof text - used, form, list);
+    va_end(list);
+    now.message = text + (everywhere ? whereabouts() : std::string());
+    void* left;
+    if (now.warp) switch_stack(&left, now.scheduler);
+    throw Failure();
+}
+
+static inline void run_next(Warp& warp, u32 after, void** from) {
+    u32 above = warp.ready & ~1u << after, below = warp.ready & ((1u << after) - 1);
+    now.lane = warp.backward ? 31 - __builtin_clz(below ? below : warp.ready)
+                             : __builtin_ctz(above ? above : warp.ready);
+    warp.ready &= ~(1u << now.lane);
+    threadIdx.x = warp.index * 32 + now.lane;
+    switch_stack(from, warp.lanes[now.lane].stack);
+}
+
+// Leaves the thread that runs for the next of its warp or, where none is ready, for the scheduler.
+static void leave() {
+    Warp& warp = *now.warp;
+    void** from = &warp.lanes[now.lane].stack;
+    if (warp.ready) run_next(warp, now.lane, from);
+    else switch_stack(from, now.scheduler);
+}
+
+// Leaves the thread until the next turn of its warp.
+static void poll(Place place) {
+    now.warp->lanes[now.lane].at = place;
+    now.warp->later |= 1u << now.lane;
+    leave();
+}
+
+static void settle(Block& block, NamedBarrier& barrier) {
+    u32 needed = barrier.threads ? barrier.threads : block.live * 32;
+    if (!barrier.arrived || barrier.arrived < needed) return;
+    for (Warp& warp : block.warps)
+        if (barrier.waiting >> warp.index & 1) warp.ready |= std::exchange(warp.gathered, 0);
+    barrier = NamedBarrier();
+}
+
+static void multiply_fragments(Slots& slots);
+
+// Does what the lanes gathered at a collective are gathered for. One that ends while the others wait completes it too.
+static void complete(Warp& warp, const Place& at) {
+    Slots& slots = warp.slots[warp.half];
+    warp.half ^= 1;
+    warp.votes[warp.half] = 0;
+    if (at.kind == MULTIPLY) {
+        if (warp.ended) fail(true, "multiply, line %d, in a warp of which lanes have ended", at.line);
+        multiply_fragments(slots);
+    }
+    if (at.kind < SYNCTHREADS) {
+        warp.ready |= std::exchange(warp.gathered, 0);
+        return;
+    }
+    now.quiet = 0;
+    Block& block = now.blocks[warp.block];
+    const u32 id = at.first;
+    u32 threads = at.second;  // none for those that have not ended, as __syncthreads waits
+    if (!id && threads == block.warps.size() * 32) threads = 0;
+    if (id > 15 || threads % 32 || (id && !threads))
+        fail(false, "%s(%u, %u), line %d", NAMES[at.kind], id, threads, at.line);
+    NamedBarrier& barrier = block.barriers[id];
+    if (barrier.arrived && barrier.threads != threads)
+        fail(true, "barrier %u, line %d, for %u threads while it waits for %u", id, at.line, threads, barrier.threads);
+    if (barrier.warps >> warp.index & 1)
+        fail(true, "barrier %u, line %d: the warp arrives twice in one use", id, at.line);
+    barrier.threads = threads;
+    barrier.arrived += 32;
+    barrier.warps |= 1u << warp.index;
+    if (at.kind == BAR_ARRIVE) warp.ready |= std::exchange(warp.gathered, 0);
+    else barrier.waiting |= 1u << warp.index;
+    if (threads && barrier.arrived > threads) fail(true, "barrier %u, line %d: too many arrive", id, at.line);
+    settle(block, barrier);
+}
+
+// Waits for all lanes of the warp; the slots have what each brought.
+template <class... Words> static Slots& meet(Place place, Words... words) {
+    Warp& warp = *now.warp;
+    const u32 lane = now.lane, bit = 1u << lane;
+    Slots& slots = warp.slots[warp.half];
+    u32 at = 0;
+    ((slots[lane][at++] = words), ...);
+    Lane& self = warp.lanes[lane];
+    self.at = place;
+    if (warp.gathered) {
+        const Place& other = warp.lanes[__builtin_ctz(warp.gathered)].at;
+        if (other.kind != place.kind || other.first != place.first || other.second != place.second)
+            fail(true, "comes to %s, line %d, where other lanes of the warp wait at %s, line %d", NAMES[place.kind],
+                 place.line, NAMES[other.kind], other.line);
+    }
+    warp.gathered |= bit;
+    if ((warp.gathered | warp.ended) != ~0u) {
+        leave();
+        return slots;
+    }
+    complete(warp, place);
+    if (!(warp.ready & bit)) {  // a barrier of the block's still waits
+        leave();
+    } else if (chance(32) == 0) {  // lets the other warps go first
+        warp.later |= std::exchange(warp.ready, 0);
+        leave();
+    } else {
+        warp.ready &= ~bit;
+    }
+    return slots;
+}
+
+[[noreturn]] static void thread_main() {
+    now.body(now.call);
+    Warp& warp = *now.warp;
+    Lane& lane = warp.lanes[now.lane];
+    u64 canary;
+    memcpy(&canary, lane.bottom, 8);
+    if (canary != CANARY) fail(false, "the thread's stack of %u bytes overflowed", STACK);
+    warp.ended |= 1u << now.lane;
+    for (Slots& slots : warp.slots) memset(slots[now.lane], 0xFF, sizeof slots[0]);
+    now.quiet = 0;
+    if (warp.ended == ~0u) {
+        Block& block = now.blocks[warp.block];
+        block.live--;
+        if (!block.barriers[0].threads) settle(block, block.barriers[0]);
+    } else if (warp.gathered && (warp.gathered | warp.ended) == ~0u) {
+        complete(warp, warp.lanes[__builtin_ctz(warp.gathered)].at);
+    }
+    leave();
+    __builtin_unreachable();
+}
+
+static u8* shared_at(Block& block, u32 at, u32 bytes, u32 alignment, const char* what, int line) {
+    if (at % alignment || at < SHARED_BASE || u64(at) + bytes > SHARED_BASE + now.shared_bytes)
+        fail(false, "%s, line %d: shared address 0x%x of %u bytes is %s", what, line, at, bytes,
+             at % alignment ? "misaligned" : "out of bounds");
+    return block.shared + (at - SHARED_BASE);
+}
+static inline Block& own_block() { return now.blocks[now.warp->block]; }
+
+static Phases& phases(Block& block, u32 at, const char* what, int line) {
+    auto& barrier = *reinterpret_cast<Phases*>(shared_at(block, at, 8, 8, what, line));
+    if (barrier.unset || !barrier.count) fail(false, "%s, line %d: no barrier initialised at 0x%x", what, line, at);
+    return barrier;
+}
+
+// Takes arrivals and bytes off what the barrier's phase waits for.
+static void advance(Phases& barrier, u32 arrivals, long long bytes, const char* what, int line) {
+    if (arrivals > barrier.pending) fail(true, "%s, line %d: more arrivals than the barrier counts", what, line);
+    bytes = barrier.bytes - bytes;
+    if (bytes >= 1 << 20 || bytes <= -(1 << 20)) fail(false, "%s, line %d: a barrier waits for 2^20 bytes", what, line);
+    barrier.pending -= arrivals;
+    barrier.bytes = bytes;
+    now.quiet = 0;
+    if (barrier.pending || bytes) return;
+    barrier.parity ^= 1;
+    barrier.pending = barrier.count;
+}
+
+static void aligned(const void* at, u32 bytes, const char* what, int line) {
+    if (uintptr_t(at) % bytes) fail(false, "%s, line %d: %p is misaligned", what, line, at);
+}
+
+static void peek(const void* from, void* into, u32 size, int line) {
+    aligned(from, size, "peek", line);
+    poll({PEEK, line, uintptr_t(from), size});
+    memcpy(into, from, size);
+    if (now.stores.empty()) return;
+    auto found = now.stores.find(uintptr_t(from) & -16);
+    if (found == now.stores.end()) return;
+    for (const Store& store : found->second) {  // a block sees what it poked itself, in order
+        const u8* start = static_cast<const u8*>(from);
+        const u8 *low = start > store.to ? start : store.to;
+        const u8* high = start + size < store.to + store.size ? start + size : store.to + store.size;
+        if (store.block == now.warp->block && low < high)
+            memcpy(static_cast<u8*>(into) + (low - start), store.bytes + (low - store.to), high - low);
+    }
+}
+
+static void poke(void* to, const void* from, u32 size, int line) {
+    aligned(to, size, "poke", line);
+    Store store{static_cast<u8*>(to), size, now.warp->block, now.turn + 1 + chance(now.lateness), {}};
+    memcpy(store.bytes, from, size);
+    auto& pending = now.stores[uintptr_t(to) & -16];
+    for (const Store& other : pending)  // stores to one place are seen in one order
+        if (other.to < store.to + size && store.to < other.to + other.size && other.due > store.due)
+            store.due = other.due;
+    pending.push_back(store);
+    now.commits[store.due % CALENDAR].push_back(uintptr_t(to) & -16);
+    now.events++;
+    for (u32 i = 0; i < size; i += 4) now.poked.insert(uintptr_t(to) + i);
+    now.quiet = 0;
+}
+
+static void fetch(const void* from, void* into, u32 size, int line) {
+    aligned(from, size, "fetch", line);
+    for (u32 i = 0; i < size && !now.poked.empty(); i += 4)
+        if (now.poked.count(uintptr_t(from) + i))
+            fail(false, "fetch, line %d, of what this launch pokes: it may be stale for ever", line);
+    memcpy(into, from, size);
+}
+
+static void commit(u64 turn) {
+    for (uintptr_t place : std::exchange(now.commits[turn % CALENDAR], {})) {
+        auto& pending = now.stores[place];
+        for (auto store = pending.begin();; ++store) {
+            if (store->due != turn) continue;
+            memcpy(store->to, store->bytes, store->size);
+            pending.erase(store);
+            break;
+        }
+        if (pending.empty()) now.stores.erase(place);
+        now.events--, now.quiet = 0;
+    }
+    for (const Copy& copy : std::exchange(now.copies[turn % CALENDAR], {})) {
+        Block& block = now.blocks[copy.block];
+        if (!block.live) fail(false, "copy_async, line %d: block %u ended before the copy did", copy.line, copy.block);
+        memcpy(shared_at(block, copy.to, copy.bytes, 16, "copy_async", copy.line), copy.from, copy.bytes);
+        advance(phases(block, copy.barrier, "copy_async", copy.line), 0, copy.bytes, "copy_async", copy.line);
+        now.events--;
+    }
+}
+
+static void schedule() {
+    std::vector<Warp*> order;
+    for (Block& block : now.blocks)
+        for (Warp& warp : block.warps) order.push_back(&warp);
+    while (!order.empty() || now.events) {
+        commit(++now.turn);
+        bool runnable = false;
+        for (u32 i = order.size(); i > 1; i--) std::swap(order[i - 1], order[chance(i)]);
+        if (chance(256) == 0 && !order.empty())  // holds a whole block back
+            for (Warp& warp : now.blocks[order[0]->block].warps) warp.asleep = now.turn + chance(64);
+        for (u32 i = 0; i < order.size();) {
+            Warp& warp = *order[i];
+            if (warp.ended != ~0u && (warp.ready | warp.later)) {
+                runnable = true;
+                if (chance(64) == 0) warp.asleep = now.turn + chance(32);
+                if (warp.asleep < now.turn) {
+                    warp.ready |= std::exchange(warp.later, 0);
+                    warp.backward = chance(2);
+                    blockIdx.x = warp.block;
+                    now.warp = &warp;
+                    run_next(warp, chance(32), &now.scheduler);
+                    now.warp = nullptr;
+                    if (!now.message.empty()) throw Failure();
+                }
+            }
+            if (warp.ended == ~0u) order[i] = order.back(), order.pop_back();
+            else i++;
+        }
+        if (!order.empty() && ((!runnable && !now.events) || now.quiet++ > PATIENCE))
+            fail(true, "deadlock: nothing has happened for %llu turns", now.quiet);
+    }
+}
+
+static int launch(void (*body)(const void*), const void* call, u32 blocks, u32 threads, u32 shared_bytes, u32 seed) {
+    static std::mutex one;
+    const std::lock_guard<std::mutex> guard(one);
+    now = State();
+    now.body = body, now.call = call, now.threads = threads, now.shared_bytes = shared_bytes;
+    now.random = (seed + 1) * 0x9E3779B97F4A7C15ull;
+    now.lateness = 1 + chance(24);
+    blockDim = {threads, 1, 1}, gridDim = {blocks, 1, 1}, blockIdx = threadIdx = {0, 0, 0};
+    const u32 warps = (threads + 31) / 32;
+    const size_t stacks = size_t(blocks) * warps * 32 * STACK;
+    const u32 control = _mm_getcsr();
+    u8* stack = nullptr;
+    _mm_setcsr(0x1F80);  // round to nearest and keep subnormals, whatever the caller has set
+    try {
+        if (!blocks || !threads || threads > 1024 || shared_bytes > 227 * 1024)
+            fail(false, "no launch of %u blocks of %u threads with %u bytes", blocks, threads, shared_bytes);
+        void* mapped = mmap(nullptr, stacks, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (mapped == MAP_FAILED) fail(false, "no memory for the threads' stacks");
+        u8* bottom = stack = static_cast<u8*>(mapped);
+        now.blocks.resize(blocks);
+        for (u32 b = 0; b < blocks; b++) {
+            Block& block = now.blocks[b];
+            block.memory.assign(shared_bytes + 2 * FENCE + 128, 0xA5);
+            block.shared = block.memory.data() + FENCE;
+            block.shared += -uintptr_t(block.shared) % 128;
+            memset(block.shared, 0xFF, shared_bytes);
+            block.live = warps;
+            block.warps.resize(warps);
+            for (u32 thread = 0; thread < warps * 32; thread++, bottom += STACK) {
+                Warp& warp = block.warps[thread / 32];
+                warp.block = b, warp.index = thread / 32;
+                u32& set = thread < threads ? warp.ready : warp.ended;
+                set |= 1u << thread % 32;
+                memcpy(bottom, &CANARY, 8);
+                // What switch_stack pops: six registers and where to go, with the stack as after a call.
+                void** top = reinterpret_cast<void**>(bottom + STACK - 64);
+                top[-2] = reinterpret_cast<void*>(&thread_main);
+                warp.lanes[thread % 32] = {top - 8, bottom, {RUN, 0, 0, 0}};
+                if (thread >= threads)
+                    for (Slots& slots : warp.slots) memset(slots[thread % 32], 0xFF, sizeof slots[0]);
+            }
+        }
+        schedule();
+        for (Block& block : now.blocks)
+            for (u8* at = block.memory.data(); at < block.memory.data() + block.memory.size(); at++)
+                if ((at < block.shared || at >= block.shared + shared_bytes) && *at != 0xA5)
+                    fail(false, "block %d wrote at byte %d of its %u of shared memory",
+                         int(&block - now.blocks.data()), int(at - block.shared), shared_bytes);
+    } catch (const Failure&) {
+        fprintf(stderr, "emulated kernel: %s\n", now.message.c_str());
+    }
+    now.warp = nullptr;
+    if (stack) munmap(stack, stacks);
+    _mm_setcsr(control);
+    return !now.message.empty();
+}
+
+template <class To, class From> static inline To bits(From from) {
+    static_assert(sizeof(To) == sizeof(From), "");
+    To to;
+    memcpy(&to, &from, sizeof to);
+    return to;
+}
+static inline float exact_f16(u16 half) {
+    const u32 sign = (half & 0x8000u) << 16, exponent = half >> 10 & 31, fraction = half & 1023;
+    if (exponent == 0) return bits<float>(sign | bits<u32>(float(fraction) * 0x1p-24f));
+    return bits<float>(sign | (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13);
+}
+static const struct Table {
+    float of[65536];
+    Table() {
+        for (u32 i = 0; i < 65536; i++) of[i] = exact_f16(i);
+    }
+} f16;
+static inline u16 narrow_f16(float value) {
+    const u32 word = bits<u32>(value), sign = word >> 16 & 0x8000, size = word & 0x7FFFFFFF;
+    if (size > 0x7F800000) return 0x7FFF;            // NaN, as the GPU has it
+    if (size >= 0x477FF000) return sign | 0x7C00;    // what would round up to 65536, or is it
+    if (size < 0x38800000) return sign | (bits<u32>(bits<float>(size) + 0.5f) - bits<u32>(0.5f));  // steps of 2^-24
+    return sign | (size - (112u << 23) + 0xFFF + (size >> 13 & 1)) >> 13;
+}
+static inline u16 narrow_bf16(float value) {
+    const u32 word = bits<u32>(value);
+    return value != value ? 0x7FFF : (word + 0x7FFF + (word >> 16 & 1)) >> 16;
+}
+static inline float widen_bf16(u16 half) { return bits<float>(u32(half) << 16); }
+
+// A double made float such that rounding it again to a half is as rounding the double once: what is lost sets the last
+// bit. (A float product of two bf16 can be rounded where it is subnormal.)
+static inline float round_to_odd(double value) {
+    const float near = float(value);
+    if (double(near) == value || value != value) return near;
+    return bits<float>((bits<u32>(near) - (fabs(double(near)) > fabs(value))) | 1);
+}
+template <class Operation> static inline u32 each_half(u32 a, u32 b, Operation operation) {
+    u32 result = 0;
+    for (int shift = 0; shift < 32; shift += 16) {
+        const u16 x = a >> shift, y = b >> shift;
+        result |= u32(BF16 ? narrow_bf16(round_to_odd(operation(widen_bf16(x), widen_bf16(y))))
+                           : narrow_f16(round_to_odd(operation(f16.of[x], f16.of[y])))) << shift;
+    }
+    return result;
+}
+
+// mma.m16n8k16 from the slots' a0-a3, b0-b1 and c0-c3, into the last.
+static void multiply_fragments(Slots& slots) {
+    typedef float Four __attribute__((vector_size(16)));
+    float a[16][16], b[16][8];
+    Four c[16][2];
+    float(*flat)[8] = reinterpret_cast<float(*)[8]>(c);
+    for (u32 lane = 0; lane < 32; lane++) {
+        const u32 group = lane / 4, pair = lane % 4 * 2;
+        for (u32 i = 0; i < 6; i++) {
+            for (u32 high = 0; high < 2; high++) {
+                const u16 half = slots[lane][i] >> 16 * high;
+                const float value = BF16 ? widen_bf16(half) : f16.of[half];
+                if (i < 4) a[group + i % 2 * 8][pair + i / 2 * 8 + high] = value;
+                else b[pair + (i - 4) * 8 + high][group] = value;
+            }
+        }
+        for (u32 i = 0; i < 4; i++) memcpy(&flat[group + i / 2 * 8][pair + i % 2], &slots[lane][6 + i], 4);
+    }
+    for (u32 k = 0; k < 16; k++) {
+        Four column[2];
+        memcpy(column, b[k], sizeof column);
+        for (u32 row = 0; row < 16; row++)
+            for (u32 side = 0; side < 2; side++) c[row][side] += a[row][k] * column[side];
+    }
+    for (u32 lane = 0; lane < 32; lane++)
+        for (u32 i = 0; i < 4; i++)
+            memcpy(&slots[lane][6 + i], &flat[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2], 4);
+}
+
+static inline void full(u32 mask, const char* what, int line) {
+    if (mask != ~0u) fail(false, "%s, line %d, with mask 0x%x: only full masks are emulated", what, line, mask);
+}
+
+}  // namespace emulation
+
+// The primitives. The line that each is called from is told where something goes wrong.
+#define CALLER int line = __builtin_LINE()
+
+template <class T> static inline T __shfl_xor_sync(u32 mask, T value, int lanes, CALLER) {
+    emulation::full(mask, "shfl_xor", line);
+    const u32 lane = emulation::now.lane;
+    auto& slots = emulation::meet({emulation::SHFL_XOR, line, 0, 0}, emulation::bits<u32>(value));
+    return emulation::bits<T>(slots[(lane ^ lanes) & 31][0]);
+}
+template <class T> static inline T __shfl_down_sync(u32 mask, T value, u32 lanes, CALLER) {
+    emulation::full(mask, "shfl_down", line);
+    const u32 lane = emulation::now.lane;
+    auto& slots = emulation::meet({emulation::SHFL_DOWN, line, 0, 0}, emulation::bits<u32>(value));
+    return emulation::bits<T>(slots[lane + lanes < 32 ? lane + lanes : lane][0]);
+}
+template <class T> static inline T __shfl_sync(u32 mask, T value, int from, CALLER) {
+    emulation::full(mask, "shfl", line);
+    return emulation::bits<T>(emulation::meet({emulation::SHFL, line, 0, 0}, emulation::bits<u32>(value))[from & 31][0]);
+}
+static inline u32 emulated_votes(emulation::Kind kind, u32 mask, bool vote, int line) {
+    emulation::full(mask, emulation::NAMES[kind], line);
+    u32& votes = emulation::now.warp->votes[emulation::now.warp->half];
+    votes |= u32(vote) << emulation::now.lane;
+    emulation::meet({kind, line, 0, 0});
+    return votes;
+}
+static inline u32 __ballot_sync(u32 mask, int vote, CALLER) {
+    return emulated_votes(emulation::BALLOT, mask, vote, line);
+}
+static inline int __any_sync(u32 mask, int vote, CALLER) { return emulated_votes(emulation::ANY, mask, vote, line) != 0; }
+static inline int __all_sync(u32 mask, int vote, CALLER) { return emulated_votes(emulation::ALL, mask, !vote, line) == 0; }
+static inline void __syncwarp(u32 mask = ~0u, CALLER) {
+    emulation::full(mask, "syncwarp", line);
+    emulation::meet({emulation::SYNCWARP, line, 0, 0});
+}
+static inline void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, CALLER) {
+    using emulation::bits;
+    const u32 lane = emulation::now.lane;
+    auto& slots = emulation::meet({emulation::MULTIPLY, line, 0, 0}, a0, a1, a2, a3, b0, b1, bits<u32>(c[0]),
+                                  bits<u32>(c[1]), bits<u32>(c[2]), bits<u32>(c[3]));
+    memcpy(c, &slots[lane][6], sizeof c);
+}
+
+static inline void __syncthreads(CALLER) { emulation::meet({emulation::SYNCTHREADS, line, 0, 0}); }
+static inline void bar_sync(int id, int threads, CALLER) {
+    emulation::meet({emulation::BAR_SYNC, line, u32(id), u32(threads)});
+}
+static inline void bar_arrive(int id, int threads, CALLER) {
+    emulation::meet({emulation::BAR_ARRIVE, line, u32(id), u32(threads)});
+}
+
+static inline u8* dynamic_shared() { return emulation::own_block().shared; }
+static inline u32 shared_address(const void* pointer, CALLER) {
+    const u64 at = uintptr_t(pointer) - uintptr_t(dynamic_shared());
+    if (at > emulation::now.shared_bytes) emulation::fail(false, "shared_address, line %d, of other memory", line);
+    return at + emulation::SHARED_BASE;
+}
+
+static inline void barrier_init(u32 at, u32 count, CALLER) {
+    u8* barrier = emulation::shared_at(emulation::own_block(), at, 8, 8, "barrier_init", line);
+    if (!count || count >> 20) emulation::fail(false, "barrier_init, line %d, with count %u", line, count);
+    *reinterpret_cast<emulation::Phases*>(barrier) = {0, 0, count, count, 0};
+}
+static inline void barrier_expect(u32 at, u32 bytes, CALLER) {
+    auto& barrier = emulation::phases(emulation::own_block(), at, "barrier_expect", line);
+    emulation::advance(barrier, 1, -static_cast<long long>(bytes), "barrier_expect", line);
+}
+static inline void barrier_arrive(u32 at, CALLER) {
+    auto& barrier = emulation::phases(emulation::own_block(), at, "barrier_arrive", line);
+    emulation::advance(barrier, 1, 0, "barrier_arrive", line);
+}
+static inline bool barrier_try(u32 at, u32 parity, CALLER) {
+    auto& barrier = emulation::phases(emulation::own_block(), at, "barrier_try", line);
+    if (barrier.parity == (parity & 1)) emulation::poll({emulation::BARRIER_TRY, line, at, parity});
+    return barrier.parity != (parity & 1);
+}
+static inline void barrier_fence() {}
+static inline void copy_async(u32 to, const void* from, u32 bytes, u32 barrier, CALLER) {
+    using namespace emulation;
+    if (to % 16 || uintptr_t(from) % 16 || bytes % 16 || !bytes)
+        fail(false, "copy_async, line %d: %u bytes from %p to 0x%x are not whole 16s", line, bytes, from, to);
+    phases(own_block(), barrier, "copy_async", line);
+    memset(shared_at(own_block(), to, bytes, 16, "copy_async", line), 0xFF, bytes);
+    now.copies[(now.turn + 1 + chance(now.lateness)) % CALENDAR].push_back({now.warp->block, to, bytes, barrier, from, line});
+    now.events++;
+    now.quiet = 0;
+}
+
+#define EMULATED_SHARED(bytes, name) emulation::shared_at(emulation::own_block(), at, bytes, bytes, name, line)
+static inline void load16(u32 (&into)[4], u32 at, CALLER) { memcpy(into, EMULATED_SHARED(16, "load16"), 16); }
+static inline void load8(u32 (&into)[2], u32 at, CALLER) { memcpy(into, EMULATED_SHARED(8, "load8"), 8); }
+static inline u32 load4(u32 at, CALLER) { u32 value; memcpy(&value, EMULATED_SHARED(4, "load4"), 4); return value; }
+static inline u16 load2(u32 at, CALLER) { u16 value; memcpy(&value, EMULATED_SHARED(2, "load2"), 2); return value; }
+static inline void store16(u32 at, uint4 value, CALLER) { memcpy(EMULATED_SHARED(16, "store16"), &value, 16); }
+static inline void store8(u32 at, uint2 value, CALLER) { memcpy(EMULATED_SHARED(8, "store8"), &value, 8); }
+static inline void store4(u32 at, u32 value, CALLER) { memcpy(EMULATED_SHARED(4, "store4"), &value, 4); }
+static inline void store2(u32 at, u16 value, CALLER) { memcpy(EMULATED_SHARED(2, "store2"), &value, 2); }
+
+static inline uint4 peek16(const void* from, CALLER) { uint4 v; emulation::peek(from, &v, 16, line); return v; }
+static inline uint2 peek8(const void* from, CALLER) { uint2 v; emulation::peek(from, &v, 8, line); return v; }
+static inline u32 peek4(const void* from, CALLER) { u32 v; emulation::peek(from, &v, 4, line); return v; }
+static inline void poke16(void* to, uint4 value, CALLER) { emulation::poke(to, &value, 16, line); }
+static inline void poke8(void* to, uint2 value, CALLER) { emulation::poke(to, &value, 8, line); }
+static inline void poke4(void* to, u32 value, CALLER) { emulation::poke(to, &value, 4, line); }
+static inline uint4 fetch16(const void* from, CALLER) { uint4 v; emulation::fetch(from, &v, 16, line); return v; }
+static inline uint2 fetch8(const void* from, CALLER) { uint2 v; emulation::fetch(from, &v, 8, line); return v; }
+static inline void prefetch(const void*) {}
+
+static inline u32 pack_f16(float low, float high) {
+    return emulation::narrow_f16(low) | u32(emulation::narrow_f16(high)) << 16;
+}
+static inline float widen_f16(u16 half) { return emulation::f16.of[half]; }
+static inline u32 pack(float low, float high) {
+    return BF16 ? emulation::narrow_bf16(low) | u32(emulation::narrow_bf16(high)) << 16 : pack_f16(low, high);
+}
+static inline float widen(u16 half) { return BF16 ? emulation::widen_bf16(half) : widen_f16(half); }
+static inline u32 half_add(u32 a, u32 b) { return emulation::each_half(a, b, [](double x, double y) { return x + y; }); }
+static inline u32 half_sub(u32 a, u32 b) { return emulation::each_half(a, b, [](double x, double y) { return x - y; }); }
+static inline u32 half_mul(u32 a, u32 b) { return emulation::each_half(a, b, [](double x, double y) { return x * y; }); }
+
+static inline u32 byte_permute(u32 a, u32 b, u32 selector) {
+    const u64 from = u64(b) << 32 | a;
+    u32 result = 0;
+    for (int i = 0; i < 4; i++) {
+        const u32 choice = selector >> 4 * i, byte = from >> 8 * (choice & 7) & 0xFF;
+        result |= (choice & 8 ? (byte & 0x80 ? 0xFF : 0) : byte) << 8 * i;
+    }
+    return result;
+}
+static inline u64 nanoseconds() { return emulation::now.turn * 100 + ++emulation::now.calls; }
+static inline void __nanosleep(u32, CALLER) { emulation::poll({emulation::SLEEP, line, 0, 0}); }
+[[noreturn]] static inline void trap(CALLER) { emulation::fail(true, "trap, line %d", line); }
+
+static inline float exp2_fast(float x) { return exp2f(x); }
+static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+static inline float rsqrt_fast(float x) { return rsqrtf(x); }
+static inline u32 __float_as_uint(float x) { return emulation::bits<u32>(x); }
+static inline int __float_as_int(float x) { return emulation::bits<int>(x); }
+static inline float __uint_as_float(u32 x) { return emulation::bits<float>(x); }
+static inline float __int_as_float(int x) { return emulation::bits<float>(x); }
+static inline int __ffs(int x) { return __builtin_ffs(x); }
+static inline int __popc(u32 x) { return __builtin_popcount(x); }
+static inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
+template <class A, class B> static inline std::common_type_t<A, B> min(A a, B b) {
+    if constexpr (std::is_floating_point_v<std::common_type_t<A, B>>) return fmin(a, b);
+    else { std::common_type_t<A, B> x = a, y = b; return x < y ? x : y; }
+}
+template <class A, class B> static inline std::common_type_t<A, B> max(A a, B b) {
+    if constexpr (std::is_floating_point_v<std::common_type_t<A, B>>) return fmax(a, b);
+    else { std::common_type_t<A, B> x = a, y = b; return x > y ? x : y; }
+}
+
+// Runs all blocks together. 0, or 1 where the launch went wrong: emulation::now.message says how.
+template <class Arguments>
+static int emulate(void (*kernel)(Arguments), int blocks, int threads, int shared_bytes, const Arguments& arguments,
+                   unsigned seed) {
+    typedef std::pair<void (*)(Arguments), const Arguments*> Call;
+    const Call call(kernel, &arguments);
+    auto body = [](const void* call) {
+        (*static_cast<const Call*>(call)->first)(*static_cast<const Call*>(call)->second);
+    };
+    return emulation::launch(body, &call, blocks, threads, shared_bytes, seed);
+}
+
+#define EMULATED_ENTRY(name, Arguments)                                                                                \
+    extern "C" int name##_emulated(const Arguments* arguments, int blocks, int threads, int shared_bytes,              \
+                                   unsigned seed) {                                                                    \
+        return emulate(name, blocks, threads, shared_bytes, *arguments, seed);                                         \
+    }                                                                                                                  \
+    extern "C" const char* name##_message() { return emulation::now.message.c_str(); }
