@@ -9,8 +9,9 @@
 // issued and brings the data late; a poke reaches the other blocks late and out of order. A launch that goes wrong
 // returns 1 and says why, also on stderr.
 //
-// What it cannot show: memory order within a block (shared memory and ordinary stores are seen at once), and lanes that
-// meet at the same kind of collective from different places. Memory that is poked must be read by peek alone.
+// What it cannot show: memory order within a block (shared memory and ordinary stores are seen at once, and a thread
+// runs on until it waits), and lanes that meet at the same kind of collective from different places. Memory that is
+// poked must be read by peek alone: nothing else, a bulk copy included, sees what its own block poked a moment ago.
 #pragma once
 #include <math.h>
 #include <stdarg.h>
@@ -32,7 +33,7 @@
 #define BF16 0
 #endif
 
-#pragma GCC diagnostic ignored "-Wunknown-pragmas"  // #pragma unroll
+#pragma GCC diagnostic ignored "-Wunknown-pragmas"  // #pragma unroll; with -Wall, g++ before 13 warns all the same
 #define __device__
 #define __global__
 #define __host__
@@ -52,23 +53,34 @@ struct alignas(16) uint4 { u32 x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct uint3 { u32 x, y, z; };
+static inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
+static inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+static inline float2 make_float2(float x, float y) { return {x, y}; }
+static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 // Everything is of this file alone (static): libraries of several kernels loaded into one process must not share it.
 static uint3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulation {
 
-constexpr u32 STACK = 65536 + 192;  // not a power of two: the tops of all stacks would share few cache lines
-constexpr u32 SHARED_BASE = 1024;   // the first shared address: a GPU keeps those below, and 0 is a mistake
-constexpr u32 FENCE = 128;          // bytes around shared memory that nothing may change
-constexpr u32 CALENDAR = 64;        // turns that a copy or a poke can be late
-constexpr u64 PATIENCE = 20000;     // turns without any event until what polls is held to wait forever
-constexpr u64 CANARY = 0xC0FFEE1234567890;
+// Lower case, for the macros that a kernel is compiled with not to be among these names.
+constexpr u32 stack_bytes = 65536 + 192;  // not a power of two: the tops of all stacks would share few cache lines
+constexpr u32 shared_base = 1024;         // the first shared address: a GPU keeps those below, and 0 is a mistake
+constexpr u32 fence_bytes = 128;          // around shared memory, which nothing may change
+constexpr u32 calendar = 64;              // turns that a copy or a poke can be late
+constexpr u64 patience = 20000;  // turns in which nothing happens until the threads that poll are held to wait forever;
+constexpr u32 busy = 100;        // as many collectives of a warp without a poll are something
+constexpr u64 canary = 0xC0FFEE1234567890;
 
-enum Kind { RUN, SHFL_XOR, SHFL_DOWN, SHFL, ANY, ALL, BALLOT, SYNCWARP, MULTIPLY, SYNCTHREADS, BAR_SYNC, BAR_ARRIVE,
-            BARRIER_TRY, PEEK, SLEEP };
-static const char* const NAMES[] = {"its start", "shfl_xor", "shfl_down", "shfl", "any", "all", "ballot", "syncwarp",
-                                    "multiply", "syncthreads", "bar_sync", "bar_arrive", "barrier_try", "peek", "sleep"};
+enum class Kind {
+    start, shfl_xor, shfl_down, shfl, any, all, ballot, syncwarp, multiply,
+    syncthreads, bar_sync, bar_arrive,  // these wait for other warps
+    barrier_try, peek, nanosleep,       // these for the warp's next turn
+};
+static const char* const names[] = {"its start", "shfl_xor", "shfl_down", "shfl", "any", "all", "ballot", "syncwarp",
+                                    "multiply", "syncthreads", "bar_sync", "bar_arrive", "barrier_try", "peek",
+                                    "nanosleep"};
+static inline const char* name(Kind kind) { return names[int(kind)]; }
 
 // Where a thread waits, or last waited.
 struct Place {
@@ -91,6 +103,7 @@ struct Warp {
     u32 gathered, ended;  // lanes that wait at the warp's collective, and those that have ended
     bool backward;        // the order in which lanes run
     u64 asleep;           // the turn until which the warp does not run
+    u32 since;            // collectives since a lane last polled
     // Two of each, used in turn: lanes still read the last collective's while others bring to the next.
     u32 half, votes[2];
     Slots slots[2];
@@ -119,11 +132,13 @@ static struct State {
     u32 threads, shared_bytes;
     void (*body)(const void*);
     const void* call;
-    u64 random, turn, quiet, lateness, events, calls;  // quiet: turns since anything happened
-    std::vector<Copy> copies[CALENDAR];
-    std::vector<uintptr_t> commits[CALENDAR];                      // the 16 bytes that a store to commit lies in,
-    std::unordered_map<uintptr_t, std::vector<Store>> stores;      // and by them, in the order of the pokes, the stores
-    std::unordered_set<uintptr_t> poked;                           // every 4 bytes poked in this launch
+    u64 random, turn, calls;
+    u64 quiet, events;     // turns since anything happened, and what is still to happen by itself
+    u32 lateness, stride;  // the turns that it may take, and the collectives that a warp goes through in one turn
+    std::vector<Copy> copies[calendar];
+    std::vector<uintptr_t> commits[calendar];                  // the 16 bytes that each store to do lies in,
+    std::unordered_map<uintptr_t, std::vector<Store>> stores;  // and by those the stores, in the order of the pokes
+    std::unordered_set<uintptr_t> poked;                       // every 4 bytes poked in this launch
     Warp* warp;  // of the thread that runs; null in the scheduler
     u32 lane;
     void* scheduler;
@@ -138,7 +153,7 @@ static inline u32 chance(u32 below) {
 // Leaves the running stack's pointer in *from, its registers on it, and goes on where the stack `to` was left.
 __attribute__((naked, noipa)) static void switch_stack(void** /*from*/, void* /*to*/) {
     asm("push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15; mov %rsp, (%rdi); mov %rsi, %rsp;"
-        "pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp; pop %rcx; jmp *%rcx");
+        "pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp; ret");
 }
 
 // Where all warps wait, warps and lanes with the same place together.
@@ -156,7 +171,7 @@ static std::string whereabouts() {
                 char part[200];
                 if (ended(lane)) snprintf(part, sizeof part, " lanes %u-%u ended;", lane, end - 1);
                 else snprintf(part, sizeof part, " lanes %u-%u at %s(0x%llx, %llu), line %d;", lane, end - 1,
-                              NAMES[at.kind], at.first, at.second, at.line);
+                              name(at.kind), at.first, at.second, at.line);
                 text += part;
             }
             if (i && text != last) {
@@ -206,6 +221,7 @@ static void leave() {
 // Leaves the thread until the next turn of its warp.
 static void poll(Place place) {
     now.warp->lanes[now.lane].at = place;
+    now.warp->since = 0;
     now.warp->later |= 1u << now.lane;
     leave();
 }
@@ -218,18 +234,25 @@ static void settle(Block& block, NamedBarrier& barrier) {
     barrier = NamedBarrier();
 }
 
+// What lanes that have ended bring to the next collective.
+static inline void poison(Warp& warp, u32 lanes) {
+    for (; lanes; lanes &= lanes - 1) memset(warp.slots[warp.half][__builtin_ctz(lanes)], 0xFF, sizeof(Slots) / 32);
+}
+
 static void multiply_fragments(Slots& slots);
 
 // Does what the lanes gathered at a collective are gathered for. One that ends while the others wait completes it too.
 static void complete(Warp& warp, const Place& at) {
+    if (++warp.since > busy) now.quiet = 0;
     Slots& slots = warp.slots[warp.half];
     warp.half ^= 1;
     warp.votes[warp.half] = 0;
-    if (at.kind == MULTIPLY) {
+    poison(warp, warp.ended);
+    if (at.kind == Kind::multiply) {
         if (warp.ended) fail(true, "multiply, line %d, in a warp of which lanes have ended", at.line);
         multiply_fragments(slots);
     }
-    if (at.kind < SYNCTHREADS) {
+    if (at.kind < Kind::syncthreads) {
         warp.ready |= std::exchange(warp.gathered, 0);
         return;
     }
@@ -239,7 +262,7 @@ static void complete(Warp& warp, const Place& at) {
     u32 threads = at.second;  // none for those that have not ended, as __syncthreads waits
     if (!id && threads == block.warps.size() * 32) threads = 0;
     if (id > 15 || threads % 32 || (id && !threads))
-        fail(false, "%s(%u, %u), line %d", NAMES[at.kind], id, threads, at.line);
+        fail(false, "%s(%u, %u), line %d", name(at.kind), id, threads, at.line);
     NamedBarrier& barrier = block.barriers[id];
     if (barrier.arrived && barrier.threads != threads)
         fail(true, "barrier %u, line %d, for %u threads while it waits for %u", id, at.line, threads, barrier.threads);
@@ -248,7 +271,7 @@ static void complete(Warp& warp, const Place& at) {
     barrier.threads = threads;
     barrier.arrived += 32;
     barrier.warps |= 1u << warp.index;
-    if (at.kind == BAR_ARRIVE) warp.ready |= std::exchange(warp.gathered, 0);
+    if (at.kind == Kind::bar_arrive) warp.ready |= std::exchange(warp.gathered, 0);
     else barrier.waiting |= 1u << warp.index;
     if (threads && barrier.arrived > threads) fail(true, "barrier %u, line %d: too many arrive", id, at.line);
     settle(block, barrier);
@@ -266,8 +289,8 @@ template <class... Words> static Slots& meet(Place place, Words... words) {
     if (warp.gathered) {
         const Place& other = warp.lanes[__builtin_ctz(warp.gathered)].at;
         if (other.kind != place.kind || other.first != place.first || other.second != place.second)
-            fail(true, "comes to %s, line %d, where other lanes of the warp wait at %s, line %d", NAMES[place.kind],
-                 place.line, NAMES[other.kind], other.line);
+            fail(true, "comes to %s, line %d, where other lanes of the warp wait at %s, line %d", name(place.kind),
+                 place.line, name(other.kind), other.line);
     }
     warp.gathered |= bit;
     if ((warp.gathered | warp.ended) != ~0u) {
@@ -277,7 +300,7 @@ template <class... Words> static Slots& meet(Place place, Words... words) {
     complete(warp, place);
     if (!(warp.ready & bit)) {  // a barrier of the block's still waits
         leave();
-    } else if (chance(32) == 0) {  // lets the other warps go first
+    } else if (chance(now.stride) == 0) {  // lets the other warps go first
         warp.later |= std::exchange(warp.ready, 0);
         leave();
     } else {
@@ -290,11 +313,11 @@ template <class... Words> static Slots& meet(Place place, Words... words) {
     now.body(now.call);
     Warp& warp = *now.warp;
     Lane& lane = warp.lanes[now.lane];
-    u64 canary;
-    memcpy(&canary, lane.bottom, 8);
-    if (canary != CANARY) fail(false, "the thread's stack of %u bytes overflowed", STACK);
+    u64 bottom;
+    memcpy(&bottom, lane.bottom, 8);
+    if (bottom != canary) fail(false, "the thread's stack of %u bytes overflowed", stack_bytes);
     warp.ended |= 1u << now.lane;
-    for (Slots& slots : warp.slots) memset(slots[now.lane], 0xFF, sizeof slots[0]);
+    poison(warp, 1u << now.lane);
     now.quiet = 0;
     if (warp.ended == ~0u) {
         Block& block = now.blocks[warp.block];
@@ -308,10 +331,10 @@ template <class... Words> static Slots& meet(Place place, Words... words) {
 }
 
 static u8* shared_at(Block& block, u32 at, u32 bytes, u32 alignment, const char* what, int line) {
-    if (at % alignment || at < SHARED_BASE || u64(at) + bytes > SHARED_BASE + now.shared_bytes)
+    if (at % alignment || at < shared_base || u64(at) + bytes > shared_base + now.shared_bytes)
         fail(false, "%s, line %d: shared address 0x%x of %u bytes is %s", what, line, at, bytes,
              at % alignment ? "misaligned" : "out of bounds");
-    return block.shared + (at - SHARED_BASE);
+    return block.shared + (at - shared_base);
 }
 static inline Block& own_block() { return now.blocks[now.warp->block]; }
 
@@ -338,20 +361,22 @@ static void aligned(const void* at, u32 bytes, const char* what, int line) {
     if (uintptr_t(at) % bytes) fail(false, "%s, line %d: %p is misaligned", what, line, at);
 }
 
-static void peek(const void* from, void* into, u32 size, int line) {
-    aligned(from, size, "peek", line);
-    poll({PEEK, line, uintptr_t(from), size});
-    memcpy(into, from, size);
-    if (now.stores.empty()) return;
+template <class T> static T peek(const void* from, int line) {
+    aligned(from, sizeof(T), "peek", line);
+    poll({Kind::peek, line, uintptr_t(from), sizeof(T)});
+    T value;
+    memcpy(&value, from, sizeof value);
+    if (now.stores.empty()) return value;
     auto found = now.stores.find(uintptr_t(from) & -16);
-    if (found == now.stores.end()) return;
+    if (found == now.stores.end()) return value;
     for (const Store& store : found->second) {  // a block sees what it poked itself, in order
-        const u8* start = static_cast<const u8*>(from);
-        const u8 *low = start > store.to ? start : store.to;
-        const u8* high = start + size < store.to + store.size ? start + size : store.to + store.size;
+        const uintptr_t start = uintptr_t(from), other = uintptr_t(store.to);
+        const uintptr_t low = start > other ? start : other;
+        const uintptr_t high = start + sizeof(T) < other + store.size ? start + sizeof(T) : other + store.size;
         if (store.block == now.warp->block && low < high)
-            memcpy(static_cast<u8*>(into) + (low - start), store.bytes + (low - store.to), high - low);
+            memcpy(reinterpret_cast<u8*>(&value) + (low - start), store.bytes + (low - other), high - low);
     }
+    return value;
 }
 
 static void poke(void* to, const void* from, u32 size, int line) {
@@ -363,22 +388,25 @@ static void poke(void* to, const void* from, u32 size, int line) {
         if (other.to < store.to + size && store.to < other.to + other.size && other.due > store.due)
             store.due = other.due;
     pending.push_back(store);
-    now.commits[store.due % CALENDAR].push_back(uintptr_t(to) & -16);
+    now.commits[store.due % calendar].push_back(uintptr_t(to) & -16);
     now.events++;
     for (u32 i = 0; i < size; i += 4) now.poked.insert(uintptr_t(to) + i);
     now.quiet = 0;
 }
 
-static void fetch(const void* from, void* into, u32 size, int line) {
-    aligned(from, size, "fetch", line);
-    for (u32 i = 0; i < size && !now.poked.empty(); i += 4)
+template <class T> static T fetch(const void* from, int line) {
+    aligned(from, sizeof(T), "fetch", line);
+    for (u32 i = 0; i < sizeof(T) && !now.poked.empty(); i += 4)
         if (now.poked.count(uintptr_t(from) + i))
-            fail(false, "fetch, line %d, of what this launch pokes: it may be stale for ever", line);
-    memcpy(into, from, size);
+            fail(false, "fetch, line %d, of what this launch pokes: it may read what was there before", line);
+    T value;
+    memcpy(&value, from, sizeof value);
+    return value;
 }
 
-static void commit(u64 turn) {
-    for (uintptr_t place : std::exchange(now.commits[turn % CALENDAR], {})) {
+// Does what is due in this turn.
+static void commit(const u64 turn) {
+    for (uintptr_t place : std::exchange(now.commits[turn % calendar], {})) {
         auto& pending = now.stores[place];
         for (auto store = pending.begin();; ++store) {
             if (store->due != turn) continue;
@@ -389,7 +417,7 @@ static void commit(u64 turn) {
         if (pending.empty()) now.stores.erase(place);
         now.events--, now.quiet = 0;
     }
-    for (const Copy& copy : std::exchange(now.copies[turn % CALENDAR], {})) {
+    for (const Copy& copy : std::exchange(now.copies[turn % calendar], {})) {
         Block& block = now.blocks[copy.block];
         if (!block.live) fail(false, "copy_async, line %d: block %u ended before the copy did", copy.line, copy.block);
         memcpy(shared_at(block, copy.to, copy.bytes, 16, "copy_async", copy.line), copy.from, copy.bytes);
@@ -426,7 +454,7 @@ static void schedule() {
             if (warp.ended == ~0u) order[i] = order.back(), order.pop_back();
             else i++;
         }
-        if (!order.empty() && ((!runnable && !now.events) || now.quiet++ > PATIENCE))
+        if (!order.empty() && ((!runnable && !now.events) || now.quiet++ > patience))
             fail(true, "deadlock: nothing has happened for %llu turns", now.quiet);
     }
 }
@@ -436,42 +464,43 @@ static int launch(void (*body)(const void*), const void* call, u32 blocks, u32 t
     const std::lock_guard<std::mutex> guard(one);
     now = State();
     now.body = body, now.call = call, now.threads = threads, now.shared_bytes = shared_bytes;
-    now.random = (seed + 1) * 0x9E3779B97F4A7C15ull;
-    now.lateness = 1 + chance(24);
+    now.random = (u64(seed) + 1) * 0x9E3779B97F4A7C15ull;
+    now.lateness = 1 + chance(24), now.stride = 16 << chance(5);
     blockDim = {threads, 1, 1}, gridDim = {blocks, 1, 1}, blockIdx = threadIdx = {0, 0, 0};
     const u32 warps = (threads + 31) / 32;
-    const size_t stacks = size_t(blocks) * warps * 32 * STACK;
+    const size_t stacks = size_t(blocks) * warps * 32 * stack_bytes;
     const u32 control = _mm_getcsr();
     u8* stack = nullptr;
     _mm_setcsr(0x1F80);  // round to nearest and keep subnormals, whatever the caller has set
     try {
         if (!blocks || !threads || threads > 1024 || shared_bytes > 227 * 1024)
             fail(false, "no launch of %u blocks of %u threads with %u bytes", blocks, threads, shared_bytes);
-        void* mapped = mmap(nullptr, stacks, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        void* mapped =
+            mmap(nullptr, stacks, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (mapped == MAP_FAILED) fail(false, "no memory for the threads' stacks");
         u8* bottom = stack = static_cast<u8*>(mapped);
         now.blocks.resize(blocks);
         for (u32 b = 0; b < blocks; b++) {
             Block& block = now.blocks[b];
-            block.memory.assign(shared_bytes + 2 * FENCE + 128, 0xA5);
-            block.shared = block.memory.data() + FENCE;
+            block.memory.assign(shared_bytes + 2 * fence_bytes + 128, 0xA5);
+            block.shared = block.memory.data() + fence_bytes;
             block.shared += -uintptr_t(block.shared) % 128;
             memset(block.shared, 0xFF, shared_bytes);
             block.live = warps;
             block.warps.resize(warps);
-            for (u32 thread = 0; thread < warps * 32; thread++, bottom += STACK) {
+            const u64 late = chance(64);
+            for (u32 thread = 0; thread < warps * 32; thread++, bottom += stack_bytes) {
                 Warp& warp = block.warps[thread / 32];
-                warp.block = b, warp.index = thread / 32;
+                warp.block = b, warp.index = thread / 32, warp.asleep = late;
                 u32& set = thread < threads ? warp.ready : warp.ended;
                 set |= 1u << thread % 32;
-                memcpy(bottom, &CANARY, 8);
+                memcpy(bottom, &canary, 8);
                 // What switch_stack pops: six registers and where to go, with the stack as after a call.
-                void** top = reinterpret_cast<void**>(bottom + STACK - 64);
+                void** top = reinterpret_cast<void**>(bottom + stack_bytes - 64);
                 top[-2] = reinterpret_cast<void*>(&thread_main);
-                warp.lanes[thread % 32] = {top - 8, bottom, {RUN, 0, 0, 0}};
-                if (thread >= threads)
-                    for (Slots& slots : warp.slots) memset(slots[thread % 32], 0xFF, sizeof slots[0]);
+                warp.lanes[thread % 32] = {top - 8, bottom, {Kind::start, 0, 0, 0}};
             }
+            poison(block.warps.back(), block.warps.back().ended);
         }
         schedule();
         for (Block& block : now.blocks)
@@ -507,8 +536,8 @@ static const struct Table {
 } f16;
 static inline u16 narrow_f16(float value) {
     const u32 word = bits<u32>(value), sign = word >> 16 & 0x8000, size = word & 0x7FFFFFFF;
-    if (size > 0x7F800000) return 0x7FFF;            // NaN, as the GPU has it
-    if (size >= 0x477FF000) return sign | 0x7C00;    // what would round up to 65536, or is it
+    if (size > 0x7F800000) return 0x7FFF;          // NaN, as the GPU has it
+    if (size >= 0x477FF000) return sign | 0x7C00;  // what would round to 65536 or more
     if (size < 0x38800000) return sign | (bits<u32>(bits<float>(size) + 0.5f) - bits<u32>(0.5f));  // steps of 2^-24
     return sign | (size - (112u << 23) + 0xFFF + (size >> 13 & 1)) >> 13;
 }
@@ -538,9 +567,10 @@ template <class Operation> static inline u32 each_half(u32 a, u32 b, Operation o
 // mma.m16n8k16 from the slots' a0-a3, b0-b1 and c0-c3, into the last.
 static void multiply_fragments(Slots& slots) {
     typedef float Four __attribute__((vector_size(16)));
-    float a[16][16], b[16][8];
-    Four c[16][2];
-    float(*flat)[8] = reinterpret_cast<float(*)[8]>(c);
+    float a[16][16];
+    Four b[16][2], c[16][2];
+    float* const b_flat = reinterpret_cast<float*>(b);
+    float* const c_flat = reinterpret_cast<float*>(c);
     for (u32 lane = 0; lane < 32; lane++) {
         const u32 group = lane / 4, pair = lane % 4 * 2;
         for (u32 i = 0; i < 6; i++) {
@@ -548,20 +578,19 @@ static void multiply_fragments(Slots& slots) {
                 const u16 half = slots[lane][i] >> 16 * high;
                 const float value = BF16 ? widen_bf16(half) : f16.of[half];
                 if (i < 4) a[group + i % 2 * 8][pair + i / 2 * 8 + high] = value;
-                else b[pair + (i - 4) * 8 + high][group] = value;
+                else b_flat[(pair + (i - 4) * 8 + high) * 8 + group] = value;
             }
         }
-        for (u32 i = 0; i < 4; i++) memcpy(&flat[group + i / 2 * 8][pair + i % 2], &slots[lane][6 + i], 4);
+        for (u32 i = 0; i < 4; i++) memcpy(&c_flat[(group + i / 2 * 8) * 8 + pair + i % 2], &slots[lane][6 + i], 4);
     }
-    for (u32 k = 0; k < 16; k++) {
-        Four column[2];
-        memcpy(column, b[k], sizeof column);
-        for (u32 row = 0; row < 16; row++)
-            for (u32 side = 0; side < 2; side++) c[row][side] += a[row][k] * column[side];
+    for (u32 row = 0; row < 16; row++) {
+        Four left = c[row][0], right = c[row][1];
+        for (u32 k = 0; k < 16; k++) left += a[row][k] * b[k][0], right += a[row][k] * b[k][1];
+        c[row][0] = left, c[row][1] = right;
     }
     for (u32 lane = 0; lane < 32; lane++)
         for (u32 i = 0; i < 4; i++)
-            memcpy(&slots[lane][6 + i], &flat[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2], 4);
+            memcpy(&slots[lane][6 + i], &c_flat[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2], 4);
 }
 
 static inline void full(u32 mask, const char* what, int line) {
@@ -571,111 +600,125 @@ static inline void full(u32 mask, const char* what, int line) {
 }  // namespace emulation
 
 // The primitives. The line that each is called from is told where something goes wrong.
-#define CALLER int line = __builtin_LINE()
+#define EMULATED_LINE int line = __builtin_LINE()
 
-template <class T> static inline T __shfl_xor_sync(u32 mask, T value, int lanes, CALLER) {
+template <class T> static inline T __shfl_xor_sync(u32 mask, T value, int lanes, EMULATED_LINE) {
     emulation::full(mask, "shfl_xor", line);
     const u32 lane = emulation::now.lane;
-    auto& slots = emulation::meet({emulation::SHFL_XOR, line, 0, 0}, emulation::bits<u32>(value));
+    auto& slots = emulation::meet({emulation::Kind::shfl_xor, line, 0, 0}, emulation::bits<u32>(value));
     return emulation::bits<T>(slots[(lane ^ lanes) & 31][0]);
 }
-template <class T> static inline T __shfl_down_sync(u32 mask, T value, u32 lanes, CALLER) {
+template <class T> static inline T __shfl_down_sync(u32 mask, T value, u32 lanes, EMULATED_LINE) {
     emulation::full(mask, "shfl_down", line);
     const u32 lane = emulation::now.lane;
-    auto& slots = emulation::meet({emulation::SHFL_DOWN, line, 0, 0}, emulation::bits<u32>(value));
+    auto& slots = emulation::meet({emulation::Kind::shfl_down, line, 0, 0}, emulation::bits<u32>(value));
     return emulation::bits<T>(slots[lane + lanes < 32 ? lane + lanes : lane][0]);
 }
-template <class T> static inline T __shfl_sync(u32 mask, T value, int from, CALLER) {
+template <class T> static inline T __shfl_sync(u32 mask, T value, int from, EMULATED_LINE) {
     emulation::full(mask, "shfl", line);
-    return emulation::bits<T>(emulation::meet({emulation::SHFL, line, 0, 0}, emulation::bits<u32>(value))[from & 31][0]);
+    auto& slots = emulation::meet({emulation::Kind::shfl, line, 0, 0}, emulation::bits<u32>(value));
+    return emulation::bits<T>(slots[from & 31][0]);
 }
 static inline u32 emulated_votes(emulation::Kind kind, u32 mask, bool vote, int line) {
-    emulation::full(mask, emulation::NAMES[kind], line);
+    emulation::full(mask, name(kind), line);
     u32& votes = emulation::now.warp->votes[emulation::now.warp->half];
     votes |= u32(vote) << emulation::now.lane;
     emulation::meet({kind, line, 0, 0});
     return votes;
 }
-static inline u32 __ballot_sync(u32 mask, int vote, CALLER) {
-    return emulated_votes(emulation::BALLOT, mask, vote, line);
+static inline u32 __ballot_sync(u32 mask, int vote, EMULATED_LINE) {
+    return emulated_votes(emulation::Kind::ballot, mask, vote, line);
 }
-static inline int __any_sync(u32 mask, int vote, CALLER) { return emulated_votes(emulation::ANY, mask, vote, line) != 0; }
-static inline int __all_sync(u32 mask, int vote, CALLER) { return emulated_votes(emulation::ALL, mask, !vote, line) == 0; }
-static inline void __syncwarp(u32 mask = ~0u, CALLER) {
+static inline int __any_sync(u32 mask, int vote, EMULATED_LINE) {
+    return emulated_votes(emulation::Kind::any, mask, vote, line) != 0;
+}
+static inline int __all_sync(u32 mask, int vote, EMULATED_LINE) {
+    return emulated_votes(emulation::Kind::all, mask, !vote, line) == 0;
+}
+static inline void __syncwarp(u32 mask = ~0u, EMULATED_LINE) {
     emulation::full(mask, "syncwarp", line);
-    emulation::meet({emulation::SYNCWARP, line, 0, 0});
+    emulation::meet({emulation::Kind::syncwarp, line, 0, 0});
 }
-static inline void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, CALLER) {
+static inline void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, EMULATED_LINE) {
     using emulation::bits;
     const u32 lane = emulation::now.lane;
-    auto& slots = emulation::meet({emulation::MULTIPLY, line, 0, 0}, a0, a1, a2, a3, b0, b1, bits<u32>(c[0]),
+    auto& slots = emulation::meet({emulation::Kind::multiply, line, 0, 0}, a0, a1, a2, a3, b0, b1, bits<u32>(c[0]),
                                   bits<u32>(c[1]), bits<u32>(c[2]), bits<u32>(c[3]));
     memcpy(c, &slots[lane][6], sizeof c);
 }
 
-static inline void __syncthreads(CALLER) { emulation::meet({emulation::SYNCTHREADS, line, 0, 0}); }
-static inline void bar_sync(int id, int threads, CALLER) {
-    emulation::meet({emulation::BAR_SYNC, line, u32(id), u32(threads)});
+static inline void __syncthreads(EMULATED_LINE) { emulation::meet({emulation::Kind::syncthreads, line, 0, 0}); }
+static inline void bar_sync(int id, int threads, EMULATED_LINE) {
+    emulation::meet({emulation::Kind::bar_sync, line, u32(id), u32(threads)});
 }
-static inline void bar_arrive(int id, int threads, CALLER) {
-    emulation::meet({emulation::BAR_ARRIVE, line, u32(id), u32(threads)});
+static inline void bar_arrive(int id, int threads, EMULATED_LINE) {
+    emulation::meet({emulation::Kind::bar_arrive, line, u32(id), u32(threads)});
 }
 
 static inline u8* dynamic_shared() { return emulation::own_block().shared; }
-static inline u32 shared_address(const void* pointer, CALLER) {
+static inline u32 shared_address(const void* pointer, EMULATED_LINE) {
     const u64 at = uintptr_t(pointer) - uintptr_t(dynamic_shared());
     if (at > emulation::now.shared_bytes) emulation::fail(false, "shared_address, line %d, of other memory", line);
-    return at + emulation::SHARED_BASE;
+    return at + emulation::shared_base;
 }
 
-static inline void barrier_init(u32 at, u32 count, CALLER) {
+static inline void barrier_init(u32 at, u32 count, EMULATED_LINE) {
     u8* barrier = emulation::shared_at(emulation::own_block(), at, 8, 8, "barrier_init", line);
     if (!count || count >> 20) emulation::fail(false, "barrier_init, line %d, with count %u", line, count);
     *reinterpret_cast<emulation::Phases*>(barrier) = {0, 0, count, count, 0};
 }
-static inline void barrier_expect(u32 at, u32 bytes, CALLER) {
+static inline void barrier_expect(u32 at, u32 bytes, EMULATED_LINE) {
     auto& barrier = emulation::phases(emulation::own_block(), at, "barrier_expect", line);
     emulation::advance(barrier, 1, -static_cast<long long>(bytes), "barrier_expect", line);
 }
-static inline void barrier_arrive(u32 at, CALLER) {
+static inline void barrier_arrive(u32 at, EMULATED_LINE) {
     auto& barrier = emulation::phases(emulation::own_block(), at, "barrier_arrive", line);
     emulation::advance(barrier, 1, 0, "barrier_arrive", line);
 }
-static inline bool barrier_try(u32 at, u32 parity, CALLER) {
+static inline bool barrier_try(u32 at, u32 parity, EMULATED_LINE) {
     auto& barrier = emulation::phases(emulation::own_block(), at, "barrier_try", line);
-    if (barrier.parity == (parity & 1)) emulation::poll({emulation::BARRIER_TRY, line, at, parity});
+    if (barrier.parity == (parity & 1)) emulation::poll({emulation::Kind::barrier_try, line, at, parity});
     return barrier.parity != (parity & 1);
 }
 static inline void barrier_fence() {}
-static inline void copy_async(u32 to, const void* from, u32 bytes, u32 barrier, CALLER) {
+static inline void copy_async(u32 to, const void* from, u32 bytes, u32 barrier, EMULATED_LINE) {
     using namespace emulation;
     if (to % 16 || uintptr_t(from) % 16 || bytes % 16 || !bytes)
         fail(false, "copy_async, line %d: %u bytes from %p to 0x%x are not whole 16s", line, bytes, from, to);
     phases(own_block(), barrier, "copy_async", line);
     memset(shared_at(own_block(), to, bytes, 16, "copy_async", line), 0xFF, bytes);
-    now.copies[(now.turn + 1 + chance(now.lateness)) % CALENDAR].push_back({now.warp->block, to, bytes, barrier, from, line});
+    const u64 due = now.turn + 1 + chance(now.lateness);
+    now.copies[due % calendar].push_back({now.warp->block, to, bytes, barrier, from, line});
     now.events++;
     now.quiet = 0;
 }
 
 #define EMULATED_SHARED(bytes, name) emulation::shared_at(emulation::own_block(), at, bytes, bytes, name, line)
-static inline void load16(u32 (&into)[4], u32 at, CALLER) { memcpy(into, EMULATED_SHARED(16, "load16"), 16); }
-static inline void load8(u32 (&into)[2], u32 at, CALLER) { memcpy(into, EMULATED_SHARED(8, "load8"), 8); }
-static inline u32 load4(u32 at, CALLER) { u32 value; memcpy(&value, EMULATED_SHARED(4, "load4"), 4); return value; }
-static inline u16 load2(u32 at, CALLER) { u16 value; memcpy(&value, EMULATED_SHARED(2, "load2"), 2); return value; }
-static inline void store16(u32 at, uint4 value, CALLER) { memcpy(EMULATED_SHARED(16, "store16"), &value, 16); }
-static inline void store8(u32 at, uint2 value, CALLER) { memcpy(EMULATED_SHARED(8, "store8"), &value, 8); }
-static inline void store4(u32 at, u32 value, CALLER) { memcpy(EMULATED_SHARED(4, "store4"), &value, 4); }
-static inline void store2(u32 at, u16 value, CALLER) { memcpy(EMULATED_SHARED(2, "store2"), &value, 2); }
+static inline void load16(u32 (&into)[4], u32 at, EMULATED_LINE) { memcpy(into, EMULATED_SHARED(16, "load16"), 16); }
+static inline void load8(u32 (&into)[2], u32 at, EMULATED_LINE) { memcpy(into, EMULATED_SHARED(8, "load8"), 8); }
+static inline u32 load4(u32 at, EMULATED_LINE) {
+    u32 value;
+    memcpy(&value, EMULATED_SHARED(4, "load4"), 4);
+    return value;
+}
+static inline u16 load2(u32 at, EMULATED_LINE) {
+    u16 value;
+    memcpy(&value, EMULATED_SHARED(2, "load2"), 2);
+    return value;
+}
+static inline void store16(u32 at, uint4 value, EMULATED_LINE) { memcpy(EMULATED_SHARED(16, "store16"), &value, 16); }
+static inline void store8(u32 at, uint2 value, EMULATED_LINE) { memcpy(EMULATED_SHARED(8, "store8"), &value, 8); }
+static inline void store4(u32 at, u32 value, EMULATED_LINE) { memcpy(EMULATED_SHARED(4, "store4"), &value, 4); }
+static inline void store2(u32 at, u16 value, EMULATED_LINE) { memcpy(EMULATED_SHARED(2, "store2"), &value, 2); }
 
-static inline uint4 peek16(const void* from, CALLER) { uint4 v; emulation::peek(from, &v, 16, line); return v; }
-static inline uint2 peek8(const void* from, CALLER) { uint2 v; emulation::peek(from, &v, 8, line); return v; }
-static inline u32 peek4(const void* from, CALLER) { u32 v; emulation::peek(from, &v, 4, line); return v; }
-static inline void poke16(void* to, uint4 value, CALLER) { emulation::poke(to, &value, 16, line); }
-static inline void poke8(void* to, uint2 value, CALLER) { emulation::poke(to, &value, 8, line); }
-static inline void poke4(void* to, u32 value, CALLER) { emulation::poke(to, &value, 4, line); }
-static inline uint4 fetch16(const void* from, CALLER) { uint4 v; emulation::fetch(from, &v, 16, line); return v; }
-static inline uint2 fetch8(const void* from, CALLER) { uint2 v; emulation::fetch(from, &v, 8, line); return v; }
+static inline uint4 peek16(const void* from, EMULATED_LINE) { return emulation::peek<uint4>(from, line); }
+static inline uint2 peek8(const void* from, EMULATED_LINE) { return emulation::peek<uint2>(from, line); }
+static inline u32 peek4(const void* from, EMULATED_LINE) { return emulation::peek<u32>(from, line); }
+static inline void poke16(void* to, uint4 value, EMULATED_LINE) { emulation::poke(to, &value, 16, line); }
+static inline void poke8(void* to, uint2 value, EMULATED_LINE) { emulation::poke(to, &value, 8, line); }
+static inline void poke4(void* to, u32 value, EMULATED_LINE) { emulation::poke(to, &value, 4, line); }
+static inline uint4 fetch16(const void* from, EMULATED_LINE) { return emulation::fetch<uint4>(from, line); }
+static inline uint2 fetch8(const void* from, EMULATED_LINE) { return emulation::fetch<uint2>(from, line); }
 static inline void prefetch(const void*) {}
 
 static inline u32 pack_f16(float low, float high) {
@@ -686,9 +729,15 @@ static inline u32 pack(float low, float high) {
     return BF16 ? emulation::narrow_bf16(low) | u32(emulation::narrow_bf16(high)) << 16 : pack_f16(low, high);
 }
 static inline float widen(u16 half) { return BF16 ? emulation::widen_bf16(half) : widen_f16(half); }
-static inline u32 half_add(u32 a, u32 b) { return emulation::each_half(a, b, [](double x, double y) { return x + y; }); }
-static inline u32 half_sub(u32 a, u32 b) { return emulation::each_half(a, b, [](double x, double y) { return x - y; }); }
-static inline u32 half_mul(u32 a, u32 b) { return emulation::each_half(a, b, [](double x, double y) { return x * y; }); }
+static inline u32 half_add(u32 a, u32 b) {
+    return emulation::each_half(a, b, [](double x, double y) { return x + y; });
+}
+static inline u32 half_sub(u32 a, u32 b) {
+    return emulation::each_half(a, b, [](double x, double y) { return x - y; });
+}
+static inline u32 half_mul(u32 a, u32 b) {
+    return emulation::each_half(a, b, [](double x, double y) { return x * y; });
+}
 
 static inline u32 byte_permute(u32 a, u32 b, u32 selector) {
     const u64 from = u64(b) << 32 | a;
@@ -700,8 +749,8 @@ static inline u32 byte_permute(u32 a, u32 b, u32 selector) {
     return result;
 }
 static inline u64 nanoseconds() { return emulation::now.turn * 100 + ++emulation::now.calls; }
-static inline void __nanosleep(u32, CALLER) { emulation::poll({emulation::SLEEP, line, 0, 0}); }
-[[noreturn]] static inline void trap(CALLER) { emulation::fail(true, "trap, line %d", line); }
+static inline void __nanosleep(u32, EMULATED_LINE) { emulation::poll({emulation::Kind::nanosleep, line, 0, 0}); }
+[[noreturn]] static inline void trap(EMULATED_LINE) { emulation::fail(true, "trap, line %d", line); }
 
 static inline float exp2_fast(float x) { return exp2f(x); }
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
