@@ -719,7 +719,9 @@ static inline void poke8(void* to, uint2 value, EMULATED_LINE) { emulation::poke
 static inline void poke4(void* to, u32 value, EMULATED_LINE) { emulation::poke(to, &value, 4, line); }
 static inline uint4 fetch16(const void* from, EMULATED_LINE) { return emulation::fetch<uint4>(from, line); }
 static inline uint2 fetch8(const void* from, EMULATED_LINE) { return emulation::fetch<uint2>(from, line); }
-static inline void prefetch(const void*) {}
+static inline void prefetch(const void*, u32) {}
+static inline void few_registers() {}
+static inline void many_registers() {}
 
 static inline u32 pack_f16(float low, float high) {
     return emulation::narrow_f16(low) | u32(emulation::narrow_f16(high)) << 16;

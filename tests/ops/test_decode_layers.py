@@ -1,0 +1,187 @@
+"""The persistent kernel: its source on emulated CUDA threads, and on a GPU, against float64."""
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from whisper_static_cache.ops import decode_layers as ops
+from whisper_static_cache.ops.decode_linear import Weight
+from whisper_static_cache.ops.packing import LEVELS, pack
+
+
+ROWS = 120  # of the vocabulary
+EPS = 1e-5
+
+
+class Model:
+    """Random layers in the kernel's layout, and their caches."""
+
+    def __init__(self, shape, device="cpu", seed=0):
+        generator = torch.Generator(device).manual_seed(seed)
+        dtype = torch.bfloat16 if shape.bfloat16 else torch.float16
+        width, ffn = shape.width, shape.ffn
+
+        def random(*size, scale=1.0, mean=0.0):
+            return (mean + scale * torch.randn(*size, generator=generator, device=device)).to(dtype)
+
+        def weight(rows, depth):
+            if shape.bits == 16:
+                return Weight(random(rows, depth, scale=depth**-0.5), None, None, 16, 0, depth)
+            values = torch.randint(
+                0, LEVELS[shape.bits], (rows, depth), generator=generator, dtype=torch.uint8, device=device
+            )
+            levels = LEVELS[shape.bits]
+            groups = depth // shape.group_size
+            scales = random(rows, groups, scale=0.1, mean=1.0) * (2.0 / levels * depth**-0.5)
+            zeros = random(rows, groups, scale=0.02 * levels, mean=(levels - 1) / 2)
+            return Weight(pack(values, shape.bits), scales, zeros, shape.bits, shape.group_size, depth)
+
+        self.shape, self.device, self.dtype = shape, device, dtype
+        self.layers, rows = [], []
+        self.caches = []
+        sizes = [(width, width)] * 6 + [(ffn, width), (width, ffn)]
+        for _ in range(shape.layers):
+            weights = [weight(*size) for size in sizes]
+            biases = [random(size[0], scale=0.1) for size in sizes]
+            biases[1] = None
+            norms = [(random(width, scale=0.1, mean=1.0), random(width, scale=0.1), EPS) for _ in range(3)]
+            caches = [random(1, shape.heads, shape.slots, 64) for _ in range(2)]
+            caches += [random(1, shape.heads, shape.source, 64) for _ in range(2)]
+            self.layers.append((weights, biases, norms))
+            self.caches.append(caches)
+        self.last_norm = random(width, scale=0.1, mean=1.0)
+        self.embedding, self.positions = random(ROWS, width), random(shape.slots, width, scale=0.3)
+        self.vectors = []
+        for index, (weights, biases, norms) in enumerate(self.layers):
+            constants, folded = [], []
+            for group, norm in (([0, 1, 2], 0), ([4], 1), ([6], 2)):
+                gain, offset = norms[norm][0].double(), norms[norm][1].double()
+                dense = [weights[i].dense().double() for i in group]
+                added = [0 if biases[i] is None else biases[i].double() for i in group]
+                constants.append(torch.cat([w @ offset + b for w, b in zip(dense, added)]).float())
+                folded.append(torch.cat([w @ gain for w in dense]).float())
+            self.vectors.append((constants, folded))
+            following = self.layers[index + 1][2][0][0] if index + 1 < shape.layers else self.last_norm
+            rows.append(
+                [
+                    *(weight.values for weight in weights),
+                    *(weight.scales for weight in weights),
+                    *(weight.zeros for weight in weights),
+                    *constants,
+                    *folded,
+                    *(biases[i] for i in (3, 5, 7)),
+                    *(norms[1][0], norms[2][0], following),
+                    *self.caches[index],
+                ]
+            )
+        self.rows = rows
+        self.table = ops.pointer_table(rows)
+        self.eps = torch.full((shape.layers, 3), EPS, device=device)
+        self.work = ops.work_space(shape, device)
+        self.gained = torch.full((1, width), torch.nan, device=device)
+        self.stats = torch.full((2, 1, shape.givers), torch.nan, device=device)
+        self.valid = torch.ones(1, shape.slots, dtype=torch.bool, device=device)
+        self.tokens = torch.randint(0, ROWS, (1, shape.slots + 1), generator=generator, device=device)
+
+    def operands(self, slot, offset):
+        length = torch.tensor([slot + 1], device=self.device)
+        self.keep = length, torch.tensor([[offset]], device=self.device)
+        return (self.gained, self.stats, self.work), (
+            self.table,
+            self.tokens,
+            *self.keep,
+            self.valid,
+            self.embedding,
+            self.positions,
+            self.layers[0][2][0][0],
+            self.eps,
+            0.125,
+        )
+
+    def expected(self, slot, offset):
+        """What the step gives, in float64, and the caches after it."""
+        caches = [[cache.double() for cache in layer] for layer in self.caches]
+        x = self.embedding[self.tokens[:, slot]].double() + self.positions[slot - offset].double()
+        for (weights, biases, norms), layer in zip(self.layers, caches):
+            dense = [weight.dense() for weight in weights]
+            x = ops.reference_decode_layer(x, dense, biases, norms, layer, slot, self.valid, 0.125)
+        return x, caches
+
+
+@functools.cache
+def emulated(shape):
+    """The source as a library for the CPU."""
+    folder = Path(tempfile.mkdtemp(prefix="whisper_static_cache_"))
+    source = Path(ops.__file__).with_suffix(".cu")
+    wrapper = folder / "wrapper.cpp"
+    wrapper.write_text(f'#include "{source}"\nEMULATED_ENTRY(decode_layers, Arguments)\n')
+    defines = [f"-D{name}={value}" for name, value in ops.definitions(shape).items()]
+    header = Path(__file__).with_name("cuda_emulation.h")
+    command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-DEMULATED", *defines, "-include", str(header)]
+    subprocess.run([*command, str(wrapper), "-o", str(folder / "kernel.so")], check=True)
+    library = ctypes.CDLL(str(folder / "kernel.so"))
+    library.decode_layers_message.restype = ctypes.c_char_p
+    return library
+
+
+def emulate(model, slot, offset=0, seed=0):
+    outputs, inputs = model.operands(slot, offset)
+    arguments = ops.arguments_for(*outputs, *inputs)
+    shape = model.shape
+    library = emulated(shape)
+    status = library.decode_layers_emulated(
+        ctypes.byref(arguments), shape.programs, ops.threads(shape), shape.memory, seed
+    )
+    assert status == 0, library.decode_layers_message().decode()
+
+
+def compare(model, slot, offset, run):
+    x, caches = model.expected(slot, offset)
+    model.gained.fill_(torch.nan)
+    model.stats.fill_(torch.nan)
+    run(model, slot, offset)
+    bound = {torch.float16: 4e-3, torch.bfloat16: 3e-2}[model.dtype]
+    error = (model.gained.double() - x * model.last_norm.double()).norm() / (x * model.last_norm.double()).norm()
+    assert error < bound, error
+    sums = model.stats.double().sum(-1)
+    assert torch.allclose(sums[0], x.sum(-1), atol=bound * x.norm().item() * 10)
+    assert torch.allclose(sums[1], x.square().sum(-1), rtol=4 * bound)
+    for mine, theirs in zip(model.caches, caches):
+        for cache, wanted in zip(mine[:2], theirs[:2]):
+            wrong = (cache.double() - wanted).norm() / wanted.norm()
+            assert wrong < bound, wrong
+            # No slot but the newest was touched.
+            cache, wanted = cache.clone(), wanted.clone()
+            cache[:, :, slot] = wanted[:, :, slot] = 0
+            assert torch.equal(cache.double(), wanted)
+
+
+SMALL = ops.Shape(128, 512, 2, 300, 50, False, 16, 0, 8, 120_000, 16)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed: the kernel cannot be emulated")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"warps": 8, "bfloat16": True},
+        {"bits": 4, "group_size": 64},
+        {"bits": 8, "group_size": 64, "bfloat16": True},
+        {"bits": 3, "group_size": 32, "warps": 8},
+        {"bits": 2, "group_size": 16},
+        {"bits": 1.58, "group_size": 16, "width": 192, "ffn": 768, "programs": 12},
+    ],
+    ids=lambda changes: "-".join(f"{name}={value}" for name, value in changes.items()) or "float16",
+)
+def test_emulated(changes):
+    model = Model(SMALL._replace(**changes))
+    assert ops.why_not(model.shape) is None
+    model.valid[0, :3] = False
+    for seed, (slot, offset) in enumerate(((5, 3), (255, 0), (256, 0), (299, 3), (4, 3))):
+        compare(model, slot, offset, functools.partial(emulate, seed=seed))

@@ -1,0 +1,434 @@
+"""All decoder layers of a one-token step at batch 1 as one persistent CUDA kernel: launcher and reference.
+
+Between two kernels of a step the machine drains and fills, and a step of eight kernels a layer does so hundreds of
+times. `decode_layers.cu` keeps one program on every multiprocessor for the whole step instead; it says how the
+programs exchange their results. It is CUDA C++ because it rests on what Triton has no words for: bulk copies into
+shared memory that run ahead of the arithmetic, and words that tell by themselves whether they are new.
+NVRTC, which comes with torch, compiles it; the result is kept in Triton's cache.
+"""
+
+import ctypes
+import functools
+import glob
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from .packing import plane_width
+
+
+HEAD_DIM = 64
+# Programs that a head's keys are split among at most: the columns of a tensor-core product, in which they are merged.
+MAX_SPLITS = 8
+# Device pointers of a layer, in the order of the kernel's table.
+POINTERS = 40
+# Compute capabilities that have bulk copies and shared memory enough; built and measured on the first.
+CAPABILITIES = (9, 0), (10, 0)
+_SOURCE = Path(__file__).with_suffix(".cu")
+_DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+# Of the kernel's own: keys of a run of self-attention.
+_SELF_RUN = 256
+
+
+def _ratio(a, b):
+    return -(-a // b)
+
+
+class Shape(NamedTuple):
+    """What the kernel is compiled for.
+
+    `bits` is 16 for weights in float16 or bfloat16, else the width of packed ones, all of one `group_size`;
+    `programs` is the number of multiprocessors, `memory` a program's bytes of shared memory, and `warps` those that
+    compute.
+    """
+
+    width: int
+    ffn: int
+    layers: int
+    slots: int
+    source: int
+    bfloat16: bool
+    bits: float
+    group_size: int
+    programs: int
+    memory: int
+    warps: int = 16
+
+    @property
+    def heads(self):
+        return self.width // HEAD_DIM
+
+    @property
+    def rows(self):
+        """Output features of a program, where there are `width` of them."""
+        return _ratio(self.width, 2 * self.programs) * 2
+
+    @property
+    def givers(self):
+        """Programs that have some of `width` features; each leaves its sums for the layer norm of the head."""
+        return _ratio(self.width, self.rows)
+
+    @property
+    def cross_splits(self):
+        """Programs that share a head's keys of cross-attention."""
+        splits = min(self.givers // self.heads, MAX_SPLITS)
+        while splits > 1 and (splits - 1) * _ratio(self.source, splits) >= self.source:
+            splits -= 1
+        return splits
+
+
+def shape_for(config, cache_layer, weight, device, warps=16):
+    """The `Shape` of a model's step on `device`.
+
+    Args:
+        config: the model's.
+        cache_layer: the buffers of a layer of the cache.
+        weight: a `decode_linear.Weight` of the decoder.
+        device: a CUDA device.
+        warps: 8 or 16.
+    """
+    properties = torch.cuda.get_device_properties(device)
+    return Shape(
+        config.d_model,
+        config.decoder_ffn_dim,
+        config.decoder_layers,
+        cache_layer[0].shape[2],
+        cache_layer[2].shape[2],
+        cache_layer[0].dtype == torch.bfloat16,
+        weight.bits,
+        weight.group_size,
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+        warps,
+    )
+
+
+def why_not(shape):
+    """Why the kernel has no place for a step of this shape, or None. What else it needs, its compilation shows."""
+    if shape.width % HEAD_DIM or shape.ffn % HEAD_DIM:
+        return "heads are of 64 dimensions, and decoder_ffn_dim is a multiple of 64"
+    if shape.rows > 16:
+        return f"{shape.rows} features to a multiprocessor exceed the 16 of a tensor-core tile"
+    splits = max(1, _ratio(shape.slots, _SELF_RUN))
+    if shape.heads * splits > shape.givers or splits > MAX_SPLITS or not shape.cross_splits:
+        return f"{shape.heads} heads are too many for {shape.programs} multiprocessors"
+    if shape.bits == 3 and (shape.width % 128 or shape.ffn % 128):
+        return "in 3 bits, widths are multiples of 128"
+    if shape.bits != 16:
+        if shape.group_size % 16:
+            return f"group_size {shape.group_size} is no multiple of 16"
+        # Eight neighbouring elements have one scale, wherever a plane begins.
+        for depth in (shape.width, shape.ffn):
+            if shape.bits == 1.58 and depth % shape.group_size:
+                return f"group_size {shape.group_size} does not divide {depth}"
+    return None
+
+
+# -- Compiling and loading --------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _nvrtc():
+    major = torch.version.cuda.split(".")[0]
+    beside_torch = os.path.join(os.path.dirname(os.path.dirname(torch.__file__)), "nvidia", "*", "lib")
+    names = [f"libnvrtc.so.{major}", *glob.glob(os.path.join(beside_torch, f"libnvrtc.so.{major}*"))]
+    for name in names:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise RuntimeError(f"libnvrtc.so.{major} was not found: install the nvidia-cuda-nvrtc package of torch's CUDA")
+
+
+def compile_source(source, options):
+    """Machine code of CUDA C++ `source` for NVRTC's `options`; RuntimeError with the compiler's words if it fails."""
+    nvrtc = _nvrtc()
+    program = ctypes.c_void_p()
+    if nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"decode_layers.cu", 0, None, None):
+        raise RuntimeError("NVRTC could not create a program")
+    try:
+        encoded = [option.encode() for option in options]
+        failed = nvrtc.nvrtcCompileProgram(program, len(encoded), (ctypes.c_char_p * len(encoded))(*encoded))
+        size = ctypes.c_size_t()
+        if failed:
+            nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+            log = ctypes.create_string_buffer(size.value)
+            nvrtc.nvrtcGetProgramLog(program, log)
+            raise RuntimeError(f"decode_layers.cu did not compile: {log.value.decode(errors='replace').strip()}")
+        nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        code = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetCUBIN(program, code)
+        return code.raw
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def definitions(shape):
+    """The constants that the source expects, by name."""
+    return {
+        "WIDTH": shape.width,
+        "FFN": shape.ffn,
+        "HEADS": shape.heads,
+        "LAYERS": shape.layers,
+        "SLOTS": shape.slots,
+        "SOURCE": shape.source,
+        "CROSS_SPLITS": shape.cross_splits,
+        "BF16": int(shape.bfloat16),
+        "BITS": 158 if shape.bits == 1.58 else int(shape.bits),
+        "GROUP": max(shape.group_size, 1),
+        "WARPS": shape.warps,
+        "PROGRAMS": shape.programs,
+        "MEMORY": shape.memory,
+    }
+
+
+def _options(shape, capability):
+    # With "a", what this very architecture has and no later one: registers handed from warps to warps.
+    name = "sm_90a" if capability == (9, 0) else f"sm_{capability[0]}{capability[1]}"
+    defines = [f"-D{name}={value}" for name, value in definitions(shape).items()]
+    return [f"--gpu-architecture={name}", "--std=c++17", "-default-device", *defines]
+
+
+def _code(shape, capability):
+    """The kernel's machine code, from Triton's cache where it was compiled before."""
+    import hashlib
+
+    from triton.runtime.cache import get_cache_manager
+
+    source, options = _SOURCE.read_text(), _options(shape, capability)
+    key = hashlib.sha256("\n".join([source, torch.version.cuda, *options]).encode()).hexdigest()
+    cache = get_cache_manager(key)
+    kept = cache.get_file("decode_layers.cubin")
+    if kept is not None:
+        return Path(kept).read_bytes()
+    code = compile_source(source, options)
+    cache.put(code, "decode_layers.cubin", binary=True)
+    return code
+
+
+class Arguments(ctypes.Structure):
+    """The kernel's `Arguments`."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("table", "stream", "heads", "query", "stats")),
+        *((name, ctypes.c_void_p) for name in ("own_runs", "cross_runs", "own_tops", "cross_tops", "hidden")),
+        *((name, ctypes.c_void_p) for name in ("launches", "tokens", "length", "offset", "valid")),
+        *((name, ctypes.c_void_p) for name in ("embedding", "positions", "first_gain", "gained", "last_stats", "eps")),
+        ("scale", ctypes.c_float),
+    ]
+
+
+def _check(driver, status, what):
+    if status:
+        text = ctypes.c_char_p()
+        driver.cuGetErrorString(status, ctypes.byref(text))
+        raise RuntimeError(f"{what} failed: {(text.value or b'unknown error').decode()}")
+
+
+class _Kernel:
+    """The kernel for one `Shape`, loaded into the current context of one device."""
+
+    def __init__(self, shape, capability):
+        self._driver = driver = ctypes.CDLL("libcuda.so.1")
+        code = _code(shape, capability)
+        module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
+        _check(driver, driver.cuModuleLoadData(ctypes.byref(module), code), "loading decode_layers")
+        found = driver.cuModuleGetFunction(ctypes.byref(self._function), module, b"decode_layers")
+        _check(driver, found, "finding decode_layers")
+        asked = driver.cuFuncSetAttribute(self._function, _DYNAMIC_SHARED_MEMORY, shape.memory)
+        _check(driver, asked, "asking for shared memory")
+        self._shape = shape
+
+    def launch(self, arguments, stream):
+        # Cooperative: programs wait for each other, so that all of them must be resident together, or none.
+        parameters = (ctypes.c_void_p * 1)(ctypes.cast(ctypes.byref(arguments), ctypes.c_void_p))
+        status = self._driver.cuLaunchCooperativeKernel(
+            self._function,
+            *(self._shape.programs, 1, 1),
+            *(threads(self._shape), 1, 1),
+            self._shape.memory,
+            ctypes.c_void_p(stream),
+            parameters,
+        )
+        _check(self._driver, status, "launching decode_layers")
+
+
+def threads(shape):
+    """Threads of a program: those that compute, and four warps of which one fetches."""
+    return 32 * shape.warps + 128
+
+
+@functools.cache
+def kernel_for(shape, device_index):
+    """The kernel of this shape on this device, compiled and loaded at the first call.
+
+    Raises:
+        RuntimeError: it could not be compiled or loaded.
+    """
+    with torch.cuda.device(device_index):
+        torch.cuda.current_stream().synchronize()  # The device's context exists from here on.
+        return _Kernel(shape, torch.cuda.get_device_capability(device_index))
+
+
+# -- The op -----------------------------------------------------------------------------------------------------------
+
+
+def work_space(shape, device):
+    """What the programs exchange their results through: int16 tensors, and the number of launches so far.
+
+    A session has its own; two launches with one of them must not overlap.
+    """
+    runs, tops = shape.heads * MAX_SPLITS * HEAD_DIM, shape.heads * MAX_SPLITS * 4
+    sizes = 2 * shape.width, 6 * shape.width, 2 * shape.width, 4 * shape.givers, runs, runs, tops, tops, shape.ffn
+    words = [torch.zeros(size, dtype=torch.int16, device=device) for size in sizes]
+    return [*words, torch.zeros(1, dtype=torch.int32, device=device)]
+
+
+def arguments_for(gained, stats, work, table, tokens, length, position_offset, valid, embedding, positions,
+                  first_gain, eps, scale):  # fmt: skip
+    """`Arguments` with the addresses of the tensors that `decode_layers` takes."""
+    tensors = (table, *work, tokens, length, position_offset, valid, embedding, positions, first_gain, gained, stats)
+    return Arguments(*(tensor.data_ptr() for tensor in (*tensors, eps)), scale)
+
+
+@torch.library.custom_op(
+    "whisper_static_cache::decode_layers",
+    mutates_args=("gained", "stats", "work", "caches"),
+    device_types="cuda",
+)
+def decode_layers(
+    gained: torch.Tensor,
+    stats: torch.Tensor,
+    work: list[torch.Tensor],
+    caches: list[torch.Tensor],
+    table: torch.Tensor,
+    tokens: torch.Tensor,
+    length: torch.Tensor,
+    position_offset: torch.Tensor,
+    valid: torch.Tensor,
+    embedding: torch.Tensor,
+    positions: torch.Tensor,
+    first_gain: torch.Tensor,
+    eps: torch.Tensor,
+    scale: float,
+    ffn: int,
+    bits: float,
+    group_size: int,
+    warps: int,
+) -> None:
+    """The decoder from the newest token's embedding to the last layer norm, for one row.
+
+    Args:
+        gained: float32 ``(1, d_model)``, written: the last layer's result times the last layer norm's gain.
+        stats: float32 ``(2, 1, programs)``, written: sums and sums of squares of the result, for `decode_linear`;
+            `Shape.givers` is the number of programs.
+        work: what `work_space` gives; written.
+        caches: keys, values, cross keys and cross values of every layer, ``(1, heads, slots, 64)``; the newest key and
+            value are written into slot ``length - 1``.
+        table: int64 ``(layers, 40)`` of device pointers, as `pointer_table` gives it.
+        tokens: int64, the row's tokens.
+        length: int64 ``(1,)``; position_offset: int64, subtracted from the slot to give the position.
+        valid: bool, the row's slots that may be attended to.
+        embedding, positions: ``(vocab_size, d_model)``, ``(max_target_positions, d_model)``, float16 or bfloat16.
+        first_gain: ``(d_model,)``, the weight of the first layer norm.
+        eps: float32 ``(layers, 3)``, of the layer norms.
+        scale: factor of the queries.
+        ffn: width of the feed-forward layer.
+        bits, group_size: of the weights, 16 and 0 where they are not quantised.
+        warps: 8 or 16 that compute.
+    """
+    properties = torch.cuda.get_device_properties(gained.device)
+    shape = Shape(
+        gained.shape[1],
+        ffn,
+        len(caches) // 4,
+        caches[0].shape[2],
+        caches[2].shape[2],
+        embedding.dtype == torch.bfloat16,
+        bits,
+        group_size,
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+        warps,
+    )
+    arguments = arguments_for(
+        gained,
+        stats,
+        work,
+        table,
+        tokens,
+        length,
+        position_offset,
+        valid,
+        embedding,
+        positions,
+        first_gain,
+        eps,
+        scale,
+    )
+    kernel_for(shape, gained.device.index).launch(arguments, torch.cuda.current_stream(gained.device).cuda_stream)
+
+
+@decode_layers.register_fake
+def _(*args, **kwargs):
+    return None
+
+
+def pointer_table(rows):
+    """The kernel's table of device pointers.
+
+    Args:
+        rows: for each layer the 40 tensors in the order of the kernel's table: weights of query, key, value, output,
+            cross query, cross output, fc1 and fc2, then their scales and zero points (None in 16 bits); constants and
+            folded vectors (`decode_linear.fold_norm`) of the products behind a layer norm; biases (or None) of the
+            three others, and the gains of the layer norms behind them; keys, values, cross keys and cross values.
+
+    Returns:
+        int64 ``(layers, 40)`` on the tensors' device. It does not keep the tensors alive.
+
+    Raises:
+        ValueError: a tensor that is not contiguous, or not aligned to 16 bytes.
+    """
+    for tensors in rows:
+        for tensor in tensors:
+            if tensor is not None and (not tensor.is_contiguous() or tensor.data_ptr() % 16):
+                raise ValueError("weights must be contiguous and aligned to 16 bytes: clone them into new parameters")
+    addresses = [[0 if tensor is None else tensor.data_ptr() for tensor in tensors] for tensors in rows]
+    return torch.tensor(addresses, dtype=torch.int64).to(rows[0][0].device)
+
+
+def reference_decode_layer(x, weights, vectors, norms, caches, slot, valid, scale):
+    """One layer in the dtype of `x`, ``(1, d_model)``, with the newest key and value in slot `slot` of the caches.
+
+    Args:
+        weights: eight matrices in the order of `pointer_table`.
+        vectors: their biases, None where there is none.
+        norms: three triples of weight, bias and eps.
+        caches: keys, values, cross keys, cross values, ``(1, heads, slots, 64)``; the newest entries are written.
+        slot: where the token stands.
+        valid: bool ``(1, slots)``.
+        scale: factor of the queries.
+    """
+    from .decode_attention import reference_decode_attention
+
+    def linear(x, index):
+        bias = vectors[index]
+        return F.linear(x, weights[index].to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def normed(x, index):
+        weight, bias, eps = norms[index]
+        return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+
+    keys, values, cross_keys, cross_values = caches
+    hidden = normed(x, 0)
+    keys[0, :, slot] = linear(hidden, 1).view(-1, HEAD_DIM).to(keys.dtype)
+    values[0, :, slot] = linear(hidden, 2).view(-1, HEAD_DIM).to(values.dtype)
+    length = torch.tensor([slot + 1], device=x.device)
+    own = reference_decode_attention(linear(hidden, 0) * scale, keys, values, length, valid)
+    x = x + linear(own, 3)
+    cross = reference_decode_attention(linear(normed(x, 1), 4) * scale, cross_keys, cross_values)
+    x = x + linear(cross, 5)
+    return x + linear(F.gelu(linear(normed(x, 2), 6)), 7)
