@@ -619,6 +619,10 @@ template <class T> static inline T __shfl_sync(u32 mask, T value, int from, EMUL
     auto& slots = emulation::meet({emulation::Kind::shfl, line, 0, 0}, emulation::bits<u32>(value));
     return emulation::bits<T>(slots[from & 31][0]);
 }
+static inline u64 __shfl_sync(u32 mask, u64 value, int lane, EMULATED_LINE) {
+    const u32 low = __shfl_sync(mask, u32(value), lane, line), high = __shfl_sync(mask, u32(value >> 32), lane, line);
+    return u64(high) << 32 | low;
+}
 static inline u32 emulated_votes(emulation::Kind kind, u32 mask, bool vote, int line) {
     emulation::full(mask, name(kind), line);
     u32& votes = emulation::now.warp->votes[emulation::now.warp->half];
@@ -722,6 +726,7 @@ static inline uint2 fetch8(const void* from, EMULATED_LINE) { return emulation::
 static inline void prefetch(const void*, u32) {}
 static inline void few_registers() {}
 static inline void many_registers() {}
+static inline float __fdividef(float a, float b) { return a / b; }
 
 static inline u32 pack_f16(float low, float high) {
     return emulation::narrow_f16(low) | u32(emulation::narrow_f16(high)) << 16;

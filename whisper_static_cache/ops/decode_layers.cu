@@ -63,23 +63,6 @@ __device__ __forceinline__ uint4 fetch16(const void* p) {
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
   return v;
 }
-__device__ __forceinline__ void load16(u32 (&r)[4], u32 at) {
-  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at)
-               : "memory");
-}
-__device__ __forceinline__ void load8(u32 (&r)[2], u32 at) {
-  asm volatile("ld.shared.v2.u32 {%0,%1},[%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(at) : "memory");
-}
-__device__ __forceinline__ u32 load4(u32 at) {
-  u32 a;
-  asm volatile("ld.shared.u32 %0,[%1];" : "=r"(a) : "r"(at) : "memory");
-  return a;
-}
-__device__ __forceinline__ u16 load2(u32 at) {
-  u16 a;
-  asm volatile("ld.shared.u16 %0,[%1];" : "=h"(a) : "r"(at) : "memory");
-  return a;
-}
 __device__ __forceinline__ void bar_sync(int id, int threads) {
   asm volatile("bar.sync %0,%1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -119,18 +102,15 @@ __device__ __forceinline__ u64 nanoseconds() {
 }
 // A write to nowhere fails as surely as a trap, at which the compiler would give up on `many_registers`.
 __device__ __forceinline__ void trap() { asm volatile("st.global.u32 [%0],%1;" ::"l"(0ull), "r"(0) : "memory"); }
-__device__ __forceinline__ void store16(u32 at, uint4 v) {
-  asm volatile("st.shared.v4.u32 [%0],{%1,%2,%3,%4};" ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
-}
-// The fetching warps need few registers, the others many: an even share would not hold the weights of a product.
+// Warps that fetch and finish need few registers, the others many: an even share would not hold a product's weights.
 __device__ __forceinline__ void few_registers() {
 #if __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
 #endif
 }
 __device__ __forceinline__ void many_registers() {
 #if __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WARPS == 8 ? 240 : 112));
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WARPS == 8 ? 224 : 112));
 #endif
 }
 __device__ __forceinline__ float exp2_fast(float x) {
@@ -148,7 +128,7 @@ __device__ __forceinline__ u32 byte_permute(u32 a, u32 b, u32 selector) { return
 #endif
 // c += a b: a 16 x 16, b 16 x 8, of halves.
 __device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." HALF "." HALF
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." HALF "." HALF
                ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
@@ -185,6 +165,14 @@ __device__ __forceinline__ u32 half_mul(u32 a, u32 b) {
 
 #endif  // EMULATED
 
+__device__ __forceinline__ void load16(u32 (&r)[4], const u8* at) {
+  const uint4 v = *(const uint4*)at;
+  r[0] = v.x, r[1] = v.y, r[2] = v.z, r[3] = v.w;
+}
+__device__ __forceinline__ void load8(u32 (&r)[2], const u8* at) {
+  const uint2 v = *(const uint2*)at;
+  r[0] = v.x, r[1] = v.y;
+}
 __device__ __forceinline__ float low_of(u32 pair) { return widen((u16)pair); }
 __device__ __forceinline__ float high_of(u32 pair) { return widen((u16)(pair >> 16)); }
 
@@ -192,7 +180,8 @@ __device__ __forceinline__ float high_of(u32 pair) { return widen((u16)(pair >> 
 
 constexpr float NOTHING = -1e30f, LOG2E = 1.4426950408889634f;
 constexpr float SHRINK = 1.0f / 16, GROW = 16.0f;  // Keeps activations times gains far from float16's largest number.
-constexpr int THREADS = 32 * WARPS;                // Those that compute; four more warps are there to fetch.
+// Warps that multiply, one that fetches, and those that finish what is multiplied, sixteen features each.
+constexpr int FETCHER = WARPS, FIRST_FINISHER = WARPS + 1, FINISHERS = 3, THREADS = 32 * (WARPS + 4);
 
 constexpr int up(int n, int to) { return (n + to - 1) / to * to; }
 constexpr int least(int a, int b) { return a < b ? a : b; }
@@ -246,6 +235,8 @@ constexpr int depth_of(int product) { return product == FC2 ? FFN : WIDTH; }
 constexpr int chunks_of(int product) {
   return product == QKV ? 3 : product == FC1 ? FFN_CHUNKS : product == FC2 ? parts(FFN) : 1;
 }
+constexpr int row_chunks(int product) { return product == FC2 ? 1 : chunks_of(product); }
+constexpr int finishers(int product) { return ratio(row_chunks(product) * ROWS, 16); }
 constexpr bool normed(int product) { return product == QKV || product == QUERY || product == FC1; }
 
 // A layer's device pointers, in the order of the launcher's table.
@@ -266,6 +257,9 @@ static_assert(HEADS * SELF_SPLITS <= GIVERS && SELF_SPLITS <= 8 && (CROSS_SPLITS
 constexpr int RINGS = 16;  // Chunks in flight, at most.
 constexpr int SUMS = WARPS == 8 ? 8 : WARPS + 8;  // Floats from one row's sums to the next: lanes meet no bank twice.
 static_assert(WARPS == 8 || WARPS == 16, "");
+static_assert(finishers(QKV) <= FINISHERS && finishers(FC1) <= FINISHERS, "");
+// Named barriers: one for each product and attention, of those that multiply with those that finish.
+enum { TABLES = 1, PRODUCT_SUMS = 2, RUNS_THERE = PRODUCT_SUMS + PRODUCTS };
 constexpr int HIDDEN_BLOCKS = turns(FFN) * DIGITS;
 struct Shared {
   alignas(16) float sums[2][MOST_ROWS][SUMS];
@@ -275,18 +269,25 @@ struct Shared {
     alignas(16) u16 hidden[WARPS][HIDDEN_BLOCKS * 32];
   };
   alignas(16) float tops[WARPS], totals[WARPS];
-  u64 full[RINGS], empty[RINGS];
+  u64 caches[LAYERS][4];
+  float eps[LAYERS][3];
+  u8 valid[SLOTS];
+  alignas(8) u64 full[RINGS], empty[RINGS];
 };
 constexpr int IN_RING = least((MEMORY - (int)sizeof(Shared)) / CHUNK, RINGS);
 static_assert(IN_RING >= most(FFN_CHUNKS, most(parts(FFN), 3)) + 1, "a product exceeds the shared memory");
 
+// What all programs read is there four times: a line that all of them ask for at once keeps its part of the L2 cache
+// busy for longer than the way there takes.
+constexpr int COPIES = 4;
 struct Arguments {
   const u64* table;
-  u16 *stream, *heads, *query;  // Halves, then their remainders: [2][WIDTH], [2][3 WIDTH], [2][WIDTH].
-  float2* stats;                // [GIVERS]: of the rows of each, sum and sum of squares.
-  u16 *own_runs, *cross_runs;   // [HEADS][8][64]
-  float2 *own_tops, *cross_tops;  // [HEADS][8]: the largest score, and the sum of exponentials.
-  u16* hidden;                  // [FFN]
+  u16 *stream;           // [COPIES][2][WIDTH]: halves, then their remainders.
+  u16 *heads, *query;    // [2][3 WIDTH], [2][WIDTH], likewise.
+  float2* stats;         // [COPIES][GIVERS]: of the rows of each, sum and sum of squares.
+  u16 *own_runs, *cross_runs;     // [COPIES][HEADS][8][64]
+  float2 *own_tops, *cross_tops;  // [COPIES][HEADS][8]: the largest score, and the sum of exponentials.
+  u16* hidden;           // [COPIES][FFN]
   u32* launches;
   const long long *tokens, *length, *offset;
   const u8* valid;
@@ -348,13 +349,29 @@ struct Cursor {
   }
 };
 
-// One lane's copy of a chunk: lanes below 16 take a row each, the next four what lies behind the rows.
+// A layer's pointers, two to a lane: cold memory is on nobody's way when they are asked for a layer ahead.
+struct Pointers {
+  u64 first, second;
+  __device__ __forceinline__ void load(const u64* table, int layer) {
+    const int lane = threadIdx.x % 32;
+    if (layer >= LAYERS) return;
+    first = table[layer * POINTERS + lane];
+    if (lane < POINTERS - 32) second = table[layer * POINTERS + 32 + lane];
+  }
+  __device__ __forceinline__ const u8* at(int index) const {
+    const u64 a = __shfl_sync(~0u, first, index & 31), b = __shfl_sync(~0u, second, index & 31);
+    return (const u8*)(index < 32 ? a : b);
+  }
+};
+
+// One lane's copy of a chunk: lanes below 16 take a row each, the next four what lies behind the rows. Returns its
+// bytes, and the pointer's index in the table, to which `from` is added.
 template <int PRODUCT>
-__device__ __forceinline__ u32 copy_of(const u64* p, int chunk, int lane, u32& at, const u8*& from) {
+__device__ __forceinline__ u32 copy_of(int chunk, int lane, u32& at, int& index, long long& from) {
   constexpr int DEPTH = depth_of(PRODUCT), BYTES = row_bytes(DEPTH), GROUPS = groups(DEPTH);
   Span span = PRODUCT == FC1 ? share(FFN, ROWS_FFN) : share(WIDTH, ROWS);
   if (PRODUCT == FC1) {
-    int skipped = least(chunk * ROWS, span.count);
+    const int skipped = least(chunk * ROWS, span.count);
     span = {span.first + skipped, least(ROWS, span.count - skipped)};
   }
   if (span.count <= 0) return 0;
@@ -363,7 +380,8 @@ __device__ __forceinline__ u32 copy_of(const u64* p, int chunk, int lane, u32& a
     if (lane >= span.count) return 0;
     const int begin = PRODUCT == FC2 ? chunk * part_bytes(DEPTH) : 0;
     at = lane * stride(DEPTH);
-    from = (const u8*)p[WEIGHTS + matrix] + (long long)(span.first + lane) * BYTES + begin;
+    index = WEIGHTS + matrix;
+    from = (long long)(span.first + lane) * BYTES + begin;
     return least(part_bytes(DEPTH), BYTES - begin);
   }
   if (lane >= 20 || PRODUCT == FC2 && chunk > 0) return 0;
@@ -371,31 +389,32 @@ __device__ __forceinline__ u32 copy_of(const u64* p, int chunk, int lane, u32& a
   if (lane < 18) {
     if (BITS == 16) return 0;
     at = scales_at(DEPTH) + (lane - 16) * meta_bytes(DEPTH);
-    from = (const u8*)p[(lane == 16 ? SCALES : ZEROS) + matrix];
+    index = (lane == 16 ? SCALES : ZEROS) + matrix;
     begin = span.first * GROUPS * 2, end = begin + span.count * GROUPS * 2;
   } else {
     at = vectors_at(DEPTH) + (lane - 18) * vector_bytes;
     if (normed(PRODUCT)) {
+      index = (lane == 18 ? CONSTANT : FOLDED) + norm_of(PRODUCT);
       begin = ((PRODUCT == QKV ? chunk * WIDTH : 0) + span.first) * 4, end = begin + span.count * 4;
-      from = (const u8*)p[(lane == 18 ? CONSTANT : FOLDED) + norm_of(PRODUCT)];
     } else {
+      index = (lane == 18 ? BIAS : GAIN) + norm_of(PRODUCT);
       begin = span.first * 2, end = begin + span.count * 2;
-      from = (const u8*)p[(lane == 18 ? BIAS : GAIN) + norm_of(PRODUCT)];
-      if (from == nullptr) return 0;
     }
   }
-  from += begin / 16 * 16;
+  from = begin / 16 * 16;
   return up(end, 16) - begin / 16 * 16;
 }
 
 template <int PRODUCT>
-__device__ __forceinline__ void fetch_product(const u64* p, Shared& sh, u32 memory, Cursor& cursor) {
+__device__ __forceinline__ void fetch_product(const Pointers& p, Shared& sh, u32 memory, Cursor& cursor) {
   const int lane = threadIdx.x % 32;
 #pragma unroll 1
   for (int chunk = 0; chunk < chunks_of(PRODUCT); chunk++) {
     u32 at = 0;
-    const u8* from = nullptr;
-    const u32 size = copy_of<PRODUCT>(p, chunk, lane, at, from);
+    int index = 0;
+    long long from = 0;
+    const u32 size = copy_of<PRODUCT>(chunk, lane, at, index, from);
+    const u8* base = p.at(index);
     u32 all = size;
 #pragma unroll
     for (int step = 16; step; step /= 2) all += __shfl_xor_sync(~0u, all, step);
@@ -404,7 +423,7 @@ __device__ __forceinline__ void fetch_product(const u64* p, Shared& sh, u32 memo
     const u32 barrier = shared_address(&sh.full[cursor.place]);
     if (lane == 0) barrier_expect(barrier, all);
     __syncwarp();
-    if (size) copy_async(memory + cursor.place * CHUNK + at, from, size, barrier);
+    if (size) copy_async(memory + cursor.place * CHUNK + at, base + from, size, barrier);
     cursor.next();
   }
 }
@@ -413,15 +432,18 @@ __device__ __forceinline__ void fetch_product(const u64* p, Shared& sh, u32 memo
 __device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory, int slot) {
   const int lane = threadIdx.x % 32;
   Cursor cursor;
+  Pointers p, ahead;
+  ahead.load(a.table, 0);
 #pragma unroll 1
   for (int layer = 0; layer < LAYERS; layer++) {
-    const u64* p = a.table + layer * POINTERS;
+    p = ahead;
+    ahead.load(a.table, layer + 1);
     // Keys and values are loaded into registers, when their turn comes; from the L2 cache by then.
+    const u8* cache = p.at(KEYS + lane % 4);
     if (lane < 4 && blockIdx.x < HEADS * (lane < 2 ? SELF_SPLITS : CROSS_SPLITS)) {
-      Span keys = keys_of(lane < 2, slot);
-      const u8* from = (const u8*)p[KEYS + lane];
-      from += ((long long)(blockIdx.x % HEADS) * (lane < 2 ? SLOTS : SOURCE) + keys.first) * 128;
-      if (keys.count > 0) prefetch(from, keys.count * 128);
+      const Span keys = keys_of(lane < 2, slot);
+      cache += ((long long)(blockIdx.x % HEADS) * (lane < 2 ? SLOTS : SOURCE) + keys.first) * 128;
+      if (keys.count > 0) prefetch(cache, keys.count * 128);
     }
     fetch_product<QKV>(p, sh, memory, cursor);
     fetch_product<OWN_OUT>(p, sh, memory, cursor);
@@ -492,11 +514,10 @@ __device__ __forceinline__ void dequantize(u32 (&w)[4], const u32 (&raw)[2], con
 // -- A product -----------------------------------------------------------------------------------------------------
 
 struct State {
-  u32 memory;
   Cursor cursor;
-  float residual;  // Of the feature that this thread finishes.
-  int parity, slot;
+  int slot;
   u32 stream_tag, tag;  // Of the next reading of `stream`, and of this layer's other buffers.
+  float residual;       // Of the feature that this thread finishes.
 #ifdef MARKS
   int mark;
 #endif
@@ -504,36 +525,44 @@ struct State {
 
 #ifdef MARKS
 __device__ __forceinline__ void note(const Arguments& a, State& s) {
-  if (threadIdx.x == 0 && s.mark < MARKS)
-    a.marks[blockIdx.x * MARKS + s.mark++] = clock64();
+  const int warp = threadIdx.x / 32, track = warp == 5 ? 0 : warp == FIRST_FINISHER ? 1 : 2;
+  if (threadIdx.x % 32 == 0 && track < 2 && s.mark < MARKS)
+    a.marks[(blockIdx.x * 2 + track) * MARKS + s.mark++] = clock64();
 }
 #else
 #define note(a, s)
 #endif
 
 // Float32 values as halves and remainders, of which both carry the tag, for features `n` and `n + 1`: two lanes finish
-// a feature, and the first of four lanes publishes. The tag costs the half a bit that the remainder makes good.
+// a feature, and of the four lanes of a pair each publishes a copy. The tag costs the half a bit that the remainder
+// makes good.
+template <int COPIES_OF>
 __device__ __forceinline__ void publish_split(u16* halves, int total, int n, float value, bool there, u32 tag) {
-  float next = __shfl_down_sync(~0u, value, 2);
-  if (there && threadIdx.x % 4 == 0) {
-    u32 half = tagged(pack(value, next), tag);
-    u32 rest = tagged(pack(value - low_of(half), next - high_of(half)), tag);
-    poke4(halves + n, half);
-    poke4(halves + total + n, rest);
+  const float other = __shfl_xor_sync(~0u, value, 2);
+  const bool odd = threadIdx.x & 2;
+  const float first = odd ? other : value, second = odd ? value : other;
+  const int copy = threadIdx.x % 4;
+  if (there && copy < COPIES_OF) {
+    u32 half = tagged(pack(first, second), tag);
+    u32 rest = tagged(pack(first - low_of(half), second - high_of(half)), tag);
+    halves += copy * 2 * total + (n & ~1);
+    poke4(halves, half);
+    poke4(halves + total, rest);
   }
 }
 
 // The residual stream times the gain of the layer norm that reads it, and what that norm's moments need.
 __device__ __forceinline__ void publish_stream(const Arguments& a, int n, float x, float gain, bool there, u32 tag) {
-  publish_split(a.stream, WIDTH, n, x * gain * SHRINK, there, tag);
+  publish_split<COPIES>(a.stream, WIDTH, n, x * gain * SHRINK, there, tag);
   float sum = there && threadIdx.x % 2 == 0 ? x : 0, squares = sum * sum;
 #pragma unroll
-  for (int step = 2; step < 32; step *= 2) {
+  for (int step = 1; step < 32; step *= 2) {
     sum += __shfl_xor_sync(~0u, sum, step);
     squares += __shfl_xor_sync(~0u, squares, step);
   }
-  if (there && threadIdx.x == 0)
-    poke8(a.stats + blockIdx.x, {tagged(__float_as_uint(sum), tag), __float_as_uint(squares)});
+  const int lane = threadIdx.x % 32;
+  if (there && lane < COPIES)
+    poke8(a.stats + lane * GIVERS + blockIdx.x, {tagged(__float_as_uint(sum), tag), __float_as_uint(squares)});
 }
 
 // The warp has read what it needs of the next `CHUNKS` chunks behind `taken`.
@@ -554,6 +583,7 @@ constexpr int KEPT_WORDS = WARPS == 8 ? 190 : 84;
 template <int PRODUCT, int HALVES, int CHUNKS>
 __device__ __forceinline__ void load_block(u32 (&w)[HALVES][4], const u32 (&rows)[HALVES], const u32 (&metas)[HALVES],
                                            const u32 (&bases)[CHUNKS], int block) {
+  const u8* memory = dynamic_shared();
   constexpr int DEPTH = depth_of(PRODUCT), PLANE = plane(DEPTH), HIGH = most(high_plane(DEPTH), 1);
   const int warp = threadIdx.x / 32, t = threadIdx.x % 4;
   const int turn = block / DIGITS, digit = block % DIGITS, part = PRODUCT == FC2 ? turn / PART : 0;
@@ -568,19 +598,20 @@ __device__ __forceinline__ void load_block(u32 (&w)[HALVES][4], const u32 (&rows
     }
     const u32 row = rows[h] + (PRODUCT == FC2 ? bases[least(part, CHUNKS - 1)] - bases[0] : 0);
     if (BITS == 16) {
-      load16(w[h], row + at);
+      load16(w[h], memory + row + at);
     } else {
       u32 raw[2], high[2] = {};
-      load8(raw, row + at);
+      load8(raw, memory + row + at);
       if (BITS == 3) {
-        load8(high, row + PLANE + element % HIGH);
+        load8(high, memory + row + PLANE + element % HIGH);
         const int bit = element / HIGH;
 #pragma unroll
         for (int i = 0; i < 2; i++)
           high[i] = (bit >= 2 ? high[i] >> (bit - 2) : high[i] << (2 - bit)) & 0x04040404;
       }
       const int group = (even(DEPTH) ? element : least(element, DEPTH - 1)) / most(GROUP, 1);
-      const u32 scale = load2(metas[h] + group * 2), zero = load2(metas[h] + meta_bytes(DEPTH) + group * 2);
+      const u16* meta = (const u16*)(memory + metas[h]) + group;
+      const u32 scale = meta[0], zero = meta[meta_bytes(DEPTH) / 2];
       dequantize(w[h], raw, high, scale, zero, digit);
     }
   }
@@ -595,30 +626,36 @@ __device__ __forceinline__ int place_of(int block, int warp, int t) {
   return (RUNS < WARPS && run >= RUNS ? 0 : run) * 32 + t * 8;
 }
 
-// One product: `PRODUCT` says which, and with it what it reads and what becomes of it.
+// The chunks of a product, once they are there: where they begin.
+template <int CHUNKS>
+__device__ __forceinline__ void take(Shared& sh, Cursor& cursor, u32 (&bases)[CHUNKS]) {
+#pragma unroll
+  for (int chunk = 0; chunk < CHUNKS; chunk++) {
+    await(shared_address(&sh.full[cursor.place]), cursor.phase);
+    bases[chunk] = cursor.place * CHUNK;
+    cursor.next();
+  }
+}
+
+// One product: `PRODUCT` says which, and with it what it reads. This warp's share of every sum goes to shared memory.
 template <int PRODUCT>
-__device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh, int layer) {
+__device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh) {
   constexpr int DEPTH = depth_of(PRODUCT), PLANE = plane(DEPTH), TURNS = turns(DEPTH), BLOCKS = TURNS * DIGITS;
-  constexpr int CHUNKS = chunks_of(PRODUCT), ROW_CHUNKS = PRODUCT == FC2 ? 1 : CHUNKS;
+  constexpr int CHUNKS = chunks_of(PRODUCT), ROW_CHUNKS = row_chunks(PRODUCT);
   constexpr int LOGICAL = ROW_CHUNKS * ROWS, HALVES = ratio(LOGICAL, 8), TILES = ratio(HALVES, 2);
-  constexpr int FINISHERS = ratio(LOGICAL, 16), GROUPS = groups(DEPTH);
+  constexpr int GROUPS = groups(DEPTH), SIDE = PRODUCT % 2;
   constexpr bool FROM_STREAM = normed(PRODUCT), FROM_RUNS = PRODUCT == OWN_OUT || PRODUCT == CROSS_OUT;
   constexpr int KEEP = least(BLOCKS, (KEPT_WORDS - (FROM_RUNS ? 8 : FROM_STREAM ? 4 : 0) * BLOCKS) / (HALVES * 4));
-  static_assert(FINISHERS <= WARPS, "");
   const Span span = PRODUCT == FC1 ? share(FFN, ROWS_FFN) : share(WIDTH, ROWS);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 
   // The weights, from the ring into registers, in the shape that the tensor cores take. Rows behind the last one give
   // sums that nobody reads.
   u32 bases[CHUNKS];
-  Cursor taken = s.cursor;
-#pragma unroll
-  for (int chunk = 0; chunk < CHUNKS; chunk++) {
-    await(shared_address(&sh.full[s.cursor.place]), s.cursor.phase);
-    bases[chunk] = s.memory + s.cursor.place * CHUNK;
-    s.cursor.next();
-  }
-  u32 rows[HALVES], metas[HALVES];  // Where a lane's row of each eight begins in its chunk, and the row's scales.
+  const Cursor taken = s.cursor;
+  take(sh, s.cursor, bases);
+  note(a, s);  // chunks there
+  u32 rows[HALVES], metas[HALVES];  // Where a lane's row of each eight begins, and the row's scales.
 #pragma unroll
   for (int h = 0; h < HALVES; h++) {
     int row = least(8 * h + g, LOGICAL - 1), chunk = row / ROWS, in_chunk = row - chunk * ROWS;
@@ -635,30 +672,8 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
   u32 kept[KEEP + 1][HALVES][4];
 #pragma unroll
   for (int b = 0; b < KEEP; b++) load_block<PRODUCT>(kept[b], rows, metas, bases, b);
-  // What the finishing lanes will need: two to a feature.
-  const int row = warp * 16 + lane / 2, chunk = row / ROWS, in_chunk = row - chunk * ROWS;
-  const bool finishes = warp < FINISHERS && row < LOGICAL &&
-                        (PRODUCT == FC1 ? row < span.count : in_chunk < span.count);
-  const int n = span.first + (PRODUCT == FC1 ? row : in_chunk);
-  float first = 0, second = 0;
-  if (finishes) {
-    u32 base = bases[0];
-#pragma unroll
-    for (int c = 1; c < ROW_CHUNKS; c++)
-      if (chunk == c) base = bases[c];
-    const int begin = span.first + (PRODUCT == FC1 ? chunk * ROWS : 0);
-    base += vectors_at(DEPTH);
-    if (normed(PRODUCT)) {
-      base += (begin * 4) % 16 + in_chunk * 4;
-      first = __uint_as_float(load4(base)), second = __uint_as_float(load4(base + vector_bytes));
-    } else {
-      base += (begin * 2) % 16 + in_chunk * 2;
-      const bool biased = a.table[layer * POINTERS + BIAS + norm_of(PRODUCT)] != 0;
-      first = biased ? widen(load2(base)) : 0, second = widen(load2(base + vector_bytes));
-    }
-  }
-  const float eps = normed(PRODUCT) ? a.eps[3 * layer + norm_of(PRODUCT)] : 0;
   if (KEEP == BLOCKS) release<CHUNKS>(sh, taken);
+  note(a, s);  // weights in registers
 
   // The activations. A lane holds those of column g: of the stream the halves in the first and the remainders in the
   // second column, of attention a run in each. The hidden layer's are many, and fill one column: they pass through
@@ -667,6 +682,7 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
   uint2 moments = {};
   const int splits = PRODUCT == OWN_OUT ? SELF_SPLITS : CROSS_SPLITS;
   constexpr int EACH = ratio(GIVERS, WARPS);
+  const int copy = blockIdx.x % COPIES;
   if (PRODUCT == FC2) {
     constexpr int UNITS = ratio(BLOCKS * 4, 32);
     uint4 units[UNITS];
@@ -677,7 +693,7 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
       const int b = (i * 32 + lane) / 4, in_plane = place_of<PRODUCT>(b, warp, t);
       const int element = b % DIGITS * PLANE + in_plane;
       units[i] = {};
-      from[i] = a.hidden + element;
+      from[i] = a.hidden + copy * FFN + element;
       if (b < BLOCKS && in_plane < PLANE && element < DEPTH) missing |= 1u << i;
     }
     Patience patience;
@@ -692,7 +708,7 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
     } while (__any_sync(~0u, missing));
 #pragma unroll
     for (int i = 0; i < UNITS; i++)
-      if (i * 32 + lane < BLOCKS * 4) store16(shared_address(sh.hidden[warp]) + (i * 32 + lane) * 16, units[i]);
+      if (i * 32 + lane < BLOCKS * 4) *(uint4*)&sh.hidden[warp][(i * 32 + lane) * 8] = units[i];
     __syncwarp();
   } else {
     const u32 tag = FROM_STREAM ? s.stream_tag : s.tag;
@@ -707,12 +723,13 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
       x[b] = {};
       if (FROM_STREAM) {
         if (inside && g < 2) missing |= 1u << b;
-        from[b] = a.stream + g * WIDTH + element;
+        from[b] = a.stream + (2 * copy + g) * WIDTH + element;
       } else {
         tops[b] = {};
         if (inside && g < splits) missing |= 1u << b;
         if (inside) tops_missing |= 1u << b;
-        from[b] = (PRODUCT == OWN_OUT ? a.own_runs : a.cross_runs) + (element / 64 * 8 + g) * 64 + element % 64;
+        from[b] = (PRODUCT == OWN_OUT ? a.own_runs : a.cross_runs) + ((copy * HEADS + element / 64) * 8 + g) * 64 +
+                  element % 64;
       }
     }
     Patience patience;
@@ -724,11 +741,12 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++) {
           const int element = b % DIGITS * PLANE + place_of<PRODUCT>(b, warp, t);
-          const float2* from_tops = (PRODUCT == OWN_OUT ? a.own_tops : a.cross_tops) + element / 64 * 8 + 2 * t;
+          const float2* from_tops =
+              (PRODUCT == OWN_OUT ? a.own_tops : a.cross_tops) + (copy * HEADS + element / 64) * 8 + 2 * t;
           if (tops_missing >> b & 1) tops[b] = peek16(from_tops);
         }
       }
-      if (moments_missing) moments = peek8(a.stats + giver);
+      if (moments_missing) moments = peek8(a.stats + copy * GIVERS + giver);
 #pragma unroll
       for (int b = 0; b < BLOCKS; b++) {
         if (FROM_STREAM ? all_fresh(x[b], tag) : fresh(x[b].x, tag)) missing &= ~(1u << b);
@@ -741,61 +759,70 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
   }
   note(a, s);
 
-  float sums[TILES][2] = {};
-  float c[TILES][4] = {};
+  float c[FROM_RUNS ? BLOCKS : TILES][4] = {};
 #pragma unroll
   for (int b = 0; b < BLOCKS; b++) {
     if (b >= KEEP) load_block<PRODUCT>(kept[KEEP], rows, metas, bases, b);
     const u32(&w)[HALVES][4] = kept[least(b, KEEP)];
     u32 y[4] = {};
     if (PRODUCT == FC2) {
-      if (g == 0) load16(y, shared_address(sh.hidden[warp]) + b * 64 + t * 16);
+      if (g == 0) load16(y, (const u8*)&sh.hidden[warp][b * 32 + t * 8]);
     } else {
       const uint4& unit = x[PRODUCT == FC2 ? 0 : b];
       y[0] = unit.x, y[1] = unit.y, y[2] = unit.z, y[3] = unit.w;
     }
-    float fresh_c[4] = {};
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
-      float(&into)[4] = FROM_RUNS ? fresh_c : c[tile];
+      // Of attention, a block's sums stay apart: they get the shares of their head's runs.
+      float(&into)[4] = c[FROM_RUNS ? b : tile];
       const bool both = 2 * tile + 1 < HALVES;
       const u32(&low)[4] = w[both ? 2 * tile + 1 : 2 * tile];
       multiply(into, w[2 * tile][0], both ? low[0] : 0, w[2 * tile][1], both ? low[1] : 0, y[0], y[1]);
       multiply(into, w[2 * tile][2], both ? low[2] : 0, w[2 * tile][3], both ? low[3] : 0, y[2], y[3]);
     }
-    if (FROM_RUNS) {
-      // Columns 2 t and 2 t + 1 are in this lane: two runs of the head that the block belongs to, each with its share.
-      float top0 = 2 * t < splits ? __uint_as_float(tops[b].x) : NOTHING;
-      float top1 = 2 * t + 1 < splits ? __uint_as_float(tops[b].z) : NOTHING;
-      float best = fmaxf(top0, top1);
-      best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
-      best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
-      float part0 = 2 * t < splits ? exp2_fast(top0 - best) * __uint_as_float(tops[b].y) : 0;
-      float part1 = 2 * t + 1 < splits ? exp2_fast(top1 - best) * __uint_as_float(tops[b].w) : 0;
-      float all = part0 + part1;
-      all += __shfl_xor_sync(~0u, all, 1);
-      all += __shfl_xor_sync(~0u, all, 2);
-      const float inverse = 1.0f / fmaxf(all, 1e-30f);
-      sums[0][0] += (fresh_c[0] * part0 + fresh_c[1] * part1) * inverse;
-      sums[0][1] += (fresh_c[2] * part0 + fresh_c[3] * part1) * inverse;
-    }
   }
   if (KEEP < BLOCKS) release<CHUNKS>(sh, taken);
+  if (FROM_RUNS) {
+    // Columns 2 t and 2 t + 1 are in this lane: two runs of the head that the block belongs to, each with its share.
+    float best[BLOCKS], part[BLOCKS][2], all[BLOCKS];
 #pragma unroll
-  for (int tile = 0; tile < TILES; tile++) {
-    if (FROM_RUNS) {
+    for (int b = 0; b < BLOCKS; b++)
+      best[b] = fmaxf(2 * t < splits ? __uint_as_float(tops[b].x) : NOTHING,
+                      2 * t + 1 < splits ? __uint_as_float(tops[b].z) : NOTHING);
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        sums[tile][half] += __shfl_xor_sync(~0u, sums[tile][half], 1);
-        sums[tile][half] += __shfl_xor_sync(~0u, sums[tile][half], 2);
+    for (int step = 1; step < 4; step *= 2)
+#pragma unroll
+      for (int b = 0; b < BLOCKS; b++) best[b] = fmaxf(best[b], __shfl_xor_sync(~0u, best[b], step));
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) {
+      part[b][0] = 2 * t < splits ? exp2_fast(__uint_as_float(tops[b].x) - best[b]) * __uint_as_float(tops[b].y) : 0;
+      part[b][1] =
+          2 * t + 1 < splits ? exp2_fast(__uint_as_float(tops[b].z) - best[b]) * __uint_as_float(tops[b].w) : 0;
+      all[b] = part[b][0] + part[b][1];
+    }
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2)
+#pragma unroll
+      for (int b = 0; b < BLOCKS; b++) all[b] += __shfl_xor_sync(~0u, all[b], step);
+    float sums[2] = {};
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) {
+      const float inverse = __fdividef(1.0f, fmaxf(all[b], 1e-30f));
+      sums[0] += (c[b][0] * part[b][0] + c[b][1] * part[b][1]) * inverse;
+      sums[1] += (c[b][2] * part[b][0] + c[b][3] * part[b][1]) * inverse;
+    }
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2)
+#pragma unroll
+      for (int half = 0; half < 2; half++) sums[half] += __shfl_xor_sync(~0u, sums[half], step);
+    if (t == 0) sh.sums[SIDE][g][warp] = sums[0], sh.sums[SIDE][8 + g][warp] = sums[1];
+  } else {
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++)
+      if (t == 0) {
+        sh.sums[SIDE][16 * tile + g][warp] = c[tile][0] + c[tile][1];
+        if (2 * tile + 1 < HALVES) sh.sums[SIDE][16 * tile + 8 + g][warp] = c[tile][2] + c[tile][3];
       }
-    } else {
-      sums[tile][0] = c[tile][0] + c[tile][1], sums[tile][1] = c[tile][2] + c[tile][3];
-    }
-    if (t == 0) {
-      sh.sums[s.parity][16 * tile + g][warp] = sums[tile][0];
-      if (2 * tile + 1 < HALVES) sh.sums[s.parity][16 * tile + 8 + g][warp] = sums[tile][1];
-    }
   }
   if (FROM_STREAM) {
     float sum = __uint_as_float(moments.x), squares = __uint_as_float(moments.y);
@@ -804,74 +831,103 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
       sum += __shfl_xor_sync(~0u, sum, step);
       squares += __shfl_xor_sync(~0u, squares, step);
     }
-    if (lane == 0) sh.moments[s.parity][0][warp] = sum, sh.moments[s.parity][1][warp] = squares;
+    if (lane == 0) sh.moments[SIDE][0][warp] = sum, sh.moments[SIDE][1][warp] = squares;
   }
-  if (warp >= FINISHERS) {
-    bar_arrive(1 + s.parity, THREADS);
-  } else {
-    bar_sync(1 + s.parity, THREADS);
-    const int half = lane % 2;
-    float total = 0, sum = 0, squares = 0;
-#pragma unroll
-    for (int i = 0; i < WARPS / 8; i++) {
-      const int at = 4 * (half + 2 * i);
-      u32 four[4];
-      load16(four, shared_address(&sh.sums[s.parity][least(row, MOST_ROWS - 1)][at]));
-#pragma unroll
-      for (int j = 0; j < 4; j++) total += __uint_as_float(four[j]);
-      if (FROM_STREAM) {
-        load16(four, shared_address(&sh.moments[s.parity][0][at]));
-#pragma unroll
-        for (int j = 0; j < 4; j++) sum += __uint_as_float(four[j]);
-        load16(four, shared_address(&sh.moments[s.parity][1][at]));
-#pragma unroll
-        for (int j = 0; j < 4; j++) squares += __uint_as_float(four[j]);
-      }
-    }
-    total += __shfl_xor_sync(~0u, total, 1);
-    if (FROM_STREAM) {
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      squares += __shfl_xor_sync(~0u, squares, 1);
-      const float mean = sum / DEPTH, variance = fmaxf(squares / DEPTH - mean * mean, 0.0f);
-      total = (total * GROW - mean * second) * rsqrt_fast(variance + eps) + first;
-      if (PRODUCT == FC1) {
-        float y = 0.5f * total * (1.0f + erff(total * 0.7071067811865476f));
-        // Eight features, sixteen lanes, one unit.
-        u32 pair = pack(y, __shfl_down_sync(~0u, y, 2)), tail[3];
-#pragma unroll
-        for (int i = 0; i < 3; i++) tail[i] = __shfl_down_sync(~0u, pair, 4 * i + 4);
-        if (finishes && lane % 16 == 0) poke16(a.hidden + n, {tagged(pair, s.tag), tail[0], tail[1], tail[2]});
-      } else if (PRODUCT == QUERY) {
-        publish_split(a.query, WIDTH, n, total * a.scale * LOG2E, finishes, s.tag);
-      } else {
-        // Keys and values are attended to as the cache holds them.
-        total = chunk == 0 ? total * a.scale * LOG2E : low_of(pack(total, 0));
-        publish_split(a.heads, 3 * WIDTH, chunk * WIDTH + n, total, finishes, s.tag);
-        if (finishes && chunk > 0 && half == 0) {
-          u16* cache = (u16*)a.table[layer * POINTERS + KEYS + chunk - 1];
-          cache[((long long)(n / 64) * SLOTS + s.slot) * 64 + n % 64] = (u16)pack(total, 0);
-        }
-      }
-    } else {
-      s.residual += total + first;
-      if (PRODUCT != FC2 || layer < LAYERS - 1) {
-        publish_stream(a, n, s.residual, second, finishes, s.stream_tag ^ 1);
-      } else {
-        // For the head, a kernel of its own: the stream times the gain of its layer norm, and the norm's sums.
-        float x = finishes && half == 0 ? s.residual : 0, squares = x * x;
-        if (finishes && half == 0) a.gained[n] = x * second;
-#pragma unroll
-        for (int step = 2; step < 32; step *= 2) {
-          x += __shfl_xor_sync(~0u, x, step);
-          squares += __shfl_xor_sync(~0u, squares, step);
-        }
-        if (threadIdx.x == 0 && span.count) a.last_stats[blockIdx.x] = x, a.last_stats[GIVERS + blockIdx.x] = squares;
-      }
-    }
-  }
-  s.parity ^= 1;
+  __syncwarp();
+  bar_arrive(PRODUCT_SUMS + PRODUCT, 32 * (WARPS + finishers(PRODUCT)));
   if (!FROM_STREAM) s.stream_tag ^= 1;
-  note(a, s);
+  note(a, s);  // sums stored
+}
+
+// What becomes of a product's sums: two lanes of a finishing warp to a feature.
+template <int PRODUCT>
+__device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh, int layer) {
+  constexpr int DEPTH = depth_of(PRODUCT), CHUNKS = chunks_of(PRODUCT), ROW_CHUNKS = row_chunks(PRODUCT);
+  constexpr int LOGICAL = ROW_CHUNKS * ROWS, SIDE = PRODUCT % 2;
+  constexpr bool FROM_STREAM = normed(PRODUCT);
+  const Span span = PRODUCT == FC1 ? share(FFN, ROWS_FFN) : share(WIDTH, ROWS);
+  const int warp = threadIdx.x / 32 - FIRST_FINISHER, lane = threadIdx.x % 32;
+  const int row = warp * 16 + lane / 2, chunk = row / ROWS, in_chunk = row - chunk * ROWS, half = lane % 2;
+  const bool finishes = row < LOGICAL && (PRODUCT == FC1 ? row < span.count : in_chunk < span.count);
+  const int n = span.first + (PRODUCT == FC1 ? row : in_chunk);
+  u32 bases[CHUNKS];
+  const Cursor taken = s.cursor;
+  take(sh, s.cursor, bases);
+  float first = 0, second = 0;
+  if (finishes) {
+    u32 base = bases[0];
+#pragma unroll
+    for (int c = 1; c < ROW_CHUNKS; c++)
+      if (chunk == c) base = bases[c];
+    const int begin = span.first + (PRODUCT == FC1 ? chunk * ROWS : 0);
+    const u8* at = dynamic_shared() + base + vectors_at(DEPTH);
+    if (normed(PRODUCT)) {
+      at += (begin * 4) % 16 + in_chunk * 4;
+      first = *(const float*)at, second = *(const float*)(at + vector_bytes);
+    } else {
+      at += (begin * 2) % 16 + in_chunk * 2;
+      first = widen(*(const u16*)at), second = widen(*(const u16*)(at + vector_bytes));
+    }
+  }
+  release<CHUNKS>(sh, taken);
+  if (warp >= finishers(PRODUCT)) return;
+  bar_sync(PRODUCT_SUMS + PRODUCT, 32 * (WARPS + finishers(PRODUCT)));
+  note(a, s);  // all sums there
+  float total = 0, sum = 0, squares = 0;
+#pragma unroll
+  for (int i = 0; i < WARPS / 8; i++) {
+    const int at = 4 * (half + 2 * i);
+    const float4 four = *(const float4*)&sh.sums[SIDE][row][at];
+    total += four.x + four.y + (four.z + four.w);
+    if (FROM_STREAM) {
+      const float4 m = *(const float4*)&sh.moments[SIDE][0][at], q = *(const float4*)&sh.moments[SIDE][1][at];
+      sum += m.x + m.y + (m.z + m.w);
+      squares += q.x + q.y + (q.z + q.w);
+    }
+  }
+  total += __shfl_xor_sync(~0u, total, 1);
+  if (FROM_STREAM) {
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    squares += __shfl_xor_sync(~0u, squares, 1);
+    const float mean = sum / DEPTH, variance = fmaxf(squares / DEPTH - mean * mean, 0.0f);
+    total = (total * GROW - mean * second) * rsqrt_fast(variance + sh.eps[layer][norm_of(PRODUCT)]) + first;
+    if (PRODUCT == FC1) {
+      const float y = 0.5f * total * (1.0f + erff(total * 0.7071067811865476f));
+      // Eight features, sixteen lanes, one unit.
+      u32 pair = pack(y, __shfl_down_sync(~0u, y, 2)), unit[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) unit[i] = __shfl_sync(~0u, pair, (lane & 16) + 4 * i);
+      if (finishes && lane % 16 < COPIES)
+        poke16(a.hidden + lane % 16 * FFN + n / 8 * 8, {tagged(unit[0], s.tag), unit[1], unit[2], unit[3]});
+    } else if (PRODUCT == QUERY) {
+      publish_split<1>(a.query, WIDTH, n, total * a.scale * LOG2E, finishes, s.tag);
+    } else {
+      // Keys and values are attended to as the cache holds them.
+      total = chunk == 0 ? total * a.scale * LOG2E : low_of(pack(total, 0));
+      publish_split<1>(a.heads, 3 * WIDTH, chunk * WIDTH + n, total, finishes, s.tag);
+      if (finishes && chunk > 0 && half == 0) {
+        u16* cache = (u16*)sh.caches[layer][chunk - 1];
+        cache[((long long)(n / 64) * SLOTS + s.slot) * 64 + n % 64] = (u16)pack(total, 0);
+      }
+    }
+  } else {
+    s.residual += total + first;
+    if (PRODUCT != FC2 || layer < LAYERS - 1) {
+      s.stream_tag ^= 1;
+      publish_stream(a, n, s.residual, second, finishes, s.stream_tag);
+    } else {
+      // For the head, a kernel of its own: the stream times the gain of its layer norm, and the norm's sums.
+      float x = finishes && half == 0 ? s.residual : 0, squares = x * x;
+      if (finishes && half == 0) a.gained[n] = x * second;
+#pragma unroll
+      for (int step = 2; step < 32; step *= 2) {
+        x += __shfl_xor_sync(~0u, x, step);
+        squares += __shfl_xor_sync(~0u, squares, step);
+      }
+      if (lane == 0 && span.count > 0) a.last_stats[blockIdx.x] = x, a.last_stats[GIVERS + blockIdx.x] = squares;
+    }
+  }
+  note(a, s);  // published
 }
 
 // -- Attention -----------------------------------------------------------------------------------------------------
@@ -901,20 +957,11 @@ __device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& 
   constexpr int TILES = ratio(OWN ? least(SELF_RUN, SLOTS) : CROSS_RUN, 16 * WARPS);
   if (blockIdx.x >= HEADS * (OWN ? SELF_SPLITS : CROSS_SPLITS)) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int head = blockIdx.x % HEADS, split = blockIdx.x / HEADS;
+  const int head = blockIdx.x % HEADS;
   const Span span = keys_of(OWN, s.slot);
-  const u64* p = a.table + layer * POINTERS;
-  const u16* keys = (const u16*)p[OWN ? KEYS : CROSS_KEYS] + (long long)head * (OWN ? SLOTS : SOURCE) * 64;
-  const u16* values = (const u16*)p[OWN ? VALUES : CROSS_VALUES] + (long long)head * (OWN ? SLOTS : SOURCE) * 64;
-  u16* to = (OWN ? a.own_runs : a.cross_runs) + (head * 8 + split) * 64;
-  float2* top_to = (OWN ? a.own_tops : a.cross_tops) + head * 8 + split;
-  if (OWN && span.count <= 0) {
-    // Nothing written yet behind the first run: say so, so that tags go on alternating.
-    if (threadIdx.x < 8) poke16(to + 8 * threadIdx.x, {s.tag, 0, 0, 0});
-    if (threadIdx.x == 0) poke8(top_to, {tagged(__float_as_uint(NOTHING), s.tag), 0});
-    return;
-  }
-
+  if (OWN && span.count <= 0) return;
+  const u16* keys = (const u16*)sh.caches[layer][OWN ? 0 : 2] + (long long)head * (OWN ? SLOTS : SOURCE) * 64;
+  const u16* values = (const u16*)sh.caches[layer][OWN ? 1 : 3] + (long long)head * (OWN ? SLOTS : SOURCE) * 64;
   // Keys as the tensor cores take them, a lane two rows of a tile; values as vectors of eight, a lane four rows.
   uint4 k[TILES][2][2], v[TILES][4];
   bool seen[TILES][2];
@@ -924,7 +971,7 @@ __device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& 
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int key = begin + 8 * half + g, at = span.first + least(key, span.count - 1);
-      seen[tile][half] = key < span.count && (!OWN || a.valid[at]);
+      seen[tile][half] = key < span.count && (!OWN || sh.valid[at]);
 #pragma unroll
       for (int i = 0; i < 2; i++) k[tile][half][i] = fetch16(keys + at * 64 + 32 * i + 8 * t);
     }
@@ -937,6 +984,7 @@ __device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& 
     }
   }
 
+  note(a, s);  // keys asked for
   // The query: halves in the first column, remainders in the second. In self-attention, the newest key and value.
   uint4 q[2] = {}, new_k[2][2] = {}, new_v[2] = {};
   const int newest = s.slot - span.first;
@@ -1036,16 +1084,34 @@ __device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& 
   const int pair_at = lane % 8 * 8 + lane / 8 * 2;
   *(float2*)&sh.runs[warp][pair_at] = {out[0], out[1]};
   if (lane == 0) sh.tops[warp] = best, sh.totals[warp] = total;
-  if (warp > 0) {
-    bar_arrive(3, THREADS);
+  __syncwarp();
+  bar_arrive(RUNS_THERE + OWN, 32 * (WARPS + 1));
+  note(a, s);  // run stored
+}
+
+// The run of all warps' keys, by the first finishing warp.
+template <bool OWN>
+__device__ __forceinline__ void finish_attention(const Arguments& a, State& s, Shared& sh) {
+  const int lane = threadIdx.x % 32;
+  if (blockIdx.x >= HEADS * (OWN ? SELF_SPLITS : CROSS_SPLITS) || threadIdx.x / 32 != FIRST_FINISHER) return;
+  const int head = blockIdx.x % HEADS, split = blockIdx.x / HEADS;
+  u16* to = (OWN ? a.own_runs : a.cross_runs) + ((lane / 8 * HEADS + head) * 8 + split) * 64 + lane % 8 * 8;
+  float2* top_to = (OWN ? a.own_tops : a.cross_tops) + (lane * HEADS + head) * 8 + split;
+  if (OWN && keys_of(OWN, s.slot).count <= 0) {
+    // Nothing written yet behind the first run: say so, so that tags go on alternating.
+    poke16(to, {s.tag, 0, 0, 0});
+    if (lane < COPIES) poke8(top_to, {tagged(__float_as_uint(NOTHING), s.tag), 0});
     return;
   }
-  bar_sync(3, THREADS);
-  best = NOTHING;
+  bar_sync(RUNS_THERE + OWN, 32 * (WARPS + 1));
+  note(a, s);  // all runs there
+  float best = NOTHING;
 #pragma unroll
-  for (int i = 0; i < WARPS; i++) best = fmaxf(best, sh.tops[i]);
-  float all[8] = {};
-  total = 0;
+  for (int i = 0; i < WARPS / 4; i++) {
+    const float4 four = *(const float4*)&sh.tops[4 * i];
+    best = fmaxf(fmaxf(best, fmaxf(four.x, four.y)), fmaxf(four.z, four.w));
+  }
+  float all[8] = {}, total = 0;
 #pragma unroll
   for (int i = 0; i < WARPS / 4; i++) {
     const int of = lane / 8 * (WARPS / 4) + i;
@@ -1053,47 +1119,63 @@ __device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& 
     total += weight * sh.totals[of];
 #pragma unroll
     for (int j = 0; j < 2; j++) {
-      u32 four[4];
-      load16(four, shared_address(&sh.runs[of][lane % 8 * 8 + 4 * j]));
-#pragma unroll
-      for (int e = 0; e < 4; e++) all[4 * j + e] += weight * __uint_as_float(four[e]);
+      const float4 four = *(const float4*)&sh.runs[of][lane % 8 * 8 + 4 * j];
+      all[4 * j] += weight * four.x, all[4 * j + 1] += weight * four.y;
+      all[4 * j + 2] += weight * four.z, all[4 * j + 3] += weight * four.w;
     }
   }
   gather(all);
   total += __shfl_xor_sync(~0u, total, 8);
   total += __shfl_xor_sync(~0u, total, 16);
-  const float inverse = 1.0f / fmaxf(total, 1e-30f);
-  u32 pair = pack(all[0] * inverse, all[1] * inverse), tail[3];
+  const float inverse = __fdividef(1.0f, fmaxf(total, 1e-30f));
+  u32 pair = pack(all[0] * inverse, all[1] * inverse), unit[4];
 #pragma unroll
-  for (int i = 0; i < 3; i++) tail[i] = __shfl_down_sync(~0u, pair, 8 * i + 8);
-  if (lane < 8) poke16(to + 8 * lane, {tagged(pair, s.tag), tail[0], tail[1], tail[2]});
-  if (lane == 0) poke8(top_to, {tagged(__float_as_uint(best), s.tag), __float_as_uint(total)});
+  for (int i = 0; i < 4; i++) unit[i] = __shfl_sync(~0u, pair, lane % 8 + 8 * i);
+  poke16(to, {tagged(unit[0], s.tag), unit[1], unit[2], unit[3]});
+  if (lane < COPIES) poke8(top_to, {tagged(__float_as_uint(best), s.tag), __float_as_uint(total)});
+  note(a, s);  // published
 }
 
 // -- The kernel ----------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void decode(const Arguments& a, Shared& sh, u32 memory, int slot) {
+// Uses of `stream` and of the other buffers are counted through the launches: the first finds the buffers zeroed.
+__device__ __forceinline__ State state_of(u32 launches, int slot) {
   State s;
-  s.memory = memory;
   s.slot = slot;
-  s.parity = 0;
-#ifdef MARKS
-  s.mark = 0;
-#endif
-  // Uses of `stream` and of the other buffers, counted through the launches: the first finds the buffers zeroed.
-  const u32 launches = *a.launches;
   s.stream_tag = (launches * (3 * LAYERS) + 1) & 1;
   s.tag = (launches * LAYERS + 1) & 1;
   s.residual = 0;
-  if (threadIdx.x < 32) {
+#ifdef MARKS
+  s.mark = 0;
+#endif
+  return s;
+}
+
+__device__ __forceinline__ void multiply_layers(const Arguments& a, State& s, Shared& sh) {
+#pragma unroll 1
+  for (int layer = 0; layer < LAYERS; layer++) {
+    product<QKV>(a, s, sh);
+    attention<true>(a, s, sh, layer);
+    product<OWN_OUT>(a, s, sh);
+    product<QUERY>(a, s, sh);
+    attention<false>(a, s, sh, layer);
+    product<CROSS_OUT>(a, s, sh);
+    product<FC1>(a, s, sh);
+    product<FC2>(a, s, sh);
+    s.tag ^= 1;
+  }
+}
+
+__device__ __forceinline__ void finish_layers(const Arguments& a, State& s, Shared& sh) {
+  if (threadIdx.x / 32 == FIRST_FINISHER) {
     const Span width = share(WIDTH, ROWS);
-    const int row = threadIdx.x / 2, n = width.first + row;
+    const int row = threadIdx.x % 32 / 2, n = width.first + row;
     const bool finishes = row < width.count;
     float gain = 0;
     if (finishes) {
-      const long long token = a.tokens[slot];
+      const long long token = a.tokens[s.slot];
       // A row that only pads the batch may hold anything.
-      const int position = most(slot - (int)*a.offset, 0);
+      const int position = most(s.slot - (int)*a.offset, 0);
       s.residual = widen(a.embedding[token * WIDTH + n]) + widen(a.positions[position * WIDTH + n]);
       gain = widen(a.first_gain[n]);
     }
@@ -1101,36 +1183,52 @@ __device__ __forceinline__ void decode(const Arguments& a, Shared& sh, u32 memor
   }
 #pragma unroll 1
   for (int layer = 0; layer < LAYERS; layer++) {
-    product<QKV>(a, s, sh, layer);
-    attention<true>(a, s, sh, layer);
-    product<OWN_OUT>(a, s, sh, layer);
-    product<QUERY>(a, s, sh, layer);
-    attention<false>(a, s, sh, layer);
-    product<CROSS_OUT>(a, s, sh, layer);
-    product<FC1>(a, s, sh, layer);
-    product<FC2>(a, s, sh, layer);
+    finish<QKV>(a, s, sh, layer);
+    finish_attention<true>(a, s, sh);
+    finish<OWN_OUT>(a, s, sh, layer);
+    finish<QUERY>(a, s, sh, layer);
+    finish_attention<false>(a, s, sh);
+    finish<CROSS_OUT>(a, s, sh, layer);
+    finish<FC1>(a, s, sh, layer);
+    finish<FC2>(a, s, sh, layer);
     s.tag ^= 1;
   }
-  if (blockIdx.x == 0 && threadIdx.x == 0) *a.launches = launches + 1;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + 128, 1) decode_layers(Arguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments a) {
   u8* memory = dynamic_shared();
   Shared& sh = *(Shared*)(memory + IN_RING * CHUNK);
   // Who has nothing to give to others leaves.
   if (share(WIDTH, ROWS).count <= 0 && share(FFN, ROWS_FFN).count <= 0) return;
   if (threadIdx.x < RINGS) {
     barrier_init(shared_address(&sh.full[threadIdx.x]), 1);
-    barrier_init(shared_address(&sh.empty[threadIdx.x]), WARPS);
+    barrier_init(shared_address(&sh.empty[threadIdx.x]), WARPS + FINISHERS);
     barrier_fence();
   }
   __syncthreads();
   const int slot = (int)*a.length - 1;
-  if (threadIdx.x >= THREADS) {
+  const u32 launches = *a.launches;
+  // What is needed of cold memory on the way, copied while the first weights come.
+  const int other = threadIdx.x < 32 * FETCHER ? threadIdx.x : threadIdx.x - 32;
+  if (threadIdx.x / 32 != FETCHER) {
+    constexpr int OTHERS = THREADS - 32;
+    for (int i = other; i < LAYERS * 4; i += OTHERS) sh.caches[i / 4][i % 4] = a.table[i / 4 * POINTERS + KEYS + i % 4];
+    for (int i = other; i < LAYERS * 3; i += OTHERS) sh.eps[i / 3][i % 3] = a.eps[i];
+    for (int i = other; i < SLOTS; i += OTHERS) sh.valid[i] = a.valid[i];
+  }
+  State s = state_of(launches, slot);
+  if (__shfl_sync(~0u, (int)threadIdx.x / 128, 0) == WARPS / 4) {
     few_registers();
-    if (threadIdx.x < THREADS + 32) fetch(a, sh, shared_address(memory), slot);
+    if (threadIdx.x / 32 == FETCHER) {
+      fetch(a, sh, shared_address(memory), slot);
+    } else {
+      bar_sync(TABLES, THREADS - 32);
+      finish_layers(a, s, sh);
+      if (blockIdx.x == 0 && threadIdx.x == 32 * FIRST_FINISHER) *a.launches = launches + 1;
+    }
   } else {
     many_registers();
-    decode(a, sh, shared_address(memory), slot);
+    bar_sync(TABLES, THREADS - 32);
+    multiply_layers(a, s, sh);
   }
 }

@@ -29,8 +29,9 @@ POINTERS = 40
 CAPABILITIES = (9, 0), (10, 0)
 _SOURCE = Path(__file__).with_suffix(".cu")
 _DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-# Of the kernel's own: keys of a run of self-attention.
+# The kernel's own: keys of a run of self-attention, and how often it publishes what every program reads.
 _SELF_RUN = 256
+_COPIES = 4
 
 
 def _ratio(a, b):
@@ -257,7 +258,7 @@ class _Kernel:
 
 
 def threads(shape):
-    """Threads of a program: those that compute, and four warps of which one fetches."""
+    """Threads of a program: those that multiply, and four warps that fetch and finish."""
     return 32 * shape.warps + 128
 
 
@@ -282,7 +283,9 @@ def work_space(shape, device):
     A session has its own; two launches with one of them must not overlap.
     """
     runs, tops = shape.heads * MAX_SPLITS * HEAD_DIM, shape.heads * MAX_SPLITS * 4
-    sizes = 2 * shape.width, 6 * shape.width, 2 * shape.width, 4 * shape.givers, runs, runs, tops, tops, shape.ffn
+    copied = 2 * shape.width, 4 * shape.givers, runs, runs, tops, tops, shape.ffn
+    stream, stats, *others = (_COPIES * size for size in copied)
+    sizes = stream, 6 * shape.width, 2 * shape.width, stats, *others
     words = [torch.zeros(size, dtype=torch.int16, device=device) for size in sizes]
     return [*words, torch.zeros(1, dtype=torch.int32, device=device)]
 
@@ -383,8 +386,7 @@ def pointer_table(rows):
     Args:
         rows: for each layer the 40 tensors in the order of the kernel's table: weights of query, key, value, output,
             cross query, cross output, fc1 and fc2, then their scales and zero points (None in 16 bits); constants and
-            folded vectors (`decode_linear.fold_norm`) of the products behind a layer norm; biases (or None) of the
-            three others, and the gains of the layer norms behind them; keys, values, cross keys and cross values.
+            folded vectors (`decode_linear.fold_norm`) of the products behind a layer norm; biases of the three others, and the gains of the layer norms behind them; keys, values, cross keys and cross values.
 
     Returns:
         int64 ``(layers, 40)`` on the tensors' device. It does not keep the tensors alive.
