@@ -191,11 +191,11 @@ class TritonEngine(EagerEngine):
         return session.engine_buffers["triton"]
 
     @staticmethod
-    def _programs(product, merges, rows):
+    def _programs(product, splits, rows):
         """Programs of a product, each of which leaves its sums for the layer norm that follows."""
         from .ops.decode_linear import plan_for
 
-        return plan_for(product.weights[0], merges=merges, rows=rows).programs(product.weights[0])
+        return plan_for(product.weights[0], splits=splits, rows=rows).programs(product.weights[0])
 
     def prepare(self, rows):
         buffers = self._buffers(rows.session)
@@ -372,7 +372,8 @@ class TritonEngine(EagerEngine):
             )
 
         def residual(x, product, next_norm, **options):
-            after = buffers.stats_for(self._programs(product, "lse" in options, count), count)
+            splits = x.shape[1] if "lse" in options else 0
+            after = buffers.stats_for(self._programs(product, splits, count), count)
             decode_linear(
                 stream,
                 x,

@@ -8,6 +8,10 @@ Activations in float32 are multiplied as the sum of two halves, ``x = high + low
 nothing is lost but what float32 itself would lose (bfloat16: 16 bits of the mantissa are kept). The row's inverse
 deviation is applied before: a residual stream that would leave float16's range then does not. Low-bit weights enter as
 integers, exact in either dtype, and scale and zero point are applied to each group's sum.
+
+Weights in half precision, with up to 16 rows, have a kernel of their own, in which nothing passes through shared
+memory but the sums of the warps. A sum does not mind the order of its terms: each thread of an operand is given those
+elements, of both factors, that it can load as one vector.
 """
 
 from typing import NamedTuple
@@ -189,6 +193,201 @@ def decode_dot_kernel(
         tl.store(out_ptr + wide + feature[None, :], gelu(y).to(out_ptr.dtype.element_ty), mask=stores)
     else:
         tl.store(out_ptr + wide + feature[None, :], (y * scale).to(out_ptr.dtype.element_ty), mask=stores)
+
+
+@triton.jit
+def _operand_rows(x, WARPS: tl.constexpr):
+    """`x`, as the threads have loaded it, as the left operand of a product over 32 elements a warp."""
+    # The lane in a quad, row, warp, half of the rows, half of the lane's eight, half of the four, element.
+    x = tl.reshape(x, (4, 8, WARPS, 2, 2, 2, 2))
+    return tl.reshape(tl.permute(x, (2, 3, 1, 4, 5, 0, 6)), (WARPS, 16, 32))
+
+
+@triton.jit
+def _operand_features(w, WARPS: tl.constexpr):
+    """The same for the right operand: eight features by 32 elements a warp."""
+    w = tl.reshape(w, (8, WARPS, 4, 2, 2, 2))
+    return tl.reshape(tl.permute(w, (1, 3, 4, 2, 5, 0)), (WARPS, 32, 8))
+
+
+@triton.jit
+def decode_direct_kernel(
+    out_ptr, x_ptr, lse_ptr, stats_ptr, folded_ptr, constant_ptr, keys_ptr, values_ptr, length_ptr,
+    gained_ptr, next_gain_ptr, next_stats_ptr,
+    w0_ptr, w1_ptr, w2_ptr, s0_ptr, s1_ptr, s2_ptr, z0_ptr, z1_ptr, z2_ptr,
+    scale, eps,
+    N: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    WARPS: tl.constexpr, GROUPS: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr,
+    SOURCE: tl.constexpr, EPILOGUE: tl.constexpr, SLOTS: tl.constexpr, STATS: tl.constexpr,
+    STATS_BLOCK: tl.constexpr, HALVES: tl.constexpr, WIDEN: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    let_successor_start(OVERLAP)
+    FEATURES: tl.constexpr = 8 * GROUPS
+    STEPS: tl.constexpr = K // (32 * WARPS)
+    start = tl.program_id(0) * FEATURES
+    part = start // N
+    w_ptr = w0_ptr
+    if PARTS == 3:
+        if part == 1:
+            w_ptr = w1_ptr
+        if part == 2:
+            w_ptr = w2_ptr
+    feature = start + tl.arange(0, FEATURES)
+    in_part = feature - part * N
+    exists = in_part < N
+    slot = 0
+    if EPILOGUE == 3:
+        slot = (tl.load(length_ptr) - 1).to(tl.int32)
+
+    # Everything that no kernel of this step writes. Of a tile, the compiler gives a warp's lanes to the elements first
+    # and then to the features, as the product will have it, and the warps to the middle.
+    lane = tl.arange(0, WARPS)[None, :, None] * 32 + tl.arange(0, 32)[None, None, :]
+    tiles = ()
+    for step in tl.static_range(AHEAD):
+        for group in tl.static_range(GROUPS):
+            n = tl.minimum(start - part * N + group + tl.arange(0, 8) * GROUPS, N - 1).to(tl.int64)
+            tiles = tiles + (tl.load(w_ptr + n[:, None, None] * K + step * (32 * WARPS) + lane),)
+    constant = tl.load(constant_ptr + feature, mask=exists, other=0.0).to(tl.float32)
+    if SOURCE == 0:
+        folded = tl.load(folded_ptr + feature, mask=exists, other=0.0)
+    if EPILOGUE == 2:
+        gain = tl.load(next_gain_ptr + feature, mask=exists, other=0.0).to(tl.float32)
+
+    wait_for_predecessor(OVERLAP)
+    row = tl.arange(0, 16)
+    if SOURCE == 0:
+        entry = tl.arange(0, STATS_BLOCK)[None, :]
+        sums_ptr = stats_ptr + tl.minimum(row, ROWS - 1)[:, None] * STATS + entry
+        sums = tl.load(sums_ptr, mask=entry < STATS, other=0.0)
+        squares = tl.load(sums_ptr + ROWS * STATS, mask=entry < STATS, other=0.0)
+    # Rows that only pad the operand repeat the last one, and are not written. A thread has eight elements of a row, in
+    # vectors of 16 bytes.
+    quad = tl.arange(0, 4)[:, None, None, None, None] * 8
+    warp = tl.arange(0, WARPS)[None, None, :, None, None] * 32
+    read = tl.arange(0, 8)[None, :, None, None, None] + tl.arange(0, 2)[None, None, None, :, None] * 8
+    at = tl.minimum(read, ROWS - 1) * K + quad + warp
+    if x_ptr.dtype.element_ty == tl.float32:
+        at = at[:, :, :, :, :, None] + tl.arange(0, 2)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    else:
+        at = at + tl.arange(0, 8)
+    activations = ()
+    for step in tl.static_range(EARLY):
+        activations = activations + (tl.load(x_ptr + at + step * (32 * WARPS)),)
+    stores = (row < ROWS)[:, None] & exists[None, :]
+    wide = row[:, None] * WIDE
+    if EPILOGUE == 2:
+        old = tl.load(out_ptr + wide + feature[None, :], mask=stores, other=0.0)
+    if SOURCE == 0:
+        mean = tl.sum(sums, axis=1) / K
+        inverse = tl.rsqrt(tl.maximum(tl.sum(squares, axis=1) / K - mean * mean, 0.0) + eps)
+    totals = ()
+    for _group in tl.static_range(GROUPS):
+        totals = totals + (tl.zeros([WARPS, 16, 8], tl.float32),)
+    for step in tl.static_range(STEPS):
+        if step < EARLY:
+            x = activations[step]
+        else:
+            x = tl.load(x_ptr + at + step * (32 * WARPS))
+        x = _operand_rows(x, WARPS)
+        if SOURCE == 0:
+            x = x * inverse[None, :, None]
+        high_x = x.to(w0_ptr.dtype.element_ty)
+        low_x = high_x
+        if HALVES:
+            low_x = (x.to(tl.float32) - high_x.to(tl.float32)).to(high_x.dtype)
+        if WIDEN:
+            # The interpreter has no product of bfloat16 matrices.
+            high_x = high_x.to(tl.float32)
+            low_x = low_x.to(tl.float32)
+        grown = ()
+        for group in tl.static_range(GROUPS):
+            if step < AHEAD:
+                tile = tiles[step * GROUPS + group]
+            else:
+                n = tl.minimum(start - part * N + group + tl.arange(0, 8) * GROUPS, N - 1).to(tl.int64)
+                tile = tl.load(w_ptr + n[:, None, None] * K + step * (32 * WARPS) + lane)
+            if WIDEN:
+                tile = tile.to(tl.float32)
+            tile = _operand_features(tile, WARPS)
+            total = tl.dot(high_x, tile, totals[group], input_precision="ieee")
+            if HALVES:
+                total = tl.dot(low_x, tile, total, input_precision="ieee")
+            grown = grown + (total,)
+        totals = grown
+    total = totals[0]
+    if GROUPS == 2:
+        total = tl.reshape(tl.join(totals[0], totals[1]), (WARPS, 16, FEATURES))
+    if GROUPS == 4:
+        total = tl.join(tl.join(totals[0], totals[2]), tl.join(totals[1], totals[3]))
+        total = tl.reshape(total, (WARPS, 16, FEATURES))
+    y = tl.sum(total, axis=0)
+
+    if SOURCE == 0:
+        y -= (mean * inverse)[:, None] * folded[None, :]
+    y += constant[None, :]
+    if EPILOGUE == 3:
+        if part == 0:
+            tl.store(out_ptr + wide + in_part[None, :], (y * scale).to(out_ptr.dtype.element_ty), mask=stores)
+        else:
+            heads: tl.constexpr = N // 64
+            head = (in_part // 64)[None, :]
+            place = ((row[:, None] * heads + head) * SLOTS + slot) * 64 + (in_part % 64)[None, :]
+            if part == 1:
+                tl.store(keys_ptr + place, y.to(keys_ptr.dtype.element_ty), mask=stores)
+            else:
+                tl.store(values_ptr + place, y.to(values_ptr.dtype.element_ty), mask=stores)
+    elif EPILOGUE == 2:
+        y += old
+        tl.store(out_ptr + wide + feature[None, :], y, mask=stores)
+        tl.store(gained_ptr + wide + feature[None, :], y * gain[None, :], mask=stores)
+        y = tl.where(stores, y, 0.0)
+        programs = tl.num_programs(0)
+        sums_ptr = next_stats_ptr + row * programs + tl.program_id(0)
+        tl.store(sums_ptr, tl.sum(y, axis=1), mask=row < ROWS)
+        tl.store(sums_ptr + ROWS * programs, tl.sum(y * y, axis=1), mask=row < ROWS)
+    elif EPILOGUE == 1:
+        tl.store(out_ptr + wide + feature[None, :], gelu(y).to(out_ptr.dtype.element_ty), mask=stores)
+    else:
+        tl.store(out_ptr + wide + feature[None, :], (y * scale).to(out_ptr.dtype.element_ty), mask=stores)
+
+
+class DirectPlan(NamedTuple):
+    """How a product without shared memory is cut up: 8 * `groups` features a program, elements shared by `warps`.
+
+    Of the steps in which a warp goes through its elements, the weights of `ahead` are read before the wait for the
+    predecessor, the activations of `early` before the layer norm's sums are added up. A thread has up to `registers`,
+    or what the compiler thinks best if that is 0.
+    """
+
+    groups: int
+    num_warps: int
+    ahead: int
+    early: int
+    registers: int
+
+    def programs(self, weight, parts=1):
+        return parts * triton.cdiv(weight.out_features, 8 * self.groups)
+
+
+def direct_plan_for(weight, parts=1, splits=0):
+    """The `DirectPlan` of a product of up to 16 rows with a `weight` in half precision, or None.
+
+    `splits`: runs of attention that it merges; of several only `decode_dot_kernel` can.
+    """
+    k, n = weight.in_features, weight.out_features
+    if weight.scales is not None or weight.values.element_size() != 2 or k % 32 or splits > 1:
+        return None
+    warps = 8
+    while k % (32 * warps):
+        warps //= 2
+    steps = k // (32 * warps)
+    groups = 4 if k <= 2048 and parts * n > 2048 else 2
+    while parts > 1 and n % (8 * groups):
+        groups //= 2
+    if steps * groups > 40:
+        return None
+    # With half the registers of a multiprocessor, the next product's program fetches its weights beside this one.
+    return DirectPlan(groups, warps, min(steps, 24 // groups), 1 if groups == 4 else 2, 128)
 
 
 class DotPlan(NamedTuple):

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .decode_dot import MAX_ROWS, decode_dot_kernel, dot_plan_for
+from .decode_dot import MAX_ROWS, DirectPlan, decode_direct_kernel, decode_dot_kernel, direct_plan_for, dot_plan_for
 from .launch import digit, gelu, interpreted, let_successor_start, options, start, wait_for_predecessor
 from .packing import PLANES, plane_width, unpack
 
@@ -290,13 +290,16 @@ class Plan(NamedTuple):
         return parts * triton.cdiv(weight.out_features, self.group_rows * self.groups)
 
 
-def plan_for(weight, parts=1, merges=False, rows=1):
-    """The `Plan` or `DotPlan` of a product of `rows` with `weight`, or with `parts` of its shape.
+def plan_for(weight, parts=1, splits=0, rows=1):
+    """The `Plan`, `DirectPlan` or `DotPlan` of a product of `rows` with `weight`, or with `parts` of its shape.
 
-    `merges`: of attention's runs. Up to FEW_ROWS are multiplied one by one, more on the tensor cores.
+    `splits`: runs of attention that it merges, if it does. Up to FEW_ROWS are multiplied one by one, more on the
+    tensor cores.
     """
+    merges = splits > 0
     if rows > FEW_ROWS:
-        return dot_plan_for(weight, parts)
+        direct = direct_plan_for(weight, parts, splits) if rows <= 16 else None
+        return direct or dot_plan_for(weight, parts)
     k = weight.in_features
     num_warps = 8 if k > 2048 else 4
     # A thread that merges runs has several values to fetch for each activation, and one that unpacks integers works
@@ -428,7 +431,7 @@ def _launch_decode_linear(
     )
     parts, rows = len(weights), out.shape[0]
     n, k = weight.out_features, weight.in_features
-    plan = plan_for(weight, parts, lse is not None, rows)
+    plan = plan_for(weight, parts, 0 if lse is None else x.shape[1], rows)
     if scales:
         plane = PLANES[bits][0]
         packing = {
@@ -469,6 +472,26 @@ def _launch_decode_linear(
         **packing,
         **options(x.device, plan.num_warps),
     }
+    if isinstance(plan, DirectPlan):
+        for unused in (*packing, "STRIDE", "SPLITS", "SPLIT_SIZE"):
+            del sizes[unused]
+        start(
+            decode_direct_kernel,
+            (programs,),
+            *read,
+            *written,
+            *matrices,
+            WARPS=plan.num_warps,
+            GROUPS=plan.groups,
+            AHEAD=plan.ahead,
+            EARLY=plan.early,
+            STATS_BLOCK=triton.next_power_of_2(stats_count),
+            HALVES=x.dtype != weights[0].dtype,
+            WIDEN=interpreted(),
+            **sizes,
+            **({"maxnreg": plan.registers} if plan.registers and not interpreted() else {}),
+        )
+        return
     if rows > FEW_ROWS:
         # Two programs of eight warps to a multiprocessor, one of them reading while the other multiplies.
         limit = {"maxnreg": 128} if plan.features == 32 and rows <= 16 and not scales and not interpreted() else {}
