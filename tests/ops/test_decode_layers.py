@@ -175,7 +175,7 @@ SMALL = ops.Shape(128, 512, 2, 300, 50, False, 16, 0, 12, 120_000, 16)
         {"bits": 8, "group_size": 64, "bfloat16": True},
         {"bits": 3, "group_size": 32, "warps": 8},
         {"bits": 2, "group_size": 16},
-        {"bits": 1.58, "group_size": 16, "width": 192, "ffn": 768, "programs": 16},
+        {"bits": 1.58, "group_size": 16},
     ],
     ids=lambda changes: "-".join(f"{name}={value}" for name, value in changes.items()) or "float16",
 )

@@ -110,7 +110,8 @@ __device__ __forceinline__ void few_registers() {
 }
 __device__ __forceinline__ void many_registers() {
 #if __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WARPS == 8 ? 224 : 112));
+  // All warps together have no more than the launch gave them: 5 * 96 or 3 * 168 to a scheduler.
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WARPS == 8 ? 216 : 104));
 #endif
 }
 __device__ __forceinline__ float exp2_fast(float x) {
@@ -206,6 +207,8 @@ constexpr int RUN_BYTES = BITS == 16 ? 64 : 32;
 constexpr bool even(int depth) { return plane(depth) % 32 == 0 && depth == plane(depth) * DIGITS; }
 // A run's element and the bytes in front of it do not cross from one high plane's digit to the next.
 static_assert(BITS != 3 || WIDTH % 128 == 0 && FFN % 128 == 0, "");
+// A block of attention's result lies within a head.
+static_assert(plane(WIDTH) % 32 == 0, "");
 
 // What is fetched at a time, a chunk: ROWS rows, for FFN elements a part of each that has `PART` turns of the warps.
 constexpr bool PARTED = BITS == 16 || BITS == 8 || BITS == 4;

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .packing import plane_width
+from .packing import PLANES, plane_width
 
 
 HEAD_DIM = 64
@@ -29,9 +29,11 @@ POINTERS = 40
 CAPABILITIES = (9, 0), (10, 0)
 _SOURCE = Path(__file__).with_suffix(".cu")
 _DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-# The kernel's own: keys of a run of self-attention, and how often it publishes what every program reads.
+# The kernel's own: keys of a run of self-attention, how often it publishes what every program reads,
+# and its warps that finish what is multiplied, sixteen features each.
 _SELF_RUN = 256
 _COPIES = 4
+_FINISHERS = 3
 
 
 def _ratio(a, b):
@@ -113,6 +115,8 @@ def why_not(shape):
         return "heads are of 64 dimensions, and decoder_ffn_dim is a multiple of 64"
     if shape.rows > 16:
         return f"{shape.rows} features to a multiprocessor exceed the 16 of a tensor-core tile"
+    if _ratio(_ratio(_ratio(shape.ffn, 8 * shape.programs) * 8, shape.rows) * shape.rows, 16) > _FINISHERS:
+        return f"decoder_ffn_dim {shape.ffn} is too much for {shape.programs} multiprocessors"
     splits = max(1, _ratio(shape.slots, _SELF_RUN))
     if shape.heads * splits > shape.givers or splits > MAX_SPLITS or not shape.cross_splits:
         return f"{shape.heads} heads are too many for {shape.programs} multiprocessors"
@@ -121,10 +125,8 @@ def why_not(shape):
     if shape.bits != 16:
         if shape.group_size % 16:
             return f"group_size {shape.group_size} is no multiple of 16"
-        # Eight neighbouring elements have one scale, wherever a plane begins.
-        for depth in (shape.width, shape.ffn):
-            if shape.bits == 1.58 and depth % shape.group_size:
-                return f"group_size {shape.group_size} does not divide {depth}"
+        if plane_width(PLANES[shape.bits][0], shape.width) % 32:
+            return f"in {shape.bits} bits, a width of {shape.width} does not divide into runs of 32 bytes"
     return None
 
 
