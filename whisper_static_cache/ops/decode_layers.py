@@ -30,10 +30,11 @@ CAPABILITIES = (9, 0), (10, 0)
 _SOURCE = Path(__file__).with_suffix(".cu")
 _DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 # The kernel's own: keys of a run of self-attention, how often it publishes what every program reads,
-# and its warps that finish what is multiplied, sixteen features each.
+# its warps that finish what is multiplied, sixteen features each, and those that multiply.
 _SELF_RUN = 256
 _COPIES = 4
 _FINISHERS = 3
+_WARPS = 16
 
 
 def _ratio(a, b):
@@ -58,7 +59,6 @@ class Shape(NamedTuple):
     group_size: int
     programs: int
     memory: int
-    warps: int = 16
 
     @property
     def heads(self):
@@ -83,7 +83,7 @@ class Shape(NamedTuple):
         return splits
 
 
-def shape_for(config, cache_layer, weight, device, warps=16):
+def shape_for(config, cache_layer, weight, device):
     """The `Shape` of a model's step on `device`.
 
     Args:
@@ -91,7 +91,6 @@ def shape_for(config, cache_layer, weight, device, warps=16):
         cache_layer: the buffers of a layer of the cache.
         weight: a `decode_linear.Weight` of the decoder.
         device: a CUDA device.
-        warps: 8 or 16.
     """
     properties = torch.cuda.get_device_properties(device)
     return Shape(
@@ -105,7 +104,6 @@ def shape_for(config, cache_layer, weight, device, warps=16):
         weight.group_size,
         properties.multi_processor_count,
         properties.shared_memory_per_block_optin,
-        warps,
     )
 
 
@@ -182,7 +180,6 @@ def definitions(shape):
         "BF16": int(shape.bfloat16),
         "BITS": 158 if shape.bits == 1.58 else int(shape.bits),
         "GROUP": max(shape.group_size, 1),
-        "WARPS": shape.warps,
         "PROGRAMS": shape.programs,
         "MEMORY": shape.memory,
     }
@@ -251,7 +248,7 @@ class _Kernel:
         status = self._driver.cuLaunchCooperativeKernel(
             self._function,
             *(self._shape.programs, 1, 1),
-            *(threads(self._shape), 1, 1),
+            *(threads(), 1, 1),
             self._shape.memory,
             ctypes.c_void_p(stream),
             parameters,
@@ -259,9 +256,9 @@ class _Kernel:
         _check(self._driver, status, "launching decode_layers")
 
 
-def threads(shape):
+def threads():
     """Threads of a program: those that multiply, and four warps that fetch and finish."""
-    return 32 * shape.warps + 128
+    return 32 * (_WARPS + 4)
 
 
 @functools.cache
@@ -322,7 +319,6 @@ def decode_layers(
     ffn: int,
     bits: float,
     group_size: int,
-    warps: int,
 ) -> None:
     """The decoder from the newest token's embedding to the last layer norm, for one row.
 
@@ -343,7 +339,6 @@ def decode_layers(
         scale: factor of the queries.
         ffn: width of the feed-forward layer.
         bits, group_size: of the weights, 16 and 0 where they are not quantised.
-        warps: 8 or 16 that compute.
     """
     properties = torch.cuda.get_device_properties(gained.device)
     shape = Shape(
@@ -357,7 +352,6 @@ def decode_layers(
         group_size,
         properties.multi_processor_count,
         properties.shared_memory_per_block_optin,
-        warps,
     )
     arguments = arguments_for(
         gained,
