@@ -13,8 +13,8 @@
 //
 // Built by NVRTC without headers. Constants that the launcher defines:
 //   WIDTH, FFN, HEADS (of 64), LAYERS, SLOTS, SOURCE (keys of cross-attention), CROSS_SPLITS (programs to a head, at
-//   most 8), BF16 (0 or 1), BITS (16, 8, 4, 3, 2, or 158 for 1.58), GROUP (of the quantisation), PROGRAMS, MEMORY
-//   (bytes of shared memory).
+//   most 8), BF16 (0 or 1), BITS (16, 8, 4, 3, 2, or 158 for 1.58), GROUP (of the quantisation), WARPS (8 or 16 that
+//   multiply), PROGRAMS, MEMORY (bytes of shared memory).
 //
 // Why every buffer can be used again without being cleared: a program that writes the next result into a buffer holds
 // values that depend on every reader's having read the last one. Layer by layer: all of `stream` was read before any
@@ -93,13 +93,16 @@ __device__ __forceinline__ bool barrier_try(u32 at, u32 parity) {
   return done;
 }
 __device__ __forceinline__ void copy_async(u32 to, const void* from, u32 bytes, u32 barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(to),
-               "l"(from), "r"(bytes), "r"(barrier) : "memory");
+  // Weights are read once a step, and are more than the L2 cache holds: what else is in there should stay.
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0,1.0;" : "=l"(policy));
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0],[%1],%2,[%3],%4;"
+               ::"r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
 }
 // Which thread and program this is, asked for anew wherever it is used: the compiler would compute all that follows from
 // it once for all layers, have no registers for so much, and load it from memory time and again.
-__device__ __forceinline__ int thread() {
-  int t;
+__device__ __forceinline__ u32 thread() {
+  u32 t;
   asm volatile("mov.u32 %0,%%tid.x;" : "=r"(t));
   return t;
 }
@@ -124,18 +127,23 @@ __device__ __forceinline__ void trap() { asm volatile("st.global.u32 [%0],%1;" :
 // Warps that fetch and finish need few registers, the others many: an even share would not hold a product's weights.
 __device__ __forceinline__ void few_registers() {
 #if __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(WARPS == 8 ? 72 : 64));
 #endif
 }
 __device__ __forceinline__ void many_registers() {
 #if __CUDA_ARCH_FEAT_SM90_ALL
-  // All warps together have no more than the launch gave them, 5 * 96 to a scheduler.
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(104));
+  // All warps together have no more than the launch gave them: 3 * 168 or 5 * 96 to a scheduler.
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WARPS == 8 ? 216 : 104));
 #endif
 }
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
   return y;
 }
 __device__ __forceinline__ float rsqrt_fast(float x) { return rsqrtf(x); }
@@ -184,7 +192,7 @@ __device__ __forceinline__ u32 half_mul(u32 a, u32 b) {
 }
 
 #else
-#define thread() ((int)threadIdx.x)
+#define thread() ((u32)threadIdx.x)
 #define program() ((int)blockIdx.x)
 #define keep_order()
 #endif  // EMULATED
@@ -204,7 +212,7 @@ __device__ __forceinline__ float high_of(u32 pair) { return widen((u16)(pair >> 
 
 constexpr float NOTHING = -1e30f, LOG2E = 1.4426950408889634f;
 constexpr float SHRINK = 1.0f / 16, GROW = 16.0f;  // Keeps activations times gains far from float16's largest number.
-constexpr int WARPS = 16;
+static_assert(WARPS == 8 || WARPS == 16, "");
 // Warps that multiply, one that fetches, and those that finish what is multiplied, sixteen features each.
 constexpr int FETCHER = WARPS, FIRST_FINISHER = WARPS + 1, FINISHERS = 3, THREADS = 32 * (WARPS + 4);
 
@@ -284,7 +292,7 @@ constexpr int CROSS_RUN = ratio(SOURCE, CROSS_SPLITS);
 static_assert(HEADS * SELF_SPLITS <= GIVERS && SELF_SPLITS <= 8 && (CROSS_SPLITS - 1) * CROSS_RUN < SOURCE, "");
 
 constexpr int RINGS = 16;  // Chunks in flight, at most.
-constexpr int SUMS = WARPS + 8;  // Floats from one row's sums to the next: lanes meet no bank twice.
+constexpr int SUMS = WARPS == 8 ? 8 : 24;  // Floats from one row's sums to the next: lanes meet no bank twice.
 static_assert(finishers(QKV) <= FINISHERS && finishers(FC1) <= FINISHERS, "");
 // Named barriers: one for each product and attention, of those that multiply with those that finish.
 enum { TABLES = 1, STEP_DONE = 2 };
@@ -314,7 +322,7 @@ struct Arguments {
   u16 *heads, *query;    // [2][3 WIDTH], [2][WIDTH], likewise.
   float2* stats;         // [COPIES][GIVERS]: of the rows of each, sum and sum of squares.
   u16 *own_runs, *cross_runs;     // [COPIES][HEADS][8][64]
-  float2 *own_tops, *cross_tops;  // [COPIES][HEADS][8]: the largest score, and the sum of exponentials.
+  float *own_logs, *cross_logs;   // [COPIES][HEADS][8]: the logarithms (of base 2) of the sums of exponentials.
   u16* hidden;           // [COPIES][FFN]
   u32* launches;
   const long long *tokens, *length, *offset;
@@ -599,10 +607,14 @@ __device__ __forceinline__ int take(Shared& sh, Cursor& cursor, int chunks) {
 __device__ __forceinline__ void release(Shared& sh, int place, int chunks) {
   __syncwarp();
   const int lane = thread() % 32;
-  if (lane < chunks) barrier_arrive(shared_address(&sh.empty[(place + lane) % IN_RING]));
+  const int at = place + lane;
+  if (lane < chunks) barrier_arrive(shared_address(&sh.empty[at < IN_RING ? at : at - IN_RING]));
 }
 
-__device__ __forceinline__ u32 base_of(int place, int chunk) { return (place + chunk) % IN_RING * CHUNK; }
+__device__ __forceinline__ u32 base_of(u32 place, u32 chunk) {
+  const u32 at = place + chunk;
+  return (at < IN_RING ? at : at - IN_RING) * CHUNK;
+}
 
 // Eight weights of one row: `row` and `meta` are where the row and its scales begin, `at` the bytes of the lane's part
 // of the run behind the former, `element` the first of the eight.
@@ -627,22 +639,27 @@ __device__ __forceinline__ void load_block(u32 (&w)[4], u32 row, u32 meta, int a
   }
 }
 
-__device__ __forceinline__ void multiply_rows(float (&c)[4], const u32 (&upper)[4], const u32 (&lower)[4],
-                                              const uint4& x) {
-  multiply(c, upper[0], lower[0], upper[1], lower[1], x.x, x.y);
-  multiply(c, upper[2], lower[2], upper[3], lower[3], x.z, x.w);
+// A lane's eight elements of a row are all four registers of a tensor-core operand: the instruction takes the first and
+// third pair for elements of row g, the second and fourth for elements of row g + 8. With the first and third pair of
+// activations in an even column and the others in the odd one behind it, the sum of c[0] and c[3] is the row's.
+__device__ __forceinline__ void multiply_row(float (&c)[4], const u32 (&w)[4], u32 x0, u32 x1) {
+  multiply(c, w[0], w[1], w[2], w[3], x0, x1);
+}
+__device__ __forceinline__ void multiply_row(float (&c)[4], const uint4& w, u32 x0, u32 x1) {
+  multiply(c, w.x, w.y, w.z, w.w, x0, x1);
 }
 
 // What is multiplied with `WIDTH` elements. A warp takes `TURNS` runs, and of each row a block for each of their digits.
 constexpr int TURNS = turns(WIDTH), BLOCKS = TURNS * DIGITS;
 constexpr int MOST_HALVES = ratio(most(3, FFN_CHUNKS) * ROWS, 8);  // Eights of rows.
 // Eights that are held in registers while their activations are waited for. The others are unpacked afterwards.
-constexpr int HALVES = least(MOST_HALVES, most((BITS == 16 ? 48 : 64) / (4 * BLOCKS), 2)), TILES = ratio(HALVES, 2);
+constexpr int HALVES = least(MOST_HALVES, most((WARPS == 8 ? 128 : BITS == 16 ? 60 : 48) / (4 * BLOCKS), 2));
 static_assert(ROWS <= 8 * HALVES, "");
 
 // A product with the stream or with attention's result. This warp's share of every sum goes to shared memory.
 __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh, int step) {
-  const int warp = thread() / 32, lane = thread() % 32, g = lane / 4, t = lane % 4;
+  const u32 id = thread();
+  const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4;
   const int chunks = chunks_of(step), rows_there = chunks * ROWS, halves = (rows_there + 7) / 8;
   // A warp that has no run in its first turn waits for the first run's activations all the same, and multiplies them
   // by zeros: it would run ahead of the barriers otherwise.
@@ -658,7 +675,7 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
   note(a, s);  // chunks there
   const int misplaced = program() * (step == FC1 ? ROWS_FFN : ROWS) * (groups(WIDTH) * 2);
   auto row_of = [&](int half, u32& row, u32& meta) {
-    const int of = least(8 * half + g, rows_there - 1), chunk = of / ROWS, in_chunk = of - chunk * ROWS;
+    const u32 of = least(8 * half + g, rows_there - 1), chunk = of / ROWS, in_chunk = of - chunk * ROWS;
     const u32 base = base_of(place, chunk);
     row = base + in_chunk * stride(WIDTH);
     const int first = misplaced + (step == FC1 ? chunk * (ROWS * groups(WIDTH) * 2) : 0);
@@ -677,73 +694,81 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
   };
   u32 kept[HALVES][BLOCKS][4];
 #pragma unroll
-  for (int h = 0; h < HALVES; h++)
+  for (int h = 0; h < HALVES; h++) {
+    // Written whatever the step, or the registers would be thought in use through all the others.
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) kept[h][b][0] = kept[h][b][1] = kept[h][b][2] = kept[h][b][3] = 0;
     if (h < halves) {
       u32 row, meta;
       row_of(h, row, meta);
       load_row(kept[h], row, meta);
     }
+  }
   if (halves <= HALVES) release(sh, place, chunks);
   note(a, s);  // weights in registers
 
-  // The activations. A lane holds those of column g: of the stream the halves in the first and the remainders in the
-  // second column, of attention a run in each.
+  // The activations. A lane holds those of column g: of the stream the halves in the first two and the remainders in the
+  // next two columns, of attention a run in two columns each.
   const int copy = program() % COPIES;
   const int side = side_of(step);
   if (from_stream(step)) {
     constexpr int EACH = ratio(GIVERS, WARPS);
     const int giver = warp * EACH + lane;
-    const bool gives = lane < EACH && giver < GIVERS;
-    const u16* stream = a.stream + (2 * copy + (g & 1)) * WIDTH;
+    const float2* stats = a.stats + copy * GIVERS + giver;
+    const u16* stream = a.stream + (2 * copy + (g >> 1 & 1)) * WIDTH;
     uint4 units[BLOCKS];
-    uint2 both = {};
     u32 missing = 0;
-    if (gives) missing = 1u << BLOCKS;
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) {
       const int in = in_plane[b / DIGITS], element = b % DIGITS * plane(WIDTH) + in;
       units[b] = {};
-      if (g < 2 && in < plane(WIDTH) && element < WIDTH) missing |= 1u << b;
+      if (g < 4 && in < plane(WIDTH) && element < WIDTH) missing |= 1u << b;
     }
     Patience patience;
     do {
 #pragma unroll
       for (int b = 0; b < BLOCKS; b++)
         if (missing >> b & 1) units[b] = peek16(stream + b % DIGITS * plane(WIDTH) + in_plane[b / DIGITS]);
-      if (missing >> BLOCKS & 1) both = peek8(a.stats + copy * GIVERS + giver);
 #pragma unroll
       for (int b = 0; b < BLOCKS; b++)
         if (all_fresh(units[b], s.stream_tag)) missing &= ~(1u << b);
-      if (fresh(both.x, s.stream_tag)) missing &= ~(1u << BLOCKS);
       patience.spend();
     } while (__any_sync(~0u, missing));
     note(a, s);  // activations there
-    u32 nothing[4] = {};
+    u32 y[BLOCKS][2];
 #pragma unroll
-    for (int tile = 0; tile < TILES; tile++)
-      if (2 * tile < halves) {
-        float c[4] = {};
+    for (int b = 0; b < BLOCKS; b++) {
+      y[b][0] = g & 1 ? units[b].y : units[b].x;
+      y[b][1] = g & 1 ? units[b].w : units[b].z;
+    }
+    auto sum_up = [&](int half, const u32(&w)[BLOCKS][4]) {
+      float c[4] = {};
 #pragma unroll
-        for (int b = 0; b < BLOCKS; b++)
-          multiply_rows(c, kept[2 * tile][b], 2 * tile + 1 < HALVES ? kept[least(2 * tile + 1, HALVES - 1)][b] : nothing,
-                        units[b]);
-        if (t == 0) {
-          sh.sums[side][16 * tile + g][warp] = c[0] + c[1];
-          if (2 * tile + 1 < HALVES) sh.sums[side][16 * tile + 8 + g][warp] = c[2] + c[3];
-        }
-      }
+      for (int b = 0; b < BLOCKS; b++) multiply_row(c, w[b], y[b][0], y[b][1]);
+      // Halves in the first lane of four, remainders in the second.
+      const float sum = c[0] + c[3], rest = __shfl_down_sync(~0u, sum, 1);
+      if (t == 0) sh.sums[side][8 * half + g][warp] = sum + rest;
+    };
+#pragma unroll
+    for (int h = 0; h < HALVES; h++)
+      if (h < halves) sum_up(h, kept[h]);
     if (halves > HALVES) {
 #pragma unroll 1
       for (int h = HALVES; h < halves; h++) {
         u32 row, meta, late[BLOCKS][4];
         row_of(h, row, meta);
         load_row(late, row, meta);
-        float c[4] = {};
-#pragma unroll
-        for (int b = 0; b < BLOCKS; b++) multiply_rows(c, late[b], nothing, units[b]);
-        if (t == 0) sh.sums[side][8 * h + g][warp] = c[0] + c[1];
+        sum_up(h, late);
       }
       release(sh, place, chunks);
+    }
+    // The moments come a little later than the stream, and are needed only now.
+    uint2 both = {};
+    bool waits = lane < EACH && giver < GIVERS;
+    while (__any_sync(~0u, waits)) {
+      if (waits) both = peek8(stats);
+      if (fresh(both.x, s.stream_tag)) waits = false;
+      patience.spend();
     }
     float2 moments = {__uint_as_float(both.x), __uint_as_float(both.y)};
 #pragma unroll
@@ -756,58 +781,80 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
     const bool own = step == OWN_OUT;
     const int splits = own ? SELF_SPLITS : CROSS_SPLITS;
     const u16* runs_from = (own ? a.own_runs : a.cross_runs) + copy * (HEADS * 8 * 64);
-    const float2* tops_from = (own ? a.own_tops : a.cross_tops) + copy * (HEADS * 8) + 2 * t;
-    uint4 units[BLOCKS], tops[BLOCKS];
+    const float* logs_from = (own ? a.own_logs : a.cross_logs) + copy * (HEADS * 8) + t;
+    // Two columns to a run: the first four in one product, the others in a second. A lane gets the sums of run t and of
+    // run t + 4.
+    constexpr int SETS = most(SELF_SPLITS, CROSS_SPLITS) > 4 ? 2 : 1;
+    uint4 units[BLOCKS][SETS];
+    u32 logs[BLOCKS][SETS];
     u32 missing = 0;
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) {
       const int in = in_plane[b / DIGITS], element = b % DIGITS * plane(WIDTH) + in;
-      units[b] = tops[b] = {};
-      if (in < plane(WIDTH) && element < WIDTH) missing |= (g < splits ? 1u << b : 0) | 256u << b;
+      const bool inside = in < plane(WIDTH) && element < WIDTH;
+#pragma unroll
+      for (int set = 0; set < SETS; set++) {
+        units[b][set] = {};
+        logs[b][set] = __float_as_uint(NOTHING);
+        if (inside && 4 * set + g / 2 < splits) missing |= 1u << (2 * b + set);
+        if (inside && 4 * set + t < splits) missing |= 65536u << (2 * b + set);
+      }
     }
     Patience patience;
     do {
 #pragma unroll
       for (int b = 0; b < BLOCKS; b++) {
         const int element = b % DIGITS * plane(WIDTH) + in_plane[b / DIGITS], head = element / 64;
-        if (missing >> b & 1) units[b] = peek16(runs_from + (head * 8 + g) * 64 + element % 64);
-        if (missing >> (8 + b) & 1) tops[b] = peek16(tops_from + head * 8);
+#pragma unroll
+        for (int set = 0; set < SETS; set++) {
+          if (missing >> (2 * b + set) & 1)
+            units[b][set] = peek16(runs_from + (head * 8 + 4 * set + g / 2) * 64 + element % 64);
+          if (missing >> (16 + 2 * b + set) & 1) logs[b][set] = peek4(logs_from + head * 8 + 4 * set);
+        }
       }
 #pragma unroll
-      for (int b = 0; b < BLOCKS; b++) {
-        if (fresh(units[b].x, s.tag)) missing &= ~(1u << b);
-        if ((2 * t >= splits || fresh(tops[b].x, s.tag)) && (2 * t + 1 >= splits || fresh(tops[b].z, s.tag)))
-          missing &= ~(256u << b);
-      }
+      for (int b = 0; b < BLOCKS; b++)
+#pragma unroll
+        for (int set = 0; set < SETS; set++) {
+          if (fresh(units[b][set].x, s.tag)) missing &= ~(1u << (2 * b + set));
+          if (fresh(logs[b][set], s.tag)) missing &= ~(65536u << (2 * b + set));
+        }
       patience.spend();
     } while (__any_sync(~0u, missing));
     note(a, s);  // activations there
-    // Columns 2 t and 2 t + 1 are in this lane: two runs of the head that the block belongs to. Its sums get their shares.
-    float upper = 0, lower = 0;
+    float sums[2] = {};
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) {
-      float c[4] = {};
-      multiply_rows(c, kept[0][b], kept[1][b], units[b]);
-      const float top0 = 2 * t < splits ? __uint_as_float(tops[b].x) : NOTHING;
-      const float top1 = 2 * t + 1 < splits ? __uint_as_float(tops[b].z) : NOTHING;
-      float best = fmaxf(top0, top1);
+      // Each run's share of the head that the block belongs to.
+      float best = __uint_as_float(logs[b][0]), share[SETS], all = 0;
+      if (SETS == 2) best = fmaxf(best, __uint_as_float(logs[b][SETS - 1]));
       best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
       best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
-      const float share0 = 2 * t < splits ? exp2_fast(top0 - best) * __uint_as_float(tops[b].y) : 0;
-      const float share1 = 2 * t + 1 < splits ? exp2_fast(top1 - best) * __uint_as_float(tops[b].w) : 0;
-      float all = share0 + share1;
+#pragma unroll
+      for (int set = 0; set < SETS; set++) {
+        share[set] = exp2_fast(__uint_as_float(logs[b][set]) - best);
+        all += share[set];
+      }
       all += __shfl_xor_sync(~0u, all, 1);
       all += __shfl_xor_sync(~0u, all, 2);
       const float inverse = __fdividef(1.0f, fmaxf(all, 1e-30f));
-      upper += (c[0] * share0 + c[1] * share1) * inverse;
-      lower += (c[2] * share0 + c[3] * share1) * inverse;
+#pragma unroll
+      for (int set = 0; set < SETS; set++) {
+        const uint4& unit = units[b][set];
+        const u32 x0 = g & 1 ? unit.y : unit.x, x1 = g & 1 ? unit.w : unit.z;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          float c[4] = {};
+          multiply_row(c, kept[half][b], x0, x1);
+          sums[half] += (c[0] + c[3]) * (share[set] * inverse);
+        }
+      }
     }
 #pragma unroll
-    for (int step = 1; step < 4; step *= 2) {
-      upper += __shfl_xor_sync(~0u, upper, step);
-      lower += __shfl_xor_sync(~0u, lower, step);
-    }
-    if (t == 0) sh.sums[side][g][warp] = upper, sh.sums[side][8 + g][warp] = lower;
+    for (int step = 1; step < 4; step *= 2)
+#pragma unroll
+      for (int half = 0; half < 2; half++) sums[half] += __shfl_xor_sync(~0u, sums[half], step);
+    if (t == 0) sh.sums[side][g][warp] = sums[0], sh.sums[side][8 + g][warp] = sums[1];
     s.stream_tag ^= 1;
   }
   __syncwarp();
@@ -819,8 +866,9 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
 __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, Shared& sh) {
   constexpr int TURNS = turns(FFN), BLOCKS = TURNS * DIGITS, UNITS = ratio(BLOCKS * 4, 32), PLANE = plane(FFN);
   // Blocks held in registers.
-  constexpr int KEEP = least(BLOCKS, 8);
-  const int warp = thread() / 32, lane = thread() % 32, g = lane / 4, t = lane % 4;
+  constexpr int KEEP = least(BLOCKS, WARPS == 8 ? 18 : BITS == 16 ? 10 : 8);
+  const u32 id = thread();
+  const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4;
   const bool idle = runs(FFN) < WARPS && warp >= runs(FFN);
   const int place = take(sh, s.cursor, chunks_of(FC2));
   note(a, s);  // chunks there
@@ -875,24 +923,27 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
   u16* staged = sh.hidden[warp];
 #pragma unroll
   for (int i = 0; i < UNITS; i++)
-    if (i * 32 + lane < BLOCKS * 4) *(uint4*)&staged[(i * 32 + lane) * 8] = units[i];
+    // Pairs in the order of the columns: the first and third, then the others.
+    if (i * 32 + lane < BLOCKS * 4)
+      *(uint4*)&staged[(i * 32 + lane) * 8] = {units[i].x, units[i].z, units[i].y, units[i].w};
   __syncwarp();
   note(a, s);  // activations there
   float c[2][4] = {};
 #pragma unroll
   for (int b = 0; b < BLOCKS; b++) {
-    uint4 x = {};
     u32 late[2][4];
     keep_order();
-    if (g == 0) x = *(const uint4*)&staged[b * 32 + t * 8];
+    uint2 x = {};
+    if (g < 2) x = *(const uint2*)&staged[b * 32 + t * 8 + g * 4];
     if (b >= KEEP) load(late, b);
-    multiply_rows(c[b % 2], b < KEEP ? kept[least(b, KEEP - 1)][0] : late[0],
-                  b < KEEP ? kept[least(b, KEEP - 1)][1] : late[1], x);
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+      multiply_row(c[half], b < KEEP ? kept[least(b, KEEP - 1)][half] : late[half], x.x, x.y);
   }
   if (KEEP < BLOCKS) release(sh, place, chunks_of(FC2));
   if (t == 0) {
-    sh.sums[side_of(FC2)][g][warp] = c[0][0] + c[1][0];
-    sh.sums[side_of(FC2)][8 + g][warp] = c[0][2] + c[1][2];
+    sh.sums[side_of(FC2)][g][warp] = c[0][0] + c[0][3];
+    sh.sums[side_of(FC2)][8 + g][warp] = c[1][0] + c[1][3];
   }
   s.stream_tag ^= 1;
   __syncwarp();
@@ -902,7 +953,8 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
 
 // What becomes of a product's sums: two lanes of a finishing warp to a feature.
 __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh, int layer, int step) {
-  const int warp = thread() / 32 - FIRST_FINISHER, lane = thread() % 32, half = lane % 2;
+  const u32 id = thread();
+  const int warp = (int)(id / 32) - FIRST_FINISHER, lane = id % 32, half = id % 2;
   const int chunks = chunks_of(step), row = warp * 16 + lane / 2, chunk = row / ROWS, in_chunk = row - chunk * ROWS;
   const Span span = step == FC1 ? share(FFN, ROWS_FFN) : share(WIDTH, ROWS);
   const bool finishes = chunk < row_chunks(step) && (step == FC1 ? row < span.count : in_chunk < span.count);
@@ -992,7 +1044,8 @@ __device__ __forceinline__ bool has_run(int slot) { return slot >= (int)(program
 __device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& sh, int layer, bool own) {
   constexpr int TILES = ratio(most(least(SELF_RUN, SLOTS), CROSS_RUN), 16 * WARPS);
   if (program() >= HEADS * (own ? SELF_SPLITS : CROSS_SPLITS) || (own && !has_run(s.slot))) return;
-  const int warp = thread() / 32, lane = thread() % 32, g = lane / 4, t = lane % 4;
+  const u32 id = thread();
+  const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4;
   const int head = program() % HEADS;
   const Span span = keys_of(own, s.slot);
   const u16* keys = (const u16*)sh.caches[layer][own ? 0 : 2] + (long long)head * (own ? SLOTS : SOURCE) * 64;
@@ -1021,11 +1074,11 @@ __device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& 
   }
 
   note(a, s);  // keys asked for
-  // The query: halves in the first column, remainders in the second.
+  // The query: halves in the first two columns, remainders in the next two.
   uint4 q[2] = {};
   {
-    const u16* from = (own ? a.heads + (g & 1) * (3 * WIDTH) : a.query + (g & 1) * WIDTH) + head * 64 + 8 * t;
-    u32 missing = g < 2 ? 3 : 0;
+    const u16* from = (own ? a.heads + (g >> 1 & 1) * (3 * WIDTH) : a.query + (g >> 1 & 1) * WIDTH) + head * 64 + 8 * t;
+    u32 missing = g < 4 ? 3 : 0;
     Patience patience;
     do {
 #pragma unroll
@@ -1042,17 +1095,16 @@ __device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& 
   float score[TILES][2], best = NOTHING;
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++) {
-    float c[4] = {};
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const uint4 &upper = k[tile][0][i], &lower = k[tile][1][i];
-      multiply(c, upper.x, lower.x, upper.y, lower.y, q[i].x, q[i].y);
-      multiply(c, upper.z, lower.z, upper.w, lower.w, q[i].z, q[i].w);
-    }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      // The first lane of four has both columns.
-      float dot = __shfl_sync(~0u, c[2 * half] + c[2 * half + 1], lane & ~3);
+      float c[4] = {};
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        multiply_row(c, k[tile][half][i], g & 1 ? q[i].y : q[i].x, g & 1 ? q[i].w : q[i].z);
+      // The first two of four lanes have the columns.
+      float dot = t < 2 ? c[0] + c[3] : 0;
+      dot += __shfl_xor_sync(~0u, dot, 1);
+      dot += __shfl_xor_sync(~0u, dot, 2);
       score[tile][half] = seen[tile][half] ? dot : __int_as_float(0xFF800000);
       best = fmaxf(best, score[tile][half]);
     }
@@ -1095,11 +1147,11 @@ __device__ __forceinline__ void finish_attention(const Arguments& a, State& s, S
   if (program() >= HEADS * (own ? SELF_SPLITS : CROSS_SPLITS) || thread() / 32 != FIRST_FINISHER) return;
   const int head = program() % HEADS, split = program() / HEADS;
   u16* to = (own ? a.own_runs : a.cross_runs) + ((lane / 8 * HEADS + head) * 8 + split) * 64 + lane % 8 * 8;
-  float2* top_to = (own ? a.own_tops : a.cross_tops) + (lane * HEADS + head) * 8 + split;
+  float* log_to = (own ? a.own_logs : a.cross_logs) + (lane * HEADS + head) * 8 + split;
   if (own && !has_run(s.slot)) {
     // Nothing written yet behind the first run: say so, so that tags go on alternating.
     poke16(to, {s.tag, 0, 0, 0});
-    if (lane < COPIES) poke8(top_to, {tagged(__float_as_uint(NOTHING), s.tag), 0});
+    if (lane < COPIES) poke4(log_to, tagged(__float_as_uint(NOTHING), s.tag));
     return;
   }
   // The newest key and value are not in the cache yet. A lane has the dimensions that it has of the sums below.
@@ -1158,7 +1210,8 @@ __device__ __forceinline__ void finish_attention(const Arguments& a, State& s, S
 #pragma unroll
   for (int i = 0; i < 4; i++) unit[i] = __shfl_sync(~0u, pair, lane % 8 + 8 * i);
   poke16(to, {tagged(unit[0], s.tag), unit[1], unit[2], unit[3]});
-  if (lane < COPIES) poke8(top_to, {tagged(__float_as_uint(best), s.tag), __float_as_uint(total)});
+  const float log = total > 0 ? best + log2_fast(total) : NOTHING;
+  if (lane < COPIES) poke4(log_to, tagged(__float_as_uint(log), s.tag));
   note(a, s);  // published
 }
 

@@ -34,7 +34,6 @@ _DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _SELF_RUN = 256
 _COPIES = 4
 _FINISHERS = 3
-_WARPS = 16
 
 
 def _ratio(a, b):
@@ -59,6 +58,11 @@ class Shape(NamedTuple):
     group_size: int
     programs: int
     memory: int
+
+    @property
+    def warps(self):
+        """Warps of a program that multiply: low-bit weights take more to unpack."""
+        return 8 if self.bits == 16 else 16
 
     @property
     def heads(self):
@@ -180,6 +184,7 @@ def definitions(shape):
         "BF16": int(shape.bfloat16),
         "BITS": 158 if shape.bits == 1.58 else int(shape.bits),
         "GROUP": max(shape.group_size, 1),
+        "WARPS": shape.warps,
         "PROGRAMS": shape.programs,
         "MEMORY": shape.memory,
     }
@@ -214,7 +219,7 @@ class Arguments(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("table", "stream", "heads", "query", "stats")),
-        *((name, ctypes.c_void_p) for name in ("own_runs", "cross_runs", "own_tops", "cross_tops", "hidden")),
+        *((name, ctypes.c_void_p) for name in ("own_runs", "cross_runs", "own_logs", "cross_logs", "hidden")),
         *((name, ctypes.c_void_p) for name in ("launches", "tokens", "length", "offset", "valid")),
         *((name, ctypes.c_void_p) for name in ("embedding", "positions", "first_gain", "gained", "last_stats", "eps")),
         ("scale", ctypes.c_float),
@@ -248,7 +253,7 @@ class _Kernel:
         status = self._driver.cuLaunchCooperativeKernel(
             self._function,
             *(self._shape.programs, 1, 1),
-            *(threads(), 1, 1),
+            *(threads(self._shape), 1, 1),
             self._shape.memory,
             ctypes.c_void_p(stream),
             parameters,
@@ -256,9 +261,9 @@ class _Kernel:
         _check(self._driver, status, "launching decode_layers")
 
 
-def threads():
+def threads(shape):
     """Threads of a program: those that multiply, and four warps that fetch and finish."""
-    return 32 * (_WARPS + 4)
+    return 32 * (shape.warps + 4)
 
 
 @functools.cache
@@ -281,8 +286,8 @@ def work_space(shape, device):
 
     A session has its own; two launches with one of them must not overlap.
     """
-    runs, tops = shape.heads * MAX_SPLITS * HEAD_DIM, shape.heads * MAX_SPLITS * 4
-    copied = 2 * shape.width, 4 * shape.givers, runs, runs, tops, tops, shape.ffn
+    runs, logs = shape.heads * MAX_SPLITS * HEAD_DIM, shape.heads * MAX_SPLITS * 2
+    copied = 2 * shape.width, 4 * shape.givers, runs, runs, logs, logs, shape.ffn
     stream, stats, *others = (_COPIES * size for size in copied)
     sizes = stream, 6 * shape.width, 2 * shape.width, stats, *others
     words = [torch.zeros(size, dtype=torch.int16, device=device) for size in sizes]
