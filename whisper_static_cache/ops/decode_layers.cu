@@ -651,16 +651,15 @@ __device__ __forceinline__ void multiply_row(float (&c)[4], const uint4& w, u32 
 
 // What is multiplied with `WIDTH` elements. A warp takes `TURNS` runs, and of each row a block for each of their digits.
 constexpr int TURNS = turns(WIDTH), BLOCKS = TURNS * DIGITS;
-constexpr int MOST_HALVES = ratio(most(3, FFN_CHUNKS) * ROWS, 8);  // Eights of rows.
-// Eights that are held in registers while their activations are waited for. The others are unpacked afterwards.
-constexpr int HALVES = least(MOST_HALVES, most((WARPS == 8 ? 128 : BITS == 16 ? 60 : 48) / (4 * BLOCKS), 2));
-static_assert(ROWS <= 8 * HALVES, "");
 
 // A product with the stream or with attention's result. This warp's share of every sum goes to shared memory.
-__device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh, int step) {
+template <int step>
+__device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh) {
   const u32 id = thread();
   const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4;
-  const int chunks = chunks_of(step), rows_there = chunks * ROWS, halves = (rows_there + 7) / 8;
+  constexpr int chunks = chunks_of(step), rows_there = chunks * ROWS, halves = ratio(rows_there, 8);
+  // Eights that are held in registers while their activations are waited for. The others are unpacked afterwards.
+  constexpr int HALVES = least(halves, most((WARPS == 8 ? 160 : BITS == 16 ? 60 : 64) / (4 * BLOCKS), 2));
   // A warp that has no run in its first turn waits for the first run's activations all the same, and multiplies them
   // by zeros: it would run ahead of the barriers otherwise.
   const bool idle = runs(WIDTH) < WARPS && warp >= runs(WIDTH);
@@ -695,14 +694,9 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
   u32 kept[HALVES][BLOCKS][4];
 #pragma unroll
   for (int h = 0; h < HALVES; h++) {
-    // Written whatever the step, or the registers would be thought in use through all the others.
-#pragma unroll
-    for (int b = 0; b < BLOCKS; b++) kept[h][b][0] = kept[h][b][1] = kept[h][b][2] = kept[h][b][3] = 0;
-    if (h < halves) {
-      u32 row, meta;
-      row_of(h, row, meta);
-      load_row(kept[h], row, meta);
-    }
+    u32 row, meta;
+    row_of(h, row, meta);
+    load_row(kept[h], row, meta);
   }
   if (halves <= HALVES) release(sh, place, chunks);
   note(a, s);  // weights in registers
@@ -754,8 +748,7 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
       if (t == 0) sh.sums[side][8 * half + g][warp] = sum + rest;
     };
 #pragma unroll
-    for (int h = 0; h < HALVES; h++)
-      if (h < halves) sum_up(h, kept[h]);
+    for (int h = 0; h < HALVES; h++) sum_up(h, kept[h]);
     if (halves > HALVES) {
 #pragma unroll 1
       for (int h = HALVES; h < halves; h++) {
@@ -774,9 +767,9 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
     }
     float2 moments = {__uint_as_float(both.x), __uint_as_float(both.y)};
 #pragma unroll
-    for (int step = EACH > 16 ? 16 : EACH > 8 ? 8 : 4; step; step /= 2) {
-      moments.x += __shfl_xor_sync(~0u, moments.x, step);
-      moments.y += __shfl_xor_sync(~0u, moments.y, step);
+    for (int far = EACH > 16 ? 16 : EACH > 8 ? 8 : 4; far; far /= 2) {
+      moments.x += __shfl_xor_sync(~0u, moments.x, far);
+      moments.y += __shfl_xor_sync(~0u, moments.y, far);
     }
     if (lane == 0) sh.moments[side][0][warp] = moments.x, sh.moments[side][1][warp] = moments.y;
   } else {
@@ -847,15 +840,15 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
 #pragma unroll
         for (int half = 0; half < 2; half++) {
           float c[4] = {};
-          multiply_row(c, kept[half][b], x0, x1);
+          multiply_row(c, kept[least(half, HALVES - 1)][b], x0, x1);
           sums[half] += (c[0] + c[3]) * (share[set] * inverse);
         }
       }
     }
 #pragma unroll
-    for (int step = 1; step < 4; step *= 2)
+    for (int far = 1; far < 4; far *= 2)
 #pragma unroll
-      for (int half = 0; half < 2; half++) sums[half] += __shfl_xor_sync(~0u, sums[half], step);
+      for (int half = 0; half < 2; half++) sums[half] += __shfl_xor_sync(~0u, sums[half], far);
     if (t == 0) sh.sums[side][g][warp] = sums[0], sh.sums[side][8 + g][warp] = sums[1];
     s.stream_tag ^= 1;
   }
@@ -954,10 +947,12 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
 }
 
 // What becomes of a product's sums: two lanes of a finishing warp to a feature.
-__device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh, int layer, int step) {
+template <int step>
+__device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh, int layer) {
   const u32 id = thread();
   const int warp = (int)(id / 32) - FIRST_FINISHER, lane = id % 32, half = id % 2;
-  const int chunks = chunks_of(step), row = warp * 16 + lane / 2, chunk = row / ROWS, in_chunk = row - chunk * ROWS;
+  constexpr int chunks = chunks_of(step);
+  const int row = warp * 16 + lane / 2, chunk = row / ROWS, in_chunk = row - chunk * ROWS;
   const Span span = step == FC1 ? share(FFN, ROWS_FFN) : share(WIDTH, ROWS);
   const bool finishes = chunk < row_chunks(step) && (step == FC1 ? row < span.count : in_chunk < span.count);
   const int n = span.first + (step == FC1 ? row : in_chunk), norm = norm_of(step);
@@ -976,21 +971,19 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
   }
   release(sh, place, chunks);
   if (warp >= finishers(step)) return;
-  // Once in vain before the sums are there: the instructions are then in the cache, when every one of them counts.
-#pragma unroll 1
-  for (int pass = 0; pass < 2; pass++) {
-  const bool real = pass == 1;
-  if (real) bar_sync(STEP_DONE + step, 32 * (WARPS + finishers(step)));
+  bar_sync(STEP_DONE + step, 32 * (WARPS + finishers(step)));
   const int side = side_of(step);
   float total = 0, sum = 0, squares = 0;
 #pragma unroll
   for (int i = 0; i < WARPS / 8; i++) {
     const int at = 4 * (half + 2 * i);
     const float4 four = *(const float4*)&sh.sums[side][row][at];
-    const float4 m = *(const float4*)&sh.moments[0][0][at], q = *(const float4*)&sh.moments[0][1][at];
     total += four.x + four.y + (four.z + four.w);
-    sum += m.x + m.y + (m.z + m.w);
-    squares += q.x + q.y + (q.z + q.w);
+    if (from_stream(step)) {
+      const float4 m = *(const float4*)&sh.moments[0][0][at], q = *(const float4*)&sh.moments[0][1][at];
+      sum += m.x + m.y + (m.z + m.w);
+      squares += q.x + q.y + (q.z + q.w);
+    }
   }
   total += __shfl_xor_sync(~0u, total, 1);
   if (from_stream(step)) {
@@ -1004,26 +997,23 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
       u32 pair = pack(y, __shfl_down_sync(~0u, y, 2)), unit[4];
 #pragma unroll
       for (int i = 0; i < 4; i++) unit[i] = __shfl_sync(~0u, pair, (lane & 16) + 4 * i);
-      if (finishes && real && lane % 16 < COPIES)
+      if (finishes && lane % 16 < COPIES)
         poke16(a.hidden + lane % 16 * FFN + n / 8 * 8, {tagged(unit[0], s.tag), unit[1], unit[2], unit[3]});
     } else {
       // Keys and values are attended to as the cache holds them.
       const bool query = step == QUERY || chunk == 0;
       total = query ? total * (a.scale * LOG2E) : low_of(pack(total, 0));
       publish_split(step == QUERY ? a.query : a.heads, step == QUERY ? WIDTH : 3 * WIDTH, 1,
-                    (step == QUERY ? 0 : chunk * WIDTH) + n, total, finishes && real, s.tag);
-      if (finishes && real && !query && half == 0) {
+                    (step == QUERY ? 0 : chunk * WIDTH) + n, total, finishes, s.tag);
+      if (finishes && !query && half == 0) {
         u16* cache = (u16*)sh.caches[layer][chunk - 1];
         cache[((long long)(n / 64) * SLOTS + s.slot) * 64 + n % 64] = (u16)pack(total, 0);
       }
     }
   } else {
-    if (real) {
-      s.residual += total + first;
-      s.stream_tag ^= 1;
-    }
-    publish_stream(a, n, s.residual, second, finishes && real, s.stream_tag, step == FC2 && layer == LAYERS - 1);
-  }
+    s.residual += total + first;
+    s.stream_tag ^= 1;
+    publish_stream(a, n, s.residual, second, finishes, s.stream_tag, step == FC2 && layer == LAYERS - 1);
   }
   note(a, s);  // published
 }
@@ -1049,8 +1039,9 @@ __device__ __forceinline__ void gather(float (&sums)[8]) {
 __device__ __forceinline__ bool has_run(int slot) { return slot >= (int)(program() / HEADS) * SELF_RUN; }
 
 // A warp's tiles of the keys of this program's head that the cache holds.
-__device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& sh, int layer, bool own) {
-  constexpr int TILES = ratio(most(least(SELF_RUN, SLOTS), CROSS_RUN), 16 * WARPS);
+template <bool own>
+__device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& sh, int layer) {
+  constexpr int TILES = ratio(own ? least(SELF_RUN, SLOTS) : CROSS_RUN, 16 * WARPS);
   if (program() >= HEADS * (own ? SELF_SPLITS : CROSS_SPLITS) || (own && !has_run(s.slot))) return;
   const u32 id = thread();
   const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4;
@@ -1150,7 +1141,8 @@ __device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& 
 }
 
 // The run of all warps' keys, by the first finishing warp.
-__device__ __forceinline__ void finish_attention(const Arguments& a, State& s, Shared& sh, bool own) {
+template <bool own>
+__device__ __forceinline__ void finish_attention(const Arguments& a, State& s, Shared& sh) {
   const int lane = thread() % 32;
   if (program() >= HEADS * (own ? SELF_SPLITS : CROSS_SPLITS) || thread() / 32 != FIRST_FINISHER) return;
   const int head = program() % HEADS, split = program() / HEADS;
@@ -1185,10 +1177,7 @@ __device__ __forceinline__ void finish_attention(const Arguments& a, State& s, S
     new_value[0] = low_of(words[2][0]) + low_of(words[2][1]);
     new_value[1] = high_of(words[2][0]) + high_of(words[2][1]);
   }
-#pragma unroll 1
-  for (int pass = 0; pass < 2; pass++) {
-  const bool real = pass == 1;
-  if (real) bar_sync(STEP_DONE + (own ? OWN_ATTENTION : CROSS_ATTENTION), 32 * (WARPS + 1));
+  bar_sync(STEP_DONE + (own ? OWN_ATTENTION : CROSS_ATTENTION), 32 * (WARPS + 1));
   float best = newest;
 #pragma unroll
   for (int i = 0; i < WARPS / 4; i++) {
@@ -1219,10 +1208,9 @@ __device__ __forceinline__ void finish_attention(const Arguments& a, State& s, S
   u32 pair = pack(all[0] * inverse, all[1] * inverse), unit[4];
 #pragma unroll
   for (int i = 0; i < 4; i++) unit[i] = __shfl_sync(~0u, pair, lane % 8 + 8 * i);
-  if (real) poke16(to, {tagged(unit[0], s.tag), unit[1], unit[2], unit[3]});
+  poke16(to, {tagged(unit[0], s.tag), unit[1], unit[2], unit[3]});
   const float log = total > 0 ? best + log2_fast(total) : NOTHING;
-  if (real && lane < COPIES) poke4(log_to, tagged(__float_as_uint(log), s.tag));
-  }
+  if (lane < COPIES) poke4(log_to, tagged(__float_as_uint(log), s.tag));
   note(a, s);  // published
 }
 
@@ -1241,18 +1229,19 @@ __device__ __forceinline__ State state_of(u32 launches, int slot) {
   return s;
 }
 
-// One place in the code for each kind of step: what all layers need must stay in the instruction cache.
 __device__ __forceinline__ void multiply_layers(const Arguments& a, State& s, Shared& sh) {
 #pragma unroll 1
-  for (int layer = 0; layer < LAYERS; layer++, s.tag ^= 1)
-#pragma unroll 1
-    for (int step = 0; step < STEPS; step++)
-      if (is_attention(step))
-        attention(a, s, sh, layer, step == OWN_ATTENTION);
-      else if (step == FC2)
-        product_of_hidden(a, s, sh);
-      else
-        product(a, s, sh, step);
+  for (int layer = 0; layer < LAYERS; layer++) {
+    product<QKV>(a, s, sh);
+    attention<true>(a, s, sh, layer);
+    product<OWN_OUT>(a, s, sh);
+    product<QUERY>(a, s, sh);
+    attention<false>(a, s, sh, layer);
+    product<CROSS_OUT>(a, s, sh);
+    product<FC1>(a, s, sh);
+    product_of_hidden(a, s, sh);
+    s.tag ^= 1;
+  }
 }
 
 __device__ __forceinline__ void finish_layers(const Arguments& a, State& s, Shared& sh) {
@@ -1271,13 +1260,17 @@ __device__ __forceinline__ void finish_layers(const Arguments& a, State& s, Shar
     publish_stream(a, n, s.residual, gain, finishes, s.stream_tag, false);
   }
 #pragma unroll 1
-  for (int layer = 0; layer < LAYERS; layer++, s.tag ^= 1)
-#pragma unroll 1
-    for (int step = 0; step < STEPS; step++)
-      if (is_attention(step))
-        finish_attention(a, s, sh, step == OWN_ATTENTION);
-      else
-        finish(a, s, sh, layer, step);
+  for (int layer = 0; layer < LAYERS; layer++) {
+    finish<QKV>(a, s, sh, layer);
+    finish_attention<true>(a, s, sh);
+    finish<OWN_OUT>(a, s, sh, layer);
+    finish<QUERY>(a, s, sh, layer);
+    finish_attention<false>(a, s, sh);
+    finish<CROSS_OUT>(a, s, sh, layer);
+    finish<FC1>(a, s, sh, layer);
+    finish<FC2>(a, s, sh, layer);
+    s.tag ^= 1;
+  }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments a) {
