@@ -136,7 +136,7 @@ def emulate(model, slot, offset=0, seed=0):
     shape = model.shape
     library = emulated(shape)
     status = library.decode_layers_emulated(
-        ctypes.byref(arguments), shape.programs, ops.threads(shape), shape.memory, seed
+        ctypes.byref(arguments), shape.programs, ops.THREADS, shape.memory, seed
     )
     assert status == 0, library.decode_layers_message().decode()
 

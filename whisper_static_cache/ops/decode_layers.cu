@@ -13,8 +13,8 @@
 //
 // Built by NVRTC without headers. Constants that the launcher defines:
 //   WIDTH, FFN, HEADS (of 64), LAYERS, SLOTS, SOURCE (keys of cross-attention), CROSS_SPLITS (programs to a head, at
-//   most 8), BF16 (0 or 1), BITS (16, 8, 4, 3, 2, or 158 for 1.58), GROUP (of the quantisation), WARPS (8 or 16 that
-//   multiply), PROGRAMS, MEMORY (bytes of shared memory).
+//   most 8), BF16 (0 or 1), BITS (16, 8, 4, 3, 2, or 158 for 1.58), GROUP (of the quantisation), PROGRAMS, MEMORY
+//   (bytes of shared memory).
 //
 // Why every buffer can be used again without being cleared: a program that writes the next result into a buffer holds
 // values that depend on every reader's having read the last one. Layer by layer: all of `stream` was read before any
@@ -99,8 +99,8 @@ __device__ __forceinline__ void copy_async(u32 to, const void* from, u32 bytes, 
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0],[%1],%2,[%3],%4;"
                ::"r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
 }
-// Which thread and program this is, asked for anew wherever it is used: the compiler would compute all that follows from
-// it once for all layers, have no registers for so much, and load it from memory time and again.
+// Which thread and program this is, asked for anew wherever it is used: the compiler would compute all that follows
+// from it once for all layers, have no registers for so much, and load it from memory time and again.
 __device__ __forceinline__ u32 thread() {
   u32 t;
   asm volatile("mov.u32 %0,%%tid.x;" : "=r"(t));
@@ -127,13 +127,13 @@ __device__ __forceinline__ void trap() { asm volatile("st.global.u32 [%0],%1;" :
 // Warps that fetch and finish need few registers, the others many: an even share would not hold a product's weights.
 __device__ __forceinline__ void few_registers() {
 #if __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(WARPS == 8 ? 72 : 64));
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
 #endif
 }
 __device__ __forceinline__ void many_registers() {
 #if __CUDA_ARCH_FEAT_SM90_ALL
-  // All warps together have no more than the launch gave them: 3 * 168 or 5 * 96 to a scheduler.
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WARPS == 8 ? 216 : 104));
+  // All warps together have no more than the launch gave them, 3 * 168 to a scheduler.
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
 #endif
 }
 __device__ __forceinline__ float exp2_fast(float x) {
@@ -212,7 +212,7 @@ __device__ __forceinline__ float high_of(u32 pair) { return widen((u16)(pair >> 
 
 constexpr float NOTHING = -1e30f, LOG2E = 1.4426950408889634f;
 constexpr float SHRINK = 1.0f / 16, GROW = 16.0f;  // Keeps activations times gains far from float16's largest number.
-static_assert(WARPS == 8 || WARPS == 16, "");
+constexpr int WARPS = 8;
 // Warps that multiply, one that fetches, and those that finish what is multiplied, sixteen features each.
 constexpr int FETCHER = WARPS, FIRST_FINISHER = WARPS + 1, FINISHERS = 3, THREADS = 32 * (WARPS + 4);
 
@@ -291,14 +291,16 @@ constexpr int SELF_RUN = 256, SELF_SPLITS = ratio(SLOTS, SELF_RUN);
 constexpr int CROSS_RUN = ratio(SOURCE, CROSS_SPLITS);
 static_assert(HEADS * SELF_SPLITS <= GIVERS && SELF_SPLITS <= 8 && (CROSS_SPLITS - 1) * CROSS_RUN < SOURCE, "");
 
-constexpr int RINGS = 16;  // Chunks in flight, at most.
-constexpr int SUMS = WARPS == 8 ? 8 : 24;  // Floats from one row's sums to the next: lanes meet no bank twice.
+constexpr int RINGS = 16;  // Chunks in shared memory, at most.
+// On their way at a time, or a chunk at least; pieces that keys and values come in.
+constexpr int FLIGHT_BYTES = 28 * 1024, PIECES = 5;
+
 static_assert(finishers(QKV) <= FINISHERS && finishers(FC1) <= FINISHERS, "");
 // Named barriers: one for each product and attention, of those that multiply with those that finish.
 enum { TABLES = 1, STEP_DONE = 2 };
 constexpr int HIDDEN_BLOCKS = turns(FFN) * DIGITS;
 struct Shared {
-  alignas(16) float sums[2][MOST_ROWS][SUMS];
+  alignas(16) float sums[2][MOST_ROWS][WARPS];
   alignas(16) float moments[2][2][WARPS];
   union {
     alignas(16) float runs[WARPS][64 + 4];
@@ -311,6 +313,7 @@ struct Shared {
   alignas(8) u64 full[RINGS], empty[RINGS];
 };
 constexpr int IN_RING = least((MEMORY - (int)sizeof(Shared)) / CHUNK, RINGS);
+constexpr int IN_FLIGHT = most(least(FLIGHT_BYTES / CHUNK, IN_RING - 1), 1);
 static_assert(IN_RING >= most(FFN_CHUNKS, most(parts(FFN), 3)) + 1, "a product exceeds the shared memory");
 
 // What all programs read is there four times: a line that all of them ask for at once keeps its part of the L2 cache
@@ -331,9 +334,6 @@ struct Arguments {
   float *gained, *last_stats;
   const float* eps;  // [LAYERS][3]
   float scale;
-#ifdef MARKS
-  long long* marks;
-#endif
 };
 
 // -- Waiting -------------------------------------------------------------------------------------------------------
@@ -401,8 +401,8 @@ struct Pointers {
 };
 
 // A chunk's copies: lanes below 16 take a row each, the next four what lies behind the rows.
-__device__ __forceinline__ void fetch_chunk(const Pointers& p, Shared& sh, u32 memory, Cursor& cursor, int product,
-                                            int chunk) {
+__device__ __forceinline__ void fetch_chunk(const Pointers& p, Shared& sh, u32 memory, Cursor& cursor, Cursor& landed,
+                                            int& issued, int product, int chunk) {
   const int lane = thread() % 32;
   const bool deep = product == FC2;
   int first = program() * (product == FC1 ? ROWS_FFN : ROWS), count = (product == FC1 ? FFN : WIDTH) - first;
@@ -442,6 +442,11 @@ __device__ __forceinline__ void fetch_chunk(const Pointers& p, Shared& sh, u32 m
   u32 all = size;
 #pragma unroll
   for (int step = 16; step; step /= 2) all += __shfl_xor_sync(~0u, all, step);
+  // Few bytes on their way keep the memory busy. More would only stand in front of what the programs exchange.
+  if (issued++ >= IN_FLIGHT) {
+    await(shared_address(&sh.full[landed.place]), landed.phase);
+    landed.next();
+  }
   // The first round finds every place empty.
   await(shared_address(&sh.empty[cursor.place]), cursor.phase ^ 1);
   const u32 barrier = shared_address(&sh.full[cursor.place]);
@@ -454,25 +459,33 @@ __device__ __forceinline__ void fetch_chunk(const Pointers& p, Shared& sh, u32 m
 // The fetching warp: every chunk of every layer, as soon as there is room for it.
 __device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory, int slot) {
   const int lane = thread() % 32;
-  Cursor cursor;
+  Cursor cursor, landed;
+  int issued = 0;
   Pointers p, ahead;
   ahead.load(a.table, 0);
 #pragma unroll 1
   for (int layer = 0; layer < LAYERS; layer++) {
     p = ahead;
     ahead.load(a.table, layer + 1);
-    // Keys and values are loaded into registers, when their turn comes; from the L2 cache by then.
-    const u8* cache = p.at(KEYS + lane % 4);
-    if (lane < 4 && program() < HEADS * (lane < 2 ? SELF_SPLITS : CROSS_SPLITS)) {
-      const Span keys = keys_of(lane < 2, slot);
-      cache += ((long long)(program() % HEADS) * (lane < 2 ? SLOTS : SOURCE) + keys.first) * 128;
-      if (keys.count > 0) prefetch(cache, keys.count * 128);
-    }
+    // Keys and values are loaded into registers, when their turn comes; from the L2 cache by then. Cross-attention's
+    // come piece by piece.
+    const bool own = lane & 2, attends = program() < HEADS * (own ? SELF_SPLITS : CROSS_SPLITS);
+    const Span keys = keys_of(own, slot);
+    const u8* cache = p.at(KEYS + (own ? 0 : 2) + lane % 2);
+    cache += ((long long)(program() % HEADS) * (own ? SLOTS : SOURCE) + keys.first) * 128;
+    if ((lane == 2 || lane == 3) && attends && keys.count > 0) prefetch(cache, keys.count * 128);
+    int piece = 0;
 #pragma unroll 1
     for (int step = 0; step < STEPS; step++)
       if (!is_attention(step))
 #pragma unroll 1
-        for (int chunk = 0; chunk < chunks_of(step); chunk++) fetch_chunk(p, sh, memory, cursor, step, chunk);
+        for (int chunk = 0; chunk < chunks_of(step); chunk++) {
+          constexpr int EACH = ratio(CROSS_RUN, PIECES);
+          const int count = least(EACH, keys.count - piece * EACH);
+          if (lane < 2 && attends && piece < PIECES && count > 0) prefetch(cache + piece * (EACH * 128), count * 128);
+          piece++;
+          fetch_chunk(p, sh, memory, cursor, landed, issued, step, chunk);
+        }
   }
 }
 
@@ -540,20 +553,8 @@ struct State {
   int slot;
   u32 stream_tag, tag;  // Of the next reading of `stream`, and of this layer's other buffers.
   float residual;       // Of the feature that this thread finishes.
-#ifdef MARKS
-  int mark;
-#endif
 };
 
-#ifdef MARKS
-__device__ __forceinline__ void note(const Arguments& a, State& s) {
-  const int warp = thread() / 32, track = warp == 5 ? 0 : warp == FIRST_FINISHER ? 1 : 2;
-  if (thread() % 32 == 0 && track < 2 && s.mark < MARKS)
-    a.marks[(program() * 2 + track) * MARKS + s.mark++] = clock64();
-}
-#else
-#define note(a, s)
-#endif
 
 // Float32 values as halves and remainders, of which both carry the tag, for features `n` and `n + 1`: two lanes finish
 // a feature, and of the four lanes of a pair each publishes a copy. The tag costs the half a bit that the remainder
@@ -649,17 +650,18 @@ __device__ __forceinline__ void multiply_row(float (&c)[4], const uint4& w, u32 
   multiply(c, w.x, w.y, w.z, w.w, x0, x1);
 }
 
-// What is multiplied with `WIDTH` elements. A warp takes `TURNS` runs, and of each row a block for each of their digits.
+// What is multiplied with `WIDTH` elements. A warp takes `TURNS` runs, and of each row a block for each digit of them.
 constexpr int TURNS = turns(WIDTH), BLOCKS = TURNS * DIGITS;
+constexpr int MOST_HALVES = ratio(most(3, FFN_CHUNKS) * ROWS, 8);  // Eights of rows.
+// Eights that are held in registers while their activations are waited for. The others are unpacked afterwards.
+constexpr int HALVES = least(MOST_HALVES, most(128 / (4 * BLOCKS), 2));
+static_assert(ROWS <= 8 * HALVES, "");
 
 // A product with the stream or with attention's result. This warp's share of every sum goes to shared memory.
-template <int step>
-__device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh) {
+__device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh, int step) {
   const u32 id = thread();
   const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4;
-  constexpr int chunks = chunks_of(step), rows_there = chunks * ROWS, halves = ratio(rows_there, 8);
-  // Eights that are held in registers while their activations are waited for. The others are unpacked afterwards.
-  constexpr int HALVES = least(halves, most((WARPS == 8 ? 160 : BITS == 16 ? 60 : 64) / (4 * BLOCKS), 2));
+  const int chunks = chunks_of(step), rows_there = chunks * ROWS, halves = (rows_there + 7) / 8;
   // A warp that has no run in its first turn waits for the first run's activations all the same, and multiplies them
   // by zeros: it would run ahead of the barriers otherwise.
   const bool idle = runs(WIDTH) < WARPS && warp >= runs(WIDTH);
@@ -671,7 +673,6 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
   // The weights, from the ring into registers, in the shape that the tensor cores take. Rows behind the last one give
   // sums that nobody reads.
   const int place = take(sh, s.cursor, chunks);
-  note(a, s);  // chunks there
   const int misplaced = program() * (step == FC1 ? ROWS_FFN : ROWS) * (groups(WIDTH) * 2);
   auto row_of = [&](int half, u32& row, u32& meta) {
     const u32 of = least(8 * half + g, rows_there - 1), chunk = of / ROWS, in_chunk = of - chunk * ROWS;
@@ -694,15 +695,19 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
   u32 kept[HALVES][BLOCKS][4];
 #pragma unroll
   for (int h = 0; h < HALVES; h++) {
-    u32 row, meta;
-    row_of(h, row, meta);
-    load_row(kept[h], row, meta);
+    // Written whatever the step, or the registers would be thought in use through all the others.
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) kept[h][b][0] = kept[h][b][1] = kept[h][b][2] = kept[h][b][3] = 0;
+    if (h < halves) {
+      u32 row, meta;
+      row_of(h, row, meta);
+      load_row(kept[h], row, meta);
+    }
   }
   if (halves <= HALVES) release(sh, place, chunks);
-  note(a, s);  // weights in registers
 
-  // The activations. A lane holds those of column g: of the stream the halves in the first two and the remainders in the
-  // next two columns, of attention a run in two columns each.
+  // The activations. A lane holds those of column g: of the stream the halves in the first two and the remainders in
+  // the next two columns, of attention a run in two columns each.
   const int copy = program() % COPIES;
   const int side = side_of(step);
   if (from_stream(step)) {
@@ -732,7 +737,6 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
       if (fresh(both.x, s.stream_tag)) waits = false;
       patience.spend();
     } while (__any_sync(~0u, missing));
-    note(a, s);  // activations there
     u32 y[BLOCKS][2];
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) {
@@ -748,7 +752,8 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
       if (t == 0) sh.sums[side][8 * half + g][warp] = sum + rest;
     };
 #pragma unroll
-    for (int h = 0; h < HALVES; h++) sum_up(h, kept[h]);
+    for (int h = 0; h < HALVES; h++)
+      if (h < halves) sum_up(h, kept[h]);
     if (halves > HALVES) {
 #pragma unroll 1
       for (int h = HALVES; h < halves; h++) {
@@ -767,9 +772,9 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
     }
     float2 moments = {__uint_as_float(both.x), __uint_as_float(both.y)};
 #pragma unroll
-    for (int far = EACH > 16 ? 16 : EACH > 8 ? 8 : 4; far; far /= 2) {
-      moments.x += __shfl_xor_sync(~0u, moments.x, far);
-      moments.y += __shfl_xor_sync(~0u, moments.y, far);
+    for (int step = EACH > 16 ? 16 : EACH > 8 ? 8 : 4; step; step /= 2) {
+      moments.x += __shfl_xor_sync(~0u, moments.x, step);
+      moments.y += __shfl_xor_sync(~0u, moments.y, step);
     }
     if (lane == 0) sh.moments[side][0][warp] = moments.x, sh.moments[side][1][warp] = moments.y;
   } else {
@@ -816,7 +821,6 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
         }
       patience.spend();
     } while (__any_sync(~0u, missing));
-    note(a, s);  // activations there
     float sums[2] = {};
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) {
@@ -840,43 +844,42 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
 #pragma unroll
         for (int half = 0; half < 2; half++) {
           float c[4] = {};
-          multiply_row(c, kept[least(half, HALVES - 1)][b], x0, x1);
+          multiply_row(c, kept[half][b], x0, x1);
           sums[half] += (c[0] + c[3]) * (share[set] * inverse);
         }
       }
     }
 #pragma unroll
-    for (int far = 1; far < 4; far *= 2)
+    for (int step = 1; step < 4; step *= 2)
 #pragma unroll
-      for (int half = 0; half < 2; half++) sums[half] += __shfl_xor_sync(~0u, sums[half], far);
+      for (int half = 0; half < 2; half++) sums[half] += __shfl_xor_sync(~0u, sums[half], step);
     if (t == 0) sh.sums[side][g][warp] = sums[0], sh.sums[side][8 + g][warp] = sums[1];
     s.stream_tag ^= 1;
   }
   __syncwarp();
   bar_arrive(STEP_DONE + step, 32 * (WARPS + finishers(step)));
-  note(a, s);  // sums stored
 }
 
 // The product with the hidden layer: many elements, few rows.
 __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, Shared& sh) {
   constexpr int TURNS = turns(FFN), BLOCKS = TURNS * DIGITS, UNITS = ratio(BLOCKS * 4, 32), PLANE = plane(FFN);
   // Blocks held in registers.
-  constexpr int KEEP = least(BLOCKS, WARPS == 8 ? 18 : BITS == 16 ? 10 : 8);
+  constexpr int KEEP = least(BLOCKS, 18);
   const u32 id = thread();
   const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4;
   const bool idle = runs(FFN) < WARPS && warp >= runs(FFN);
   const int place = take(sh, s.cursor, chunks_of(FC2));
-  note(a, s);  // chunks there
   auto load = [&](u32(&w)[2][4], int b) {
     const int turn = b / DIGITS, digit = b % DIGITS, part = turn / PART, run = turn * WARPS + warp;
-    const u32 base = base_of(place, part), meta_base = base_of(place, 0);
+    const u32 base = base_of(place, part);
+    const u32 metas = base_of(place, 0) + scales_at(FFN) + program() * ROWS * (groups(FFN) * 2) % 16;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       w[half][0] = w[half][1] = w[half][2] = w[half][3] = 0;
       const int row = least(8 * half + g, ROWS - 1);
       if (runs(FFN) % WARPS == 0 || run < runs(FFN))
         load_block<FFN>(w[half], base + row * stride(FFN),
-                        meta_base + scales_at(FFN) + program() * ROWS * (groups(FFN) * 2) % 16 + row * (groups(FFN) * 2),
+                        metas + row * (groups(FFN) * 2),
                         ((turn - part * PART) * WARPS + warp) * RUN_BYTES + t * (RUN_BYTES / 4),
                         digit * PLANE + run * 32 + t * 8, digit);
     }
@@ -885,7 +888,6 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
 #pragma unroll
   for (int b = 0; b < KEEP; b++) load(kept[b], b);
   if (KEEP == BLOCKS) release(sh, place, chunks_of(FC2));
-  note(a, s);  // weights in registers
 
   // The activations fill one column: they pass through shared memory, so that the lanes of the other columns need not
   // hold them.
@@ -922,7 +924,6 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
     if (i * 32 + lane < BLOCKS * 4)
       *(uint4*)&staged[(i * 32 + lane) * 8] = {units[i].x, units[i].z, units[i].y, units[i].w};
   __syncwarp();
-  note(a, s);  // activations there
   float c[2][4] = {};
 #pragma unroll
   for (int b = 0; b < BLOCKS; b++) {
@@ -943,16 +944,13 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
   s.stream_tag ^= 1;
   __syncwarp();
   bar_arrive(STEP_DONE + FC2, 32 * (WARPS + finishers(FC2)));
-  note(a, s);  // sums stored
 }
 
 // What becomes of a product's sums: two lanes of a finishing warp to a feature.
-template <int step>
-__device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh, int layer) {
+__device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh, int layer, int step) {
   const u32 id = thread();
   const int warp = (int)(id / 32) - FIRST_FINISHER, lane = id % 32, half = id % 2;
-  constexpr int chunks = chunks_of(step);
-  const int row = warp * 16 + lane / 2, chunk = row / ROWS, in_chunk = row - chunk * ROWS;
+  const int chunks = chunks_of(step), row = warp * 16 + lane / 2, chunk = row / ROWS, in_chunk = row - chunk * ROWS;
   const Span span = step == FC1 ? share(FFN, ROWS_FFN) : share(WIDTH, ROWS);
   const bool finishes = chunk < row_chunks(step) && (step == FC1 ? row < span.count : in_chunk < span.count);
   const int n = span.first + (step == FC1 ? row : in_chunk), norm = norm_of(step);
@@ -971,51 +969,54 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
   }
   release(sh, place, chunks);
   if (warp >= finishers(step)) return;
-  bar_sync(STEP_DONE + step, 32 * (WARPS + finishers(step)));
-  const int side = side_of(step);
-  float total = 0, sum = 0, squares = 0;
-#pragma unroll
-  for (int i = 0; i < WARPS / 8; i++) {
-    const int at = 4 * (half + 2 * i);
-    const float4 four = *(const float4*)&sh.sums[side][row][at];
-    total += four.x + four.y + (four.z + four.w);
-    if (from_stream(step)) {
+  // Once in vain before the sums are there: the instructions are then in the cache, when every one of them counts.
+#pragma unroll 1
+  for (int pass = 0; pass < 2; pass++) {
+    const bool real = pass == 1;
+    if (real) bar_sync(STEP_DONE + step, 32 * (WARPS + finishers(step)));
+    const int side = side_of(step);
+    float total = 0, sum = 0, squares = 0;
+    {
+      const int at = 4 * half;
+      const float4 four = *(const float4*)&sh.sums[side][row][at];
       const float4 m = *(const float4*)&sh.moments[0][0][at], q = *(const float4*)&sh.moments[0][1][at];
+      total += four.x + four.y + (four.z + four.w);
       sum += m.x + m.y + (m.z + m.w);
       squares += q.x + q.y + (q.z + q.w);
     }
-  }
-  total += __shfl_xor_sync(~0u, total, 1);
-  if (from_stream(step)) {
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    squares += __shfl_xor_sync(~0u, squares, 1);
-    const float mean = sum * (1.0f / WIDTH), variance = fmaxf(squares * (1.0f / WIDTH) - mean * mean, 0.0f);
-    total = (total * GROW - mean * second) * rsqrt_fast(variance + sh.eps[layer][norm]) + first;
-    if (step == FC1) {
-      const float y = 0.5f * total * (1.0f + erff(total * 0.7071067811865476f));
-      // Eight features, sixteen lanes, one unit.
-      u32 pair = pack(y, __shfl_down_sync(~0u, y, 2)), unit[4];
+    total += __shfl_xor_sync(~0u, total, 1);
+    if (from_stream(step)) {
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      squares += __shfl_xor_sync(~0u, squares, 1);
+      const float mean = sum * (1.0f / WIDTH), variance = fmaxf(squares * (1.0f / WIDTH) - mean * mean, 0.0f);
+      total = (total * GROW - mean * second) * rsqrt_fast(variance + sh.eps[layer][norm]) + first;
+      if (step == FC1) {
+        const float y = 0.5f * total * (1.0f + erff(total * 0.7071067811865476f));
+        // Eight features, sixteen lanes, one unit.
+        u32 pair = pack(y, __shfl_down_sync(~0u, y, 2)), unit[4];
 #pragma unroll
-      for (int i = 0; i < 4; i++) unit[i] = __shfl_sync(~0u, pair, (lane & 16) + 4 * i);
-      if (finishes && lane % 16 < COPIES)
-        poke16(a.hidden + lane % 16 * FFN + n / 8 * 8, {tagged(unit[0], s.tag), unit[1], unit[2], unit[3]});
-    } else {
-      // Keys and values are attended to as the cache holds them.
-      const bool query = step == QUERY || chunk == 0;
-      total = query ? total * (a.scale * LOG2E) : low_of(pack(total, 0));
-      publish_split(step == QUERY ? a.query : a.heads, step == QUERY ? WIDTH : 3 * WIDTH, 1,
-                    (step == QUERY ? 0 : chunk * WIDTH) + n, total, finishes, s.tag);
-      if (finishes && !query && half == 0) {
-        u16* cache = (u16*)sh.caches[layer][chunk - 1];
-        cache[((long long)(n / 64) * SLOTS + s.slot) * 64 + n % 64] = (u16)pack(total, 0);
+        for (int i = 0; i < 4; i++) unit[i] = __shfl_sync(~0u, pair, (lane & 16) + 4 * i);
+        if (finishes && real && lane % 16 < COPIES)
+          poke16(a.hidden + lane % 16 * FFN + n / 8 * 8, {tagged(unit[0], s.tag), unit[1], unit[2], unit[3]});
+      } else {
+        // Keys and values are attended to as the cache holds them.
+        const bool query = step == QUERY || chunk == 0;
+        total = query ? total * (a.scale * LOG2E) : low_of(pack(total, 0));
+        publish_split(step == QUERY ? a.query : a.heads, step == QUERY ? WIDTH : 3 * WIDTH, 1,
+                      (step == QUERY ? 0 : chunk * WIDTH) + n, total, finishes && real, s.tag);
+        if (finishes && real && !query && half == 0) {
+          u16* cache = (u16*)sh.caches[layer][chunk - 1];
+          cache[((long long)(n / 64) * SLOTS + s.slot) * 64 + n % 64] = (u16)pack(total, 0);
+        }
       }
+    } else {
+      if (real) {
+        s.residual += total + first;
+        s.stream_tag ^= 1;
+      }
+      publish_stream(a, n, s.residual, second, finishes && real, s.stream_tag, step == FC2 && layer == LAYERS - 1);
     }
-  } else {
-    s.residual += total + first;
-    s.stream_tag ^= 1;
-    publish_stream(a, n, s.residual, second, finishes, s.stream_tag, step == FC2 && layer == LAYERS - 1);
   }
-  note(a, s);  // published
 }
 
 // -- Attention -----------------------------------------------------------------------------------------------------
@@ -1039,9 +1040,8 @@ __device__ __forceinline__ void gather(float (&sums)[8]) {
 __device__ __forceinline__ bool has_run(int slot) { return slot >= (int)(program() / HEADS) * SELF_RUN; }
 
 // A warp's tiles of the keys of this program's head that the cache holds.
-template <bool own>
-__device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& sh, int layer) {
-  constexpr int TILES = ratio(own ? least(SELF_RUN, SLOTS) : CROSS_RUN, 16 * WARPS);
+__device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& sh, int layer, bool own) {
+  constexpr int TILES = ratio(most(least(SELF_RUN, SLOTS), CROSS_RUN), 16 * WARPS);
   if (program() >= HEADS * (own ? SELF_SPLITS : CROSS_SPLITS) || (own && !has_run(s.slot))) return;
   const u32 id = thread();
   const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4;
@@ -1072,7 +1072,6 @@ __device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& 
     }
   }
 
-  note(a, s);  // keys asked for
   // The query: halves in the first two columns, remainders in the next two.
   uint4 q[2] = {};
   {
@@ -1089,7 +1088,6 @@ __device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& 
       patience.spend();
     } while (__any_sync(~0u, missing));
   }
-  note(a, s);  // query there
 
   float score[TILES][2], best = NOTHING;
 #pragma unroll
@@ -1137,12 +1135,10 @@ __device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& 
   if (lane == 0) sh.tops[warp] = best, sh.totals[warp] = total;
   __syncwarp();
   bar_arrive(STEP_DONE + (own ? OWN_ATTENTION : CROSS_ATTENTION), 32 * (WARPS + 1));
-  note(a, s);  // run stored
 }
 
 // The run of all warps' keys, by the first finishing warp.
-template <bool own>
-__device__ __forceinline__ void finish_attention(const Arguments& a, State& s, Shared& sh) {
+__device__ __forceinline__ void finish_attention(const Arguments& a, State& s, Shared& sh, bool own) {
   const int lane = thread() % 32;
   if (program() >= HEADS * (own ? SELF_SPLITS : CROSS_SPLITS) || thread() / 32 != FIRST_FINISHER) return;
   const int head = program() % HEADS, split = program() / HEADS;
@@ -1177,41 +1173,44 @@ __device__ __forceinline__ void finish_attention(const Arguments& a, State& s, S
     new_value[0] = low_of(words[2][0]) + low_of(words[2][1]);
     new_value[1] = high_of(words[2][0]) + high_of(words[2][1]);
   }
-  bar_sync(STEP_DONE + (own ? OWN_ATTENTION : CROSS_ATTENTION), 32 * (WARPS + 1));
-  float best = newest;
+#pragma unroll 1
+  for (int pass = 0; pass < 2; pass++) {
+    const bool real = pass == 1;
+    if (real) bar_sync(STEP_DONE + (own ? OWN_ATTENTION : CROSS_ATTENTION), 32 * (WARPS + 1));
+    float best = newest;
 #pragma unroll
-  for (int i = 0; i < WARPS / 4; i++) {
-    const float4 four = *(const float4*)&sh.tops[4 * i];
-    best = fmaxf(fmaxf(best, fmaxf(four.x, four.y)), fmaxf(four.z, four.w));
-  }
-  float all[8] = {}, total = 0;
-#pragma unroll
-  for (int i = 0; i < WARPS / 4; i++) {
-    const int of = lane / 8 * (WARPS / 4) + i;
-    const float weight = exp2_fast(sh.tops[of] - best);
-    total += weight * sh.totals[of];
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
-      const float4 four = *(const float4*)&sh.runs[of][lane % 8 * 8 + 4 * j];
-      all[4 * j] += weight * four.x, all[4 * j + 1] += weight * four.y;
-      all[4 * j + 2] += weight * four.z, all[4 * j + 3] += weight * four.w;
+    for (int i = 0; i < WARPS / 4; i++) {
+      const float4 four = *(const float4*)&sh.tops[4 * i];
+      best = fmaxf(fmaxf(best, fmaxf(four.x, four.y)), fmaxf(four.z, four.w));
     }
-  }
-  gather(all);
-  total += __shfl_xor_sync(~0u, total, 8);
-  total += __shfl_xor_sync(~0u, total, 16);
-  if (newest > NOTHING) {
-    const float weight = exp2_fast(newest - best);
-    total += weight, all[0] += weight * new_value[0], all[1] += weight * new_value[1];
-  }
-  const float inverse = __fdividef(1.0f, fmaxf(total, 1e-30f));
-  u32 pair = pack(all[0] * inverse, all[1] * inverse), unit[4];
+    float all[8] = {}, total = 0;
 #pragma unroll
-  for (int i = 0; i < 4; i++) unit[i] = __shfl_sync(~0u, pair, lane % 8 + 8 * i);
-  poke16(to, {tagged(unit[0], s.tag), unit[1], unit[2], unit[3]});
-  const float log = total > 0 ? best + log2_fast(total) : NOTHING;
-  if (lane < COPIES) poke4(log_to, tagged(__float_as_uint(log), s.tag));
-  note(a, s);  // published
+    for (int i = 0; i < WARPS / 4; i++) {
+      const int of = lane / 8 * (WARPS / 4) + i;
+      const float weight = exp2_fast(sh.tops[of] - best);
+      total += weight * sh.totals[of];
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        const float4 four = *(const float4*)&sh.runs[of][lane % 8 * 8 + 4 * j];
+        all[4 * j] += weight * four.x, all[4 * j + 1] += weight * four.y;
+        all[4 * j + 2] += weight * four.z, all[4 * j + 3] += weight * four.w;
+      }
+    }
+    gather(all);
+    total += __shfl_xor_sync(~0u, total, 8);
+    total += __shfl_xor_sync(~0u, total, 16);
+    if (newest > NOTHING) {
+      const float weight = exp2_fast(newest - best);
+      total += weight, all[0] += weight * new_value[0], all[1] += weight * new_value[1];
+    }
+    const float inverse = __fdividef(1.0f, fmaxf(total, 1e-30f));
+    u32 pair = pack(all[0] * inverse, all[1] * inverse), unit[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) unit[i] = __shfl_sync(~0u, pair, lane % 8 + 8 * i);
+    if (real) poke16(to, {tagged(unit[0], s.tag), unit[1], unit[2], unit[3]});
+    const float log = total > 0 ? best + log2_fast(total) : NOTHING;
+    if (real && lane < COPIES) poke4(log_to, tagged(__float_as_uint(log), s.tag));
+  }
 }
 
 // -- The kernel ----------------------------------------------------------------------------------------------------
@@ -1223,25 +1222,21 @@ __device__ __forceinline__ State state_of(u32 launches, int slot) {
   s.stream_tag = (launches * (3 * LAYERS) + 1) & 1;
   s.tag = (launches * LAYERS + 1) & 1;
   s.residual = 0;
-#ifdef MARKS
-  s.mark = 0;
-#endif
   return s;
 }
 
+// One place in the code for each kind of step: what all layers need must stay in the instruction cache.
 __device__ __forceinline__ void multiply_layers(const Arguments& a, State& s, Shared& sh) {
 #pragma unroll 1
-  for (int layer = 0; layer < LAYERS; layer++) {
-    product<QKV>(a, s, sh);
-    attention<true>(a, s, sh, layer);
-    product<OWN_OUT>(a, s, sh);
-    product<QUERY>(a, s, sh);
-    attention<false>(a, s, sh, layer);
-    product<CROSS_OUT>(a, s, sh);
-    product<FC1>(a, s, sh);
-    product_of_hidden(a, s, sh);
-    s.tag ^= 1;
-  }
+  for (int layer = 0; layer < LAYERS; layer++, s.tag ^= 1)
+#pragma unroll 1
+    for (int step = 0; step < STEPS; step++)
+      if (is_attention(step))
+        attention(a, s, sh, layer, step == OWN_ATTENTION);
+      else if (step == FC2)
+        product_of_hidden(a, s, sh);
+      else
+        product(a, s, sh, step);
 }
 
 __device__ __forceinline__ void finish_layers(const Arguments& a, State& s, Shared& sh) {
@@ -1260,17 +1255,13 @@ __device__ __forceinline__ void finish_layers(const Arguments& a, State& s, Shar
     publish_stream(a, n, s.residual, gain, finishes, s.stream_tag, false);
   }
 #pragma unroll 1
-  for (int layer = 0; layer < LAYERS; layer++) {
-    finish<QKV>(a, s, sh, layer);
-    finish_attention<true>(a, s, sh);
-    finish<OWN_OUT>(a, s, sh, layer);
-    finish<QUERY>(a, s, sh, layer);
-    finish_attention<false>(a, s, sh);
-    finish<CROSS_OUT>(a, s, sh, layer);
-    finish<FC1>(a, s, sh, layer);
-    finish<FC2>(a, s, sh, layer);
-    s.tag ^= 1;
-  }
+  for (int layer = 0; layer < LAYERS; layer++, s.tag ^= 1)
+#pragma unroll 1
+    for (int step = 0; step < STEPS; step++)
+      if (is_attention(step))
+        finish_attention(a, s, sh, step == OWN_ATTENTION);
+      else
+        finish(a, s, sh, layer, step);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments a) {

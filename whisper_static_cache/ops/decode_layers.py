@@ -25,12 +25,14 @@ HEAD_DIM = 64
 MAX_SPLITS = 8
 # Device pointers of a layer, in the order of the kernel's table.
 POINTERS = 40
+# Threads of a program: eight warps that multiply, and four that fetch and finish.
+THREADS = 384
 # Compute capabilities that have bulk copies and shared memory enough; built and measured on the first.
 CAPABILITIES = (9, 0), (10, 0)
 _SOURCE = Path(__file__).with_suffix(".cu")
 _DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 # The kernel's own: keys of a run of self-attention, how often it publishes what every program reads,
-# its warps that finish what is multiplied, sixteen features each, and those that multiply.
+# its warps that finish what is multiplied, sixteen features each.
 _SELF_RUN = 256
 _COPIES = 4
 _FINISHERS = 3
@@ -44,8 +46,7 @@ class Shape(NamedTuple):
     """What the kernel is compiled for.
 
     `bits` is 16 for weights in float16 or bfloat16, else the width of packed ones, all of one `group_size`;
-    `programs` is the number of multiprocessors, `memory` a program's bytes of shared memory, and `warps` those that
-    compute.
+    `programs` is the number of multiprocessors and `memory` a program's bytes of shared memory.
     """
 
     width: int
@@ -58,11 +59,6 @@ class Shape(NamedTuple):
     group_size: int
     programs: int
     memory: int
-
-    @property
-    def warps(self):
-        """Warps of a program that multiply: low-bit weights take more to unpack."""
-        return 8 if self.bits == 16 else 16
 
     @property
     def heads(self):
@@ -184,7 +180,6 @@ def definitions(shape):
         "BF16": int(shape.bfloat16),
         "BITS": 158 if shape.bits == 1.58 else int(shape.bits),
         "GROUP": max(shape.group_size, 1),
-        "WARPS": shape.warps,
         "PROGRAMS": shape.programs,
         "MEMORY": shape.memory,
     }
@@ -253,17 +248,13 @@ class _Kernel:
         status = self._driver.cuLaunchCooperativeKernel(
             self._function,
             *(self._shape.programs, 1, 1),
-            *(threads(self._shape), 1, 1),
+            *(THREADS, 1, 1),
             self._shape.memory,
             ctypes.c_void_p(stream),
             parameters,
         )
         _check(self._driver, status, "launching decode_layers")
 
-
-def threads(shape):
-    """Threads of a program: those that multiply, and four warps that fetch and finish."""
-    return 32 * (shape.warps + 4)
 
 
 @functools.cache
