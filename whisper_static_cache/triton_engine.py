@@ -14,7 +14,7 @@ from torch import nn
 
 from .cuda_graphs import CapturedCall
 from .engines import ENGINES, EagerEngine
-from .modeling_whisper import forward_hooks, project_cross_attention
+from .modeling_whisper import forward_hooks, forwards_as_its_class, project_cross_attention
 from .quantized_linear import QuantizedLinear
 
 
@@ -447,8 +447,8 @@ def _why_not_served(model):
         if type(module) is nn.Linear and (module.weight.dtype != dtype or not module.weight.is_contiguous()):
             return "a weight is not contiguous, or of another dtype than the embeddings"
     for module in (*norms, *linears, *activations, decoder.embed_tokens):
-        if forward_hooks(module):
-            return f"{type(module).__name__} has a forward hook, which the kernels would not call"
+        if forward_hooks(module) or not forwards_as_its_class(module):
+            return f"{type(module).__name__} has a forward of its own or a hook, which the kernels would not call"
     return None
 
 
