@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .cuda_graphs import CapturedCall
+from .cuda_graphs import CapturedCall, StepCounter
 from .engines import ENGINES, EagerEngine
 from .modeling_whisper import forward_hooks, forwards_as_its_class, project_cross_attention
 from .quantized_linear import QuantizedLinear
@@ -24,6 +24,8 @@ MAX_STEPPED_PROMPT = 8
 SELF_SPLIT, CROSS_SPLIT = 256, 512
 # What `ops.decode_tokens` can hold of tokens that end a row.
 MAX_ENDS = 16
+# Steps in one graph: the host queues a graph in little less time than the fastest step takes.
+CHAINED_STEPS = 4
 
 
 class _Product(NamedTuple):
@@ -56,6 +58,7 @@ class _Calls(NamedTuple):
     enter: object
     logits: object
     choose: object
+    choose_several: object
 
 
 class _Buffers:
@@ -84,12 +87,14 @@ class _Buffers:
         self.unfinished = torch.zeros(rows, dtype=torch.uint8, device=device)
         self.steps = torch.zeros(1, dtype=torch.int64, device=device)
         self.finished = torch.zeros(1, dtype=torch.uint8, device=device)
-        # The same where the host can look without asking the device.
-        self.seen = torch.zeros(1, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        # How far the steps are, where the host can look without asking the device.
+        self.counter = StepCounter(device)
         self.best = {}
         self.table = torch.zeros(vocab_size, dtype=torch.uint8, device=device)
         self.rules = torch.zeros(9, dtype=torch.int64, device=device)
         self.ends = torch.zeros(MAX_ENDS, dtype=torch.int64, device=device)
+        # What `table` and `rules` hold, as the host knows it.
+        self.held = None, None
         self.graphs = {}
 
     def best_for(self, rows):
@@ -124,6 +129,7 @@ class TritonEngine(EagerEngine):
     name = "triton"
     fallback = "compile"
     max_ends = MAX_ENDS
+    chained_steps = CHAINED_STEPS
     max_batch_size = 32
 
     def __init__(self, model):
@@ -207,6 +213,10 @@ class TritonEngine(EagerEngine):
             lambda: self._logits(rows, buffers),
             lambda: self._choose(rows, buffers),
         ]
+
+        def several():
+            return [self._choose(rows, buffers) for _ in range(CHAINED_STEPS)][-1]
+
         if self._on_gpu:
             from .ops.launch import compiled_together
 
@@ -215,9 +225,12 @@ class TritonEngine(EagerEngine):
                     call()
             if rows.session.graph_pool is None:
                 rows.session.graph_pool = torch.cuda.graph_pool_handle()
-            calls = [CapturedCall(call, pool=rows.session.graph_pool, warmups=1) for call in calls]
-            self.captures += len(calls)
-        buffers.graphs[rows.count] = _Calls(*calls)
+            pool = rows.session.graph_pool
+            calls = [CapturedCall(call, pool=pool, warmups=1) for call in calls]
+            # The kernels of these are warm by now, and nothing is compiled for them.
+            several = CapturedCall(several, pool=pool, warmups=0)
+            self.captures += len(calls) + 1
+        buffers.graphs[rows.count] = _Calls(*calls, several)
 
     # -- The start of a window ---------------------------------------------------------------------------------------
 
@@ -279,34 +292,48 @@ class TritonEngine(EagerEngine):
         logits = self._calls(rows, self._buffers(rows.session)).logits()
         return logits[:, : self.proj_out.out_features].float()
 
-    def step_and_choose(self, rows):
-        """A step and the choice of each row's token, as the rules that `set_rules` was given have it."""
-        self._calls(rows, self._buffers(rows.session)).choose()
+    def choosing_steps(self, rows):
+        """Functions that queue a step, or `chained_steps` of them, with the choice of each row's token.
 
-    def set_rules(self, rows, rules, table, ends, pad):
-        """Make ready for `step_and_choose`.
+        The choice is as the rules that `set_rules` was given have it.
+        """
+        calls = self._calls(rows, self._buffers(rows.session))
+        return calls.choose, calls.choose_several
+
+    def set_rules(self, rows, rules, forbidden, early, ends, pad):
+        """Make ready for the steps of `choosing_steps`.
 
         Args:
             rows: the padded `Rows`.
             rules: dict of the fields of `ops.decode_tokens.Rules`, `pad` aside.
-            table: uint8 `(vocab_size,)`, as `ops.decode_tokens.choose_next` reads it.
+            forbidden: tuple of the tokens that are never chosen.
+            early: tuple of those that are not before `min_length`.
             ends: int64 tensor of the tokens that end a row, or None.
             pad: 0-dim tensor of the token that finished rows go on with, or None.
 
         Returns:
-            The session's `_Buffers`: `steps`, `finished` and `unfinished` are the state of the loop, no row counting
-            yet.
+            The session's `_Buffers`: `steps`, `finished`, `unfinished` and `counter` are the state of the loop, no row
+            counting yet.
         """
-        from .ops.decode_tokens import Rules
+        from .ops.decode_tokens import SUPPRESSED, SUPPRESSED_EARLY, Rules
 
         buffers = self._buffers(rows.session)
-        buffers.rules.copy_(torch.tensor(Rules(pad=0, **rules)), non_blocking=True)
+        buffers.counter.restart()
+        # Most windows go by the rules of the one before.
+        numbers, tokens = (Rules(pad=0, **rules), pad is None), (forbidden, early)
+        if buffers.held[0] != numbers:
+            buffers.rules.copy_(torch.tensor(numbers[0]), non_blocking=True)
         if pad is not None:
             buffers.rules[Rules._fields.index("pad")].copy_(pad)
-        buffers.table.copy_(table, non_blocking=True)
+        if buffers.held[1] != tokens:
+            table = torch.zeros(len(buffers.table), dtype=torch.uint8)
+            table[list(early)] = SUPPRESSED_EARLY
+            table[list(forbidden)] += SUPPRESSED
+            buffers.table.copy_(table, non_blocking=True)
+        buffers.held = numbers, tokens
         if ends is not None:
             buffers.ends[: len(ends)].copy_(ends)
-        for state in (buffers.steps, buffers.finished, buffers.seen, buffers.unfinished):
+        for state in (buffers.steps, buffers.finished, buffers.unfinished):
             state.zero_()
         return buffers
 
@@ -322,7 +349,7 @@ class TritonEngine(EagerEngine):
             session.length,
             buffers.steps,
             buffers.finished,
-            buffers.seen,
+            buffers.counter.tensor,
             *buffers.best_for(count),
             logits,
             buffers.table,

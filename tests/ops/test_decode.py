@@ -245,7 +245,7 @@ def choose(tokens, logits, length, *, ends=(), unfinished=None, table=None, **ru
         "length": torch.tensor([length], device=DEVICE),
         "steps": torch.zeros(1, dtype=torch.int64, device=DEVICE),
         "finished": torch.zeros(1, dtype=torch.uint8, device=DEVICE),
-        "seen": torch.zeros(1, dtype=torch.uint8, device=DEVICE),
+        "seen": torch.zeros(1, dtype=torch.int64, device=DEVICE),
     }
     blocks = decode_tokens.blocks_of(vocab)
     decode_tokens.choose_next(
@@ -272,7 +272,9 @@ def test_choice_takes_the_first_of_the_best():
     assert (int(state["length"]), int(state["steps"]), int(state["finished"])) == (4, 1, 0)
     assert_close(state["logprobs"][:, 2], logits.double().log_softmax(-1).amax(-1), 1e-5)
     done = choose(tokens, logits, 3, ends=(4098,), unfinished=torch.zeros(3, dtype=torch.uint8, device=DEVICE))
-    assert done["tokens"][:, 3].tolist() == [0, 0, 0] and int(done["finished"]) == int(done["seen"]) == 1
+    assert done["tokens"][:, 3].tolist() == [0, 0, 0] and int(done["finished"]) == 1
+    # Three tokens behind the prompt of one; the sign says that all rows have finished.
+    assert (int(state["seen"]), int(done["seen"])) == (3, -3)
 
 
 def test_suppressed_tokens_are_never_chosen():

@@ -104,7 +104,8 @@ def test_no_step_waits_for_the_device(model, monkeypatch, engine, arguments):
         for choice in (token_choice.DeviceChoice, token_choice.RuledChoice):
             monkeypatch.setattr(choice, "advance", without_sync(choice.advance))
         model.generate(features, language="en", **arguments)
-    assert len(steps) > 4
+    # One call may be several steps.
+    assert len(steps) > 1
 
 
 def test_few_graphs_serve_every_batch(model):
