@@ -156,6 +156,34 @@ def test_rules_that_changed_are_followed(steps):
                 assert torch.equal(model.generate(features, **arguments), expected)
 
 
+def test_the_logits_for_no_speech_are_those_of_their_position(steps, monkeypatch):
+    """In float32 too, where the logits of a step are a buffer that the next step writes."""
+    from whisper_static_cache import logits_processors
+
+    model, seen = served_model(0), []
+    first = logits_processors.WhisperNoSpeechDetection.first
+
+    def spy(self, tokens, length, scores, sot_logits):
+        seen.append(sot_logits.clone())
+        return first(self, tokens, length, scores, sot_logits)
+
+    monkeypatch.setattr(logits_processors.WhisperNoSpeechDetection, "first", spy)
+    features = tiny_features(1, config=model.config)
+    arguments = {
+        "return_timestamps": True,
+        "no_speech_threshold": 0.6,
+        "logprob_threshold": -1.0,
+        "temperature": (0.0,),
+    }
+    for engine in ("eager", "triton"):
+        with whisper_static_cache.patched(model, engine=engine):
+            model.generate(features, language="en", max_new_tokens=3, **arguments)
+    count = len(seen) // 2
+    assert count
+    for reference, ours in zip(seen[:count], seen[count:], strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+
+
 def test_an_interrupted_run_does_not_end_the_next(steps, monkeypatch):
     model = served_model(0)
     features = tiny_features(1, config=model.config)

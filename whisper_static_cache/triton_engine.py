@@ -37,6 +37,7 @@ class _Product(NamedTuple):
     folded: torch.Tensor | None
     norm: nn.LayerNorm | None
     biases: list
+    pair: torch.Tensor | None
 
     @property
     def eps(self):
@@ -165,18 +166,19 @@ class TritonEngine(EagerEngine):
     # -- What is built once ------------------------------------------------------------------------------------------
 
     def _product(self, linears, norm=None):
-        from .ops.decode_linear import arguments, weight_of
+        from .ops.decode_linear import arguments, folded_pair, weight_of
 
         weights = [weight_of(linear) for linear in linears]
         total = sum(weight.out_features for weight in weights)
         device = weights[0].values.device
         biases = [linear.bias for linear in linears]
-        folded = None
+        folded = pair = None
         if norm is None:
             constant = biases[0] if biases[0] is not None else torch.zeros(total, device=device)
         else:
-            constant, folded = torch.zeros(total, device=device), torch.zeros(total, device=device)
-        return _Product(weights, arguments(weights), constant, folded, norm, biases)
+            pair = folded_pair(weights)
+            constant, folded = pair[:, :total]
+        return _Product(weights, arguments(weights), constant, folded, norm, biases, pair)
 
     def _layer(self, layer):
         own, cross = layer.self_attn, layer.encoder_attn
@@ -238,15 +240,15 @@ class TritonEngine(EagerEngine):
         """What precedes the first step: cross-attention's keys and values, and the folded layer norms.
 
         The folded vectors are made anew for every window: weights that were changed in place since are then followed.
+        There is no telling whether they were: a change through `.data`, such as the merging of an adapter, leaves the
+        address and PyTorch's count of versions as they are.
         """
-        from .ops.decode_linear import fold_norm
+        from .ops.decode_linear import fold_norms
 
         project_cross_attention(self.decoder, buffers.states[: rows.count], rows.buffers)
-        for product in [product for layer in self._layers for product in (layer.qkv, layer.query, layer.fc1)]:
-            fold_norm(product.constant, product.folded, product.weights, product.biases, product.norm)
-        head = self._head
-        fold_norm(head.constant, head.folded, head.weights, head.biases, head.norm)
-        return head.folded
+        products = [product for layer in self._layers for product in (layer.qkv, layer.query, layer.fc1)]
+        fold_norms([(one.pair, one.weights, one.biases, one.norm) for one in (*products, self._head)])
+        return self._head.folded
 
     def _project(self, rows, encoder_hidden_states):
         padded = self._padded(rows)
@@ -278,7 +280,8 @@ class TritonEngine(EagerEngine):
             session.length.fill_(fed)
             logits = self.step(padded, fed - 1)[: rows.count]
             if fed - 1 == extra_index:
-                extra = logits
+                # In float32 they are the buffer that the next step writes.
+                extra = logits.clone()
         return logits, extra
 
     # -- A step ------------------------------------------------------------------------------------------------------
