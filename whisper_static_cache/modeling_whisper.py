@@ -24,8 +24,7 @@ _ATTENTION_VARIANTS = ("WhisperSdpaAttention", "WhisperFlashAttention2")
 _KNOWN_PACKAGES = ("torch.nn.", "transformers.", f"{__package__}.")
 # What every module has: children, tensors and hooks, which `ModuleFingerprint` and the engines look at.
 _MODULE_TABLES = vars(nn.Module()).keys() - {"training"}
-_FORWARD_HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks")
-_BACKWARD_HOOKS = itemgetter("_backward_hooks", "_backward_pre_hooks")
+_HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Plain attributes that a captured step has baked in, or that decide whether an engine can serve.
 _SETTINGS = ("approximate", "bits", "eps", "group_size", "out_features", "scaling")
 
@@ -292,10 +291,13 @@ class ModuleFingerprint:
             modules, dicts = [*above, *modules], [*map(vars, above), *dicts]
         found = []
         # The tables of hooks are looked up anew: to put an empty one in a full one's place is how some remove hooks.
-        if any(chain.from_iterable(map(_FORWARD_HOOKS, dicts))):
-            found += [("forward hook", n) for n, own in enumerate(dicts) if any(map(_acting, _FORWARD_HOOKS(own)))]
-        if any(chain.from_iterable(map(_BACKWARD_HOOKS, dicts))):
-            found += [("backward hook", n) for n, own in enumerate(dicts) if any(_BACKWARD_HOOKS(own))]
+        if any(chain.from_iterable(map(_HOOKS, dicts))):
+            for n, own in enumerate(dicts):
+                forward, forward_pre, *backward = _HOOKS(own)
+                if _acting(forward) or _acting(forward_pre):
+                    found.append(("forward hook", n))
+                if any(backward):
+                    found.append(("backward hook", n))
         for n, forward in enumerate(map(dict.get, dicts, repeat("forward"))):
             if forward is not None:
                 found.append(("as its class" if forwards_as_its_class(modules[n]) else "forward", n))
