@@ -295,7 +295,7 @@ LOOP = """\
 
 
 def device_loop(tree):
-    tree.add(f"{WHISPER}/{MODULES['cuda_graphs']}.py", ported("cuda_graphs"))
+    tree.add(f"{WHISPER}/{MODULES['cuda_graphs']}.py", ported("cuda_graphs", drop=["StepCounter", "_LOOKS"]))
     tree.add(f"{WHISPER}/{MODULES['modeling_whisper']}.py", ported("modeling_whisper"))
     tree.add(f"{WHISPER}/{MODULES['logits_processors']}.py", ported("logits_processors"))
     tree.add(

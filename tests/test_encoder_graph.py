@@ -89,6 +89,36 @@ def test_what_a_graph_could_not_follow_is_left_to_the_encoder(monkeypatch):
     assert "gradients" in encoder_graph.why_not(encoder, features, {})
 
 
+def test_modules_are_looked_at_once_and_changes_are_seen(monkeypatch):
+    monkeypatch.setattr(encoder_graph, "_on_one_gpu", lambda *_: True)
+    looked = []
+    look = encoder_graph._why_not_modules
+    monkeypatch.setattr(encoder_graph, "_why_not_modules", lambda encoder: looked.append(1) or look(encoder))
+    monkeypatch.setattr(encoder_graph.CapturedEncoder, "_replay", lambda self, features: features)
+    model = tiny_model()
+    encoder, features = model.model.encoder, tiny_features(1, config=model.config)
+    stand_in = encoder_graph.CapturedEncoder(encoder)
+
+    def is_replayed():
+        return stand_in(features).last_hidden_state is features
+
+    with torch.no_grad():
+        assert is_replayed() and is_replayed() and len(looked) == 1
+        handle = encoder.layers[1].fc1.register_forward_hook(lambda *_: None)
+        assert not is_replayed() and not is_replayed() and len(looked) == 2
+        handle.remove()
+        assert is_replayed()
+        encoder.layers[0].train()
+        assert not is_replayed()
+        encoder.layers[0].eval()
+        assert is_replayed()
+        stand_in._graphs["one"] = None
+        encoder.layers[0].fc2.weight.data = encoder.layers[0].fc2.weight.data.clone()
+        assert is_replayed() and not stand_in._graphs
+        encoder.forward = encoder.forward
+        assert not is_replayed()
+
+
 def test_settings_that_choose_kernels_choose_the_graph(monkeypatch):
     before = encoder_graph._arithmetic()
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not torch.backends.cudnn.allow_tf32)

@@ -11,8 +11,10 @@ import torch
 pytest.importorskip("triton", reason="needs the triton package")
 
 import whisper_static_cache
+from whisper_static_cache import triton_engine
+from whisper_static_cache.modeling_whisper import decode_step, project_cross_attention
 from whisper_static_cache.ops import launch
-from whisper_static_cache.triton_engine import TritonEngine
+from whisper_static_cache.triton_engine import CHAINED_STEPS, TritonEngine
 
 from .conftest import tiny_features, tiny_model
 
@@ -64,6 +66,139 @@ def test_stocks_tokens(batch, arguments):
             torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
         expected, actual = expected["sequences"], actual["sequences"]
     assert torch.equal(actual, expected)
+
+
+class Steps:
+    """The engine with the kernels of the choice and, in place of the others, PyTorch: the interpreter takes seconds.
+
+    Keeps how many steps each launch had.
+    """
+
+    def __init__(self, monkeypatch):
+        self.launches = []
+        steps = TritonEngine.choosing_steps
+
+        def enter(engine, rows, buffers):
+            project_cross_attention(engine.decoder, buffers.states[: rows.count], rows.buffers)
+
+        def logits(engine, rows, buffers):
+            session = rows.session
+            found = decode_step(
+                engine.decoder,
+                engine.proj_out,
+                rows.tokens,
+                session.length,
+                rows.position_offset,
+                rows.valid,
+                rows.buffers,
+            )
+            buffers.logits[: rows.count, : found.shape[1]] = found
+            return buffers.logits[: rows.count]
+
+        def counted(engine, rows):
+            def one(function, count):
+                return lambda: self.launches.append(count) or function()
+
+            return tuple(one(*pair) for pair in zip(steps(engine, rows), (1, engine.chained_steps)))
+
+        monkeypatch.setattr(TritonEngine, "_enter", enter)
+        monkeypatch.setattr(TritonEngine, "_logits", logits)
+        monkeypatch.setattr(TritonEngine, "choosing_steps", counted)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    if DEVICE != "cpu":
+        pytest.skip("stands in for kernels that a GPU runs and captures itself")
+    return Steps(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "tokens", [1, 2, CHAINED_STEPS, CHAINED_STEPS + 1, CHAINED_STEPS + 2, 3 * CHAINED_STEPS, None]
+)
+def test_launches_of_several_steps_stop_at_the_length(steps, tokens):
+    model = served_model(0, max_target_positions=26)
+    model.generation_config.max_length = 26
+    # Never an end, so that the length is one.
+    model.generation_config.suppress_tokens.append(model.generation_config.eos_token_id)
+    features = tiny_features(2, config=model.config)
+    expected, actual, report = both(model, features, language="en", max_new_tokens=tokens)
+    assert torch.equal(actual, expected)
+    # The first token is chosen before there is any launch.
+    assert report.steps == 1 + sum(steps.launches) == (tokens or report.steps)
+    chained, single = divmod(report.steps - 1, CHAINED_STEPS)
+    assert steps.launches == [CHAINED_STEPS] * chained + [1] * single
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("arguments", [{}, {"return_timestamps": True}], ids=["text", "timestamps"])
+def test_several_steps_a_launch_give_the_tokens_of_one(steps, monkeypatch, seed, arguments):
+    model = served_model(seed)
+    features = tiny_features(2, config=model.config)
+    arguments = {"language": "en", "return_segments": True, **arguments}
+    expected, several, report = both(model, features, **arguments)
+    assert CHAINED_STEPS in steps.launches
+    monkeypatch.setattr(TritonEngine, "chained_steps", 1000)
+    _, single, alone = both(model, features, **arguments)
+    assert torch.equal(several["sequences"], expected["sequences"])
+    assert torch.equal(single["sequences"], expected["sequences"])
+    assert (report.steps, report.windows) == (alone.steps, alone.windows)
+
+
+def test_rules_that_changed_are_followed(steps):
+    model = served_model(2)
+    features = tiny_features(1, config=model.config)
+    for banned in ([], [46, 172], [46, 172], [], [150]):
+        arguments = {"language": "en", "suppress_tokens": [1, 2, 7, *banned], "min_new_tokens": 3 + len(banned)}
+        expected = model.generate(features, **arguments)
+        with whisper_static_cache.patched(engine="triton"):
+            for _ in range(2):
+                assert torch.equal(model.generate(features, **arguments), expected)
+
+
+def test_the_logits_for_no_speech_are_those_of_their_position(steps, monkeypatch):
+    """In float32 too, where the logits of a step are a buffer that the next step writes."""
+    from whisper_static_cache import logits_processors
+
+    model, seen = served_model(0), []
+    first = logits_processors.WhisperNoSpeechDetection.first
+
+    def spy(self, tokens, length, scores, sot_logits):
+        seen.append(sot_logits.clone())
+        return first(self, tokens, length, scores, sot_logits)
+
+    monkeypatch.setattr(logits_processors.WhisperNoSpeechDetection, "first", spy)
+    features = tiny_features(1, config=model.config)
+    arguments = {
+        "return_timestamps": True,
+        "no_speech_threshold": 0.6,
+        "logprob_threshold": -1.0,
+        "temperature": (0.0,),
+    }
+    for engine in ("eager", "triton"):
+        with whisper_static_cache.patched(model, engine=engine):
+            model.generate(features, language="en", max_new_tokens=3, **arguments)
+    count = len(seen) // 2
+    assert count
+    for reference, ours in zip(seen[:count], seen[count:], strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+
+
+def test_an_interrupted_run_does_not_end_the_next(steps, monkeypatch):
+    model = served_model(0)
+    features = tiny_features(1, config=model.config)
+    expected = model.generate(features, language="en")
+    with whisper_static_cache.patched(model, engine="triton"):
+        with monkeypatch.context() as patch:
+
+            def interrupted(counter, queued, ahead):
+                counter.tensor.fill_(-7)
+                raise KeyboardInterrupt
+
+            patch.setattr(triton_engine.StepCounter, "wait", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                model.generate(features, language="en")
+        assert torch.equal(model.generate(features, language="en"), expected)
 
 
 @pytest.mark.parametrize(("bits", "group_size", "batch"), [(4, 64, 1), (2, 16, 1), (3, 32, 12)])

@@ -7,6 +7,7 @@ numbers, wherever one tells the difference.
 import functools
 import inspect
 
+import numpy as np
 import torch
 import transformers
 from transformers import cache_utils
@@ -138,7 +139,7 @@ def average_logprob(logprobs, tokens, arguments, keywords):
     """
     if len(arguments) + len(keywords) < 2:
         # A running sum in token order, as in transformers: another order would round differently.
-        return sum(logprobs[index] for index in range(len(logprobs))) / len(tokens)
+        return torch.from_numpy(np.add.accumulate(logprobs.numpy()))[-1] / len(tokens)
     eos = keywords["eos_token_id"] if "eos_token_id" in keywords else arguments[0]
     kept = tokens.to(logprobs.device) != eos
     return sum(logprobs[index] * kept[index] for index in range(len(logprobs))) / (kept.sum(-1) + 1)

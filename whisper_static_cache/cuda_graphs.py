@@ -1,12 +1,16 @@
 """Capture of a function's GPU work, and its replay. Knows nothing of Whisper."""
 
+import ctypes
 import threading
+import time
 
 import torch
 
 
 # One capture at a time in the process: a capture forbids work that other threads' captures would do.
 _CAPTURE_LOCK = threading.Lock()
+# Looks at a counter between two questions to the driver.
+_LOOKS = 32
 
 
 class CapturedCall:
@@ -78,14 +82,6 @@ class FinishedWatch:
             self._flags[self._step] = flag
         self._step += 1
 
-    def pace(self):
-        """Note the step just queued, and wait for the one of `2 * lag` steps ago: no flag is copied or read."""
-        if self._on_gpu:
-            self._events[self._step].record()
-            if self._step >= 2 * self._lag:
-                self._events[self._step - 2 * self._lag].synchronize()
-        self._step += 1
-
     def risen_at(self, *, drain=False):
         """The first step whose flag is known to have risen, counted from 0, or None; `drain` waits for all of them."""
         known = self._step if drain else self._step - self._lag
@@ -96,3 +92,52 @@ class FinishedWatch:
                 return self._read
             self._read += 1
         return None
+
+
+class StepCounter:
+    """A number that the device writes and the host reads, by which the host keeps a few steps ahead of the device.
+
+    It is the number of steps done, negative once the run is over. Reading it asks neither PyTorch nor the driver, and
+    tells of every step, also of one in the middle of a graph of several.
+
+    Args:
+        device: where the steps run.
+
+    Attributes:
+        tensor: int64 `(1,)`, in pinned memory for a GPU, which the device is to write.
+    """
+
+    def __init__(self, device):
+        self._device = device
+        self._event = torch.cuda.Event() if device.type == "cuda" else None
+        self.tensor = torch.zeros(1, dtype=torch.int64, pin_memory=self._event is not None)
+        self._number = ctypes.c_int64.from_address(self.tensor.data_ptr())
+        self._stream = None
+        self._running = False
+
+    def restart(self):
+        """Begin a run on the current stream."""
+        if self._event is not None:
+            if self._running:
+                # The last run was interrupted. What it left in the queue must not count in this one.
+                torch.cuda.synchronize(self._device)
+            self._stream = torch.cuda.current_stream(self._device)
+        self._number.value = 0
+        self._running = True
+
+    def wait(self, queued, ahead):
+        """Wait until no more than `ahead` of the `queued` steps are still to be done; True once the run is over."""
+        number, enough = self._number, queued - ahead
+        if self._event is not None:
+            self._event.record(self._stream)
+            # At the latest when all that is queued is done the number is what the last step wrote.
+            while 0 <= number.value < enough and not self._event.query():
+                for _ in range(_LOOKS):
+                    if not 0 <= number.value < enough:
+                        break
+                    time.sleep(0)  # lets other threads run
+        return number.value < 0
+
+    def close(self):
+        """End the run: the caller has waited for all of it."""
+        self._running = False

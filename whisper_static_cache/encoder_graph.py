@@ -1,5 +1,6 @@
 """The encoder's forward as a CUDA graph: eager, its hundreds of small kernels wait for the host."""
 
+import functools
 import inspect
 import logging
 import threading
@@ -23,20 +24,30 @@ def rows_for(batch_size):
     return 1 << (batch_size - 1).bit_length()
 
 
+@functools.lru_cache(maxsize=8)
+def _signature(function):
+    return inspect.signature(function)
+
+
 def named_arguments(encoder, args, kwargs):
     """The arguments of a call of `encoder` by name, those that its signature has no name for among them."""
-    bound = inspect.signature(encoder.forward).bind(*args, **kwargs).arguments
+    if "forward" in vars(encoder):
+        bound = inspect.signature(encoder.forward).bind(*args, **kwargs).arguments
+    else:
+        bound = _signature(type(encoder).forward).bind(encoder, *args, **kwargs).arguments
+        bound.pop("self", None)
     unnamed = bound.pop("kwargs", {})
     return {**bound, **unnamed}
 
 
-def why_not(encoder, features, arguments):
+def why_not(encoder, features, arguments, why_not_modules=None):
     """The reason why this call of `encoder` cannot be replayed from a graph, or None.
 
     Args:
         encoder: a `WhisperEncoder`.
         features: what it is called on; `(batch, mel_bins, frames)` if it can be replayed.
         arguments: the call's other arguments by name.
+        why_not_modules: function without arguments that stands for the one of that name, which looks at every module.
     """
     parameter = next(encoder.parameters())
     if not isinstance(features, torch.Tensor) or features.dim() != 3:
@@ -60,6 +71,11 @@ def why_not(encoder, features, arguments):
     frames = encoder.config.max_source_positions * encoder.conv1.stride[0] * encoder.conv2.stride[0]
     if tuple(features.shape[1:]) != (encoder.config.num_mel_bins, frames):
         return "the features are of another shape than the encoder takes"
+    return why_not_modules() if why_not_modules else _why_not_modules(encoder)
+
+
+def _why_not_modules(encoder):
+    """The part of `why_not` that hinges on the encoder's modules alone."""
     for module in encoder.modules():
         if module.training:
             return f"{type(module).__name__} is in training mode"
@@ -112,6 +128,9 @@ class CapturedEncoder:
 
     def _forget(self):
         self._fingerprint = None
+        # The circumstances that were found last, and what they mean.
+        self._circumstances = None
+        self._reason = None
         self._graphs = {}
         self._pools = {}
 
@@ -129,7 +148,7 @@ class CapturedEncoder:
         except TypeError:
             return self.encoder(*args, **kwargs)
         features = arguments.pop("input_features", None)
-        if self._failed or why_not(self.encoder, features, arguments) is not None:
+        if self._failed or why_not(self.encoder, features, arguments, self._why_not_modules) is not None:
             return self.encoder(*args, **kwargs)
         try:
             states = self._replay(features)
@@ -142,12 +161,20 @@ class CapturedEncoder:
             return self.encoder(*args, **kwargs)
         return _output_class()(last_hidden_state=states)
 
-    def _replay(self, features):
-        # A caller may be in inference mode; buffers outlive the call and could not be written outside of it again.
-        with self._lock, torch.inference_mode(False), torch.no_grad(), torch.cuda.device(features.device):
+    def _why_not_modules(self):
+        """As the function of this name, found out once; graphs of what the encoder no longer is are let go."""
+        with self._lock:
             if self._fingerprint is None or not self._fingerprint.still_holds():
                 self._forget()
                 self._fingerprint = ModuleFingerprint(self.encoder)
+            circumstances = (self._fingerprint.in_training(), self._fingerprint.circumstances(self.encoder))
+            if circumstances != self._circumstances:
+                self._reason, self._circumstances = _why_not_modules(self.encoder), circumstances
+            return self._reason
+
+    def _replay(self, features):
+        # A caller may be in inference mode; buffers outlive the call and could not be written outside of it again.
+        with self._lock, torch.inference_mode(False), torch.no_grad(), torch.cuda.device(features.device):
             # Replays on two streams could overlap: each stream has graphs and a pool of its own.
             stream = torch.cuda.current_stream().cuda_stream
             rows = rows_for(features.shape[0])

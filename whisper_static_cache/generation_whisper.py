@@ -277,7 +277,9 @@ class Job:
     def _why_not(self, engine, state, device):
         if engine.max_batch_size is not None and self.batch_size > engine.max_batch_size:
             return f"a batch of {self.batch_size}; the {engine.name} engine takes up to {engine.max_batch_size}"
-        return state.failed.get(engine.name) or engine.why_not(self.model, device)
+        if engine.name in state.failed:
+            return state.failed[engine.name]
+        return state.reason((engine, device), lambda: engine.why_not(self.model, device))
 
     def _run_on(self, state, engine, reason):
         rows = engine.rows_for(self.batch_size)

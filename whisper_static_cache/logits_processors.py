@@ -149,14 +149,24 @@ class Processor:
         raise NotImplementedError
 
 
+def _mask(ids, vocab_size, device):
+    mask = torch.zeros(vocab_size, dtype=torch.bool)
+    mask[list(ids)] = True
+    return mask.to(device)
+
+
+# Copying one to the device waits for all that is queued there, and calls of `generate` have the same ones.
+_kept_mask = functools.lru_cache(maxsize=16)(_mask)
+
+
 class Mask(Processor):
     """A processor that forbids a fixed set of tokens, always or under a condition."""
 
     def materialize(self, setting):
         super().materialize(setting)
-        mask = torch.zeros(setting.vocab_size, dtype=torch.bool)
-        mask[list(self.static)] = True
-        self.mask = mask.to(setting.device)
+        # "cuda" without a number is another device at another time.
+        make = _kept_mask if setting.device.type == "cpu" or setting.device.index is not None else _mask
+        self.mask = make(self.static, setting.vocab_size, setting.device)
 
 
 class SuppressTokens(Mask):

@@ -6,6 +6,9 @@ between them, which has not changed since Whisper came to transformers, is writt
 model is wired differently, and then the stock path serves it.
 """
 
+from itertools import chain, repeat
+from operator import attrgetter, is_, itemgetter
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -21,6 +24,9 @@ _ATTENTION_VARIANTS = ("WhisperSdpaAttention", "WhisperFlashAttention2")
 _KNOWN_PACKAGES = ("torch.nn.", "transformers.", f"{__package__}.")
 # What every module has: children, tensors and hooks, which `ModuleFingerprint` and the engines look at.
 _MODULE_TABLES = vars(nn.Module()).keys() - {"training"}
+_HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Plain attributes that a captured step has baked in, or that decide whether an engine can serve.
+_SETTINGS = ("approximate", "bits", "eps", "group_size", "out_features", "scaling")
 
 
 def decoder_forward(decoder, input_ids, position_ids, buffers, write_at, attention_mask=None):
@@ -159,7 +165,7 @@ def why_not_plain(model):
     for module in [model, *bypassed]:
         if _is_hooked(module):
             return f"{type(module).__name__} has a forward hook"
-        if not _forwards_as_its_class(module):
+        if not forwards_as_its_class(module):
             # Loading with device_map does that, also where everything is on one device.
             accelerate = ": accelerate.hooks.remove_hook_from_module(model, recurse=True) takes accelerate's hooks off"
             remedy = accelerate if hasattr(module, "_hf_hook") else ""
@@ -180,15 +186,20 @@ def forward_hooks(module):
     From 5.3 a call that asks for attentions or hidden states leaves transformers' own hooks behind, for ever: they
     collect where such a call is running, and such a call is stock's.
     """
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return [hook for hook in hooks if getattr(hook, "__module__", None) != "transformers.utils.output_capturing"]
+    return [*_acting(module._forward_hooks), *_acting(module._forward_pre_hooks)]
+
+
+def _acting(hooks):
+    return [
+        hook for hook in hooks.values() if getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
+    ]
 
 
 def _is_hooked(module):
     return bool(forward_hooks(module) or module._backward_hooks or module._backward_pre_hooks)
 
 
-def _forwards_as_its_class(module):
+def forwards_as_its_class(module):
     """Whether `module` runs its class's forward; `module.forward = torch.compile(module.forward)` still does."""
     own = module.__dict__.get("forward")
     if own is None:
@@ -200,8 +211,13 @@ def _forwards_as_its_class(module):
 class ModuleFingerprint:
     """Notices that parts of a module are no longer what was seen before: replaced, moved, cast, requantised.
 
-    Everything that a compiled step or a captured graph has baked in is compared: which module stands where, and where
-    each parameter's storage is. A deep copy is another model and never gets here.
+    Everything that a compiled step or a captured graph has baked in is compared (`still_holds`): which module of which
+    class stands where, where each parameter's storage is, and the settings in plain attributes. What only decides who
+    may serve is told apart (`circumstances`), since it may change and change back. A deep copy is another model and
+    never gets here.
+
+    It is asked before every window, while a GPU may have nothing to do: the thousand modules and tensors of a large
+    model are gone through by functions written in C, over lists made once.
 
     Args:
         module: the model.
@@ -209,32 +225,91 @@ class ModuleFingerprint:
     """
 
     def __init__(self, module, *parts):
-        self._children = []
-        self._tensors = []
+        # Of the model itself no more than its table of children: who keeps the fingerprint must not keep the model.
+        self._parts = parts
+        self._modules, tables, children = [], [], []
         for part in parts or ("",):
             root = module
             for name in filter(None, part.split(".")):
-                self._children.append((root._modules, name, root._modules[name]))
+                children.append((root._modules, name, root._modules[name]))
                 root = root._modules[name]
-            for inner in root.modules():
-                self._children += [(inner._modules, *child) for child in inner._modules.items()]
-                for table in (inner._parameters, inner._buffers):
-                    self._tensors += [(table, name) for name in table]
+            self._modules += root.modules()
+        for inner in self._modules:
+            tables += [inner._modules, inner._parameters, inner._buffers]
+        children += [(table, name, child) for table in tables for name, child in table.items()]
+        self._dicts = [vars(inner) for inner in self._modules]
+        self._tables, self._sizes = tables, [len(table) for table in tables]
+        self._owners, self._names, self._children = zip(*children) if children else ((), (), ())
+        tensors = [child for child in self._children if isinstance(child, torch.Tensor)]
+        # A tensor subclass (torchao's) may have no storage to point at, nor strides.
+        self._plain = [tensor for tensor in tensors if type(tensor) in (torch.Tensor, nn.Parameter)]
+        self._matrices = [tensor for tensor in self._plain if tensor.dim() > 1]
+        self._others = [tensor for tensor in tensors if type(tensor) not in (torch.Tensor, nn.Parameter)]
+        # An adapter may mean anything by these names: see `switches`.
+        known = [vars(inner) for inner in self._modules if _is_known(type(inner))]
+        self._settings = [(itemgetter(name), [own for own in known if name in own]) for name in _SETTINGS]
         self._seen = self._describe()
 
     def _describe(self):
-        return [_identity(table.get(name)) for table, name in self._tensors]
+        plain = self._plain
+        return (
+            list(map(type, self._modules)),
+            # The same object may have been given other storage, of another dtype or on another device.
+            list(map(torch.Tensor.data_ptr, plain)),
+            list(map(attrgetter("dtype"), plain)),
+            list(map(torch.Tensor.get_device, plain)),
+            list(map(torch.Tensor.is_contiguous, self._matrices)),
+            list(map(attrgetter("dtype", "device"), self._others)),
+            [list(map(get, dicts)) for get, dicts in self._settings],
+        )
 
     def still_holds(self):
-        return all(table.get(name) is child for table, name, child in self._children) and (
-            self._seen == self._describe()
-        )
+        if list(map(len, self._tables)) != self._sizes:
+            return False
+        if not all(map(is_, map(dict.get, self._owners, self._names), self._children)):
+            return False
+        try:
+            return self._seen == self._describe()
+        except KeyError:  # a setting is gone
+            return False
+
+    def circumstances(self, module):
+        """What stands on the modules, to compare: which ones have hooks that act, or a forward that is not their
+        class's.
+
+        Args:
+            module: the one that the fingerprint was made of.
+        """
+        above, root = [], module
+        for part in self._parts:
+            root = module
+            for name in filter(None, part.split(".")):
+                above.append(root)
+                root = root._modules[name]
+        modules, dicts = self._modules, self._dicts
+        if above:
+            modules, dicts = [*above, *modules], [*map(vars, above), *dicts]
+        found = []
+        # The tables of hooks are looked up anew: to put an empty one in a full one's place is how some remove hooks.
+        if any(chain.from_iterable(map(_HOOKS, dicts))):
+            for n, own in enumerate(dicts):
+                forward, forward_pre, *backward = _HOOKS(own)
+                if _acting(forward) or _acting(forward_pre):
+                    found.append(("forward hook", n))
+                if any(backward):
+                    found.append(("backward hook", n))
+        for n, forward in enumerate(map(dict.get, dicts, repeat("forward"))):
+            if forward is not None:
+                found.append(("as its class" if forwards_as_its_class(modules[n]) else "forward", n))
+        return found
+
+    def in_training(self):
+        """Whether any of the modules is in training mode."""
+        return any(map(itemgetter("training"), self._dicts))
 
 
 def _identity(tensor):
     """What tells one parameter's storage from another's; a tensor subclass (torchao's) may have none to point at."""
-    if tensor is None:
-        return None
     address = tensor.data_ptr() if type(tensor) in (torch.Tensor, nn.Parameter) else None
     return id(tensor), address, tensor.dtype, tensor.device
 
@@ -242,7 +317,11 @@ def _identity(tensor):
 def foreign_modules(*roots):
     """The modules below `roots` of classes that are not PyTorch's, transformers' or ours: adapters, most of all."""
     modules = (module for root in roots for module in root.modules())
-    return [module for module in modules if not type(module).__module__.startswith(_KNOWN_PACKAGES)]
+    return [module for module in modules if not _is_known(type(module))]
+
+
+def _is_known(kind):
+    return kind.__module__.startswith(_KNOWN_PACKAGES)
 
 
 def switches(modules):

@@ -92,6 +92,9 @@ class ModelState:
         # What an engine could not do although it said it could: name -> reason.
         self.failed = {}
         self.fingerprint = None
+        # What was found out about the model as it is, and the circumstances in which it was.
+        self._reasons = {}
+        self._circumstances = None
         self.engines = {}
         self.sessions = []
         self.user_sessions = weakref.WeakKeyDictionary()
@@ -102,7 +105,24 @@ class ModelState:
             if self.fingerprint is None or not self.fingerprint.still_holds():
                 self._forget()
                 self.fingerprint = ModuleFingerprint(model, "model.decoder", "proj_out")
-        return why_not_plain(model)
+            circumstances = (self.fingerprint.circumstances(model), _facts(model))
+            if circumstances != self._circumstances:
+                self._reasons, self._circumstances = {}, circumstances
+        if model.training:
+            # Hinges on the rates of dropout as well, and nobody is in a hurry.
+            return why_not_plain(model)
+        return self.reason("plain", lambda: why_not_plain(model))
+
+    def reason(self, key, find):
+        """What `find()` gives for the model as the last `refresh` saw it: the reason why something cannot serve it.
+
+        Asked for before every window and found out once. It may hinge on nothing but what `ModuleFingerprint` and
+        `_facts` tell, and on `key`.
+        """
+        reasons = self._reasons
+        if key not in reasons:
+            reasons[key] = find()
+        return reasons[key]
 
     def engine(self, model, kind):
         """The model's engine of class `kind`, made on first use."""
@@ -153,6 +173,12 @@ class ModelState:
             model.config, rows, max_inputs=inputs, dtype=dtype, device=device, cross_dtype=cross_dtype
         )
         return Session(cache)
+
+
+def _facts(model):
+    """What the reasons hinge on beside modules and tensors."""
+    config = model.config
+    return config.d_model, config.decoder_attention_heads, config.decoder_ffn_dim, config.activation_function
 
 
 # Stands in `user_sessions` while a call has the session.

@@ -22,7 +22,7 @@ def choice_for(job, session, engine):
         try:
             vocab_size = job.model.config.vocab_size
             plan = build_plan(job.logits_processor, job.prompt_length, vocab_size, job.input_ids.device)
-            rules = plan.greedy_rules() if hasattr(engine, "step_and_choose") else None
+            rules = plan.greedy_rules() if hasattr(engine, "choosing_steps") else None
             if rules is not None and RuledChoice.serves(job, engine.max_ends):
                 return RuledChoice(job, session, plan, rules)
             return DeviceChoice(job, session, plan)
@@ -137,7 +137,13 @@ class DeviceChoice(_Choice):
 
 
 class RuledChoice(DeviceChoice):
-    """Greedy choice by rules that the engine's own kernel knows: a step is one launch, the choice included."""
+    """Greedy choice by rules that the engine's own kernel knows: a step is one launch, the choice included.
+
+    Where the length allows, one launch is several steps. Those behind the end of the last row do not count, and are
+    few: the next launch waits until no more than `ahead` steps are left of the one before.
+    """
+
+    ahead = 2
 
     def __init__(self, job, session, plan, rules):
         super().__init__(job, session, plan)
@@ -154,9 +160,6 @@ class RuledChoice(DeviceChoice):
 
     def begin(self, engine, padded):
         forbidden, early, min_length, stamps = self._given
-        table = torch.zeros(self.plan.vocab_size, dtype=torch.uint8)
-        table[list(early)] = 2
-        table[list(forbidden)] += 1
         rules = {
             "min_length": min_length,
             "eos_count": 0 if self.eos is None else len(self.eos),
@@ -167,19 +170,30 @@ class RuledChoice(DeviceChoice):
             "text_end": 0 if stamps is None else stamps.eos,
             "detect": int(stamps is not None and stamps.detect),
         }
-        self._state = engine.set_rules(padded, rules, table, self.eos, self.pad)
+        self._state = engine.set_rules(padded, rules, forbidden, early, self.eos, self.pad)
         self._state.unfinished[: self.job.batch_size].copy_(self.unfinished)
         self._state.finished.copy_(~self.unfinished.any())
+        self._one, self._several = engine.choosing_steps(padded)
+        self._chained = engine.chained_steps
+        self._wait = self._state.counter.wait
 
     def advance(self, engine, padded, slot):
-        engine.step_and_choose(padded)
-        self._queued += 1
-        self.watch.pace()
-        return self._queued >= self.max_steps or bool(self._state.seen)
+        # `slot` is the device's to know.
+        if self.max_steps - self._queued >= self._chained:
+            self._several()
+            self._queued += self._chained
+        else:
+            self._one()
+            self._queued += 1
+        return self._queued >= self.max_steps or self._wait(self._queued, self.ahead)
 
     def steps(self):
+        if self._queued == 1:
+            return 1
         # The device counts: later steps were queued before the host knew that all rows had finished.
-        return 1 if self._queued == 1 else 1 + int(self._state.steps)
+        steps = 1 + int(self._state.steps)
+        self._state.counter.close()
+        return steps
 
 
 class HostChoice(_Choice):

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .cuda_graphs import CapturedCall
+from .cuda_graphs import CapturedCall, StepCounter
 from .engines import ENGINES, EagerEngine
-from .modeling_whisper import forward_hooks, project_cross_attention
+from .modeling_whisper import forward_hooks, forwards_as_its_class, project_cross_attention
 from .quantized_linear import QuantizedLinear
 
 
@@ -24,6 +24,8 @@ MAX_STEPPED_PROMPT = 8
 SELF_SPLIT, CROSS_SPLIT = 256, 512
 # What `ops.decode_tokens` can hold of tokens that end a row.
 MAX_ENDS = 16
+# Steps in one graph: the host queues a graph in little less time than the fastest step takes.
+CHAINED_STEPS = 4
 
 
 class _Product(NamedTuple):
@@ -35,6 +37,7 @@ class _Product(NamedTuple):
     folded: torch.Tensor | None
     norm: nn.LayerNorm | None
     biases: list
+    pair: torch.Tensor | None
 
     @property
     def eps(self):
@@ -56,6 +59,7 @@ class _Calls(NamedTuple):
     enter: object
     logits: object
     choose: object
+    choose_several: object
 
 
 class _Buffers:
@@ -84,12 +88,14 @@ class _Buffers:
         self.unfinished = torch.zeros(rows, dtype=torch.uint8, device=device)
         self.steps = torch.zeros(1, dtype=torch.int64, device=device)
         self.finished = torch.zeros(1, dtype=torch.uint8, device=device)
-        # The same where the host can look without asking the device.
-        self.seen = torch.zeros(1, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        # How far the steps are, where the host can look without asking the device.
+        self.counter = StepCounter(device)
         self.best = {}
         self.table = torch.zeros(vocab_size, dtype=torch.uint8, device=device)
         self.rules = torch.zeros(9, dtype=torch.int64, device=device)
         self.ends = torch.zeros(MAX_ENDS, dtype=torch.int64, device=device)
+        # What `table` and `rules` hold, as the host knows it.
+        self.held = None, None
         self.graphs = {}
 
     def best_for(self, rows):
@@ -124,6 +130,7 @@ class TritonEngine(EagerEngine):
     name = "triton"
     fallback = "compile"
     max_ends = MAX_ENDS
+    chained_steps = CHAINED_STEPS
     max_batch_size = 32
 
     def __init__(self, model):
@@ -159,18 +166,19 @@ class TritonEngine(EagerEngine):
     # -- What is built once ------------------------------------------------------------------------------------------
 
     def _product(self, linears, norm=None):
-        from .ops.decode_linear import arguments, weight_of
+        from .ops.decode_linear import arguments, folded_pair, weight_of
 
         weights = [weight_of(linear) for linear in linears]
         total = sum(weight.out_features for weight in weights)
         device = weights[0].values.device
         biases = [linear.bias for linear in linears]
-        folded = None
+        folded = pair = None
         if norm is None:
             constant = biases[0] if biases[0] is not None else torch.zeros(total, device=device)
         else:
-            constant, folded = torch.zeros(total, device=device), torch.zeros(total, device=device)
-        return _Product(weights, arguments(weights), constant, folded, norm, biases)
+            pair = folded_pair(weights)
+            constant, folded = pair[:, :total]
+        return _Product(weights, arguments(weights), constant, folded, norm, biases, pair)
 
     def _layer(self, layer):
         own, cross = layer.self_attn, layer.encoder_attn
@@ -207,6 +215,10 @@ class TritonEngine(EagerEngine):
             lambda: self._logits(rows, buffers),
             lambda: self._choose(rows, buffers),
         ]
+
+        def several():
+            return [self._choose(rows, buffers) for _ in range(CHAINED_STEPS)][-1]
+
         if self._on_gpu:
             from .ops.launch import compiled_together
 
@@ -215,9 +227,12 @@ class TritonEngine(EagerEngine):
                     call()
             if rows.session.graph_pool is None:
                 rows.session.graph_pool = torch.cuda.graph_pool_handle()
-            calls = [CapturedCall(call, pool=rows.session.graph_pool, warmups=1) for call in calls]
-            self.captures += len(calls)
-        buffers.graphs[rows.count] = _Calls(*calls)
+            pool = rows.session.graph_pool
+            calls = [CapturedCall(call, pool=pool, warmups=1) for call in calls]
+            # The kernels of these are warm by now, and nothing is compiled for them.
+            several = CapturedCall(several, pool=pool, warmups=0)
+            self.captures += len(calls) + 1
+        buffers.graphs[rows.count] = _Calls(*calls, several)
 
     # -- The start of a window ---------------------------------------------------------------------------------------
 
@@ -225,15 +240,15 @@ class TritonEngine(EagerEngine):
         """What precedes the first step: cross-attention's keys and values, and the folded layer norms.
 
         The folded vectors are made anew for every window: weights that were changed in place since are then followed.
+        There is no telling whether they were: a change through `.data`, such as the merging of an adapter, leaves the
+        address and PyTorch's count of versions as they are.
         """
-        from .ops.decode_linear import fold_norm
+        from .ops.decode_linear import fold_norms
 
         project_cross_attention(self.decoder, buffers.states[: rows.count], rows.buffers)
-        for product in [product for layer in self._layers for product in (layer.qkv, layer.query, layer.fc1)]:
-            fold_norm(product.constant, product.folded, product.weights, product.biases, product.norm)
-        head = self._head
-        fold_norm(head.constant, head.folded, head.weights, head.biases, head.norm)
-        return head.folded
+        products = [product for layer in self._layers for product in (layer.qkv, layer.query, layer.fc1)]
+        fold_norms([(one.pair, one.weights, one.biases, one.norm) for one in (*products, self._head)])
+        return self._head.folded
 
     def _project(self, rows, encoder_hidden_states):
         padded = self._padded(rows)
@@ -265,7 +280,8 @@ class TritonEngine(EagerEngine):
             session.length.fill_(fed)
             logits = self.step(padded, fed - 1)[: rows.count]
             if fed - 1 == extra_index:
-                extra = logits
+                # In float32 they are the buffer that the next step writes.
+                extra = logits.clone()
         return logits, extra
 
     # -- A step ------------------------------------------------------------------------------------------------------
@@ -279,34 +295,48 @@ class TritonEngine(EagerEngine):
         logits = self._calls(rows, self._buffers(rows.session)).logits()
         return logits[:, : self.proj_out.out_features].float()
 
-    def step_and_choose(self, rows):
-        """A step and the choice of each row's token, as the rules that `set_rules` was given have it."""
-        self._calls(rows, self._buffers(rows.session)).choose()
+    def choosing_steps(self, rows):
+        """Functions that queue a step, or `chained_steps` of them, with the choice of each row's token.
 
-    def set_rules(self, rows, rules, table, ends, pad):
-        """Make ready for `step_and_choose`.
+        The choice is as the rules that `set_rules` was given have it.
+        """
+        calls = self._calls(rows, self._buffers(rows.session))
+        return calls.choose, calls.choose_several
+
+    def set_rules(self, rows, rules, forbidden, early, ends, pad):
+        """Make ready for the steps of `choosing_steps`.
 
         Args:
             rows: the padded `Rows`.
             rules: dict of the fields of `ops.decode_tokens.Rules`, `pad` aside.
-            table: uint8 `(vocab_size,)`, as `ops.decode_tokens.choose_next` reads it.
+            forbidden: tuple of the tokens that are never chosen.
+            early: tuple of those that are not before `min_length`.
             ends: int64 tensor of the tokens that end a row, or None.
             pad: 0-dim tensor of the token that finished rows go on with, or None.
 
         Returns:
-            The session's `_Buffers`: `steps`, `finished` and `unfinished` are the state of the loop, no row counting
-            yet.
+            The session's `_Buffers`: `steps`, `finished`, `unfinished` and `counter` are the state of the loop, no row
+            counting yet.
         """
-        from .ops.decode_tokens import Rules
+        from .ops.decode_tokens import SUPPRESSED, SUPPRESSED_EARLY, Rules
 
         buffers = self._buffers(rows.session)
-        buffers.rules.copy_(torch.tensor(Rules(pad=0, **rules)), non_blocking=True)
+        buffers.counter.restart()
+        # Most windows go by the rules of the one before.
+        numbers, tokens = (Rules(pad=0, **rules), pad is None), (forbidden, early)
+        if buffers.held[0] != numbers:
+            buffers.rules.copy_(torch.tensor(numbers[0]), non_blocking=True)
         if pad is not None:
             buffers.rules[Rules._fields.index("pad")].copy_(pad)
-        buffers.table.copy_(table, non_blocking=True)
+        if buffers.held[1] != tokens:
+            table = torch.zeros(len(buffers.table), dtype=torch.uint8)
+            table[list(early)] = SUPPRESSED_EARLY
+            table[list(forbidden)] += SUPPRESSED
+            buffers.table.copy_(table, non_blocking=True)
+        buffers.held = numbers, tokens
         if ends is not None:
             buffers.ends[: len(ends)].copy_(ends)
-        for state in (buffers.steps, buffers.finished, buffers.seen, buffers.unfinished):
+        for state in (buffers.steps, buffers.finished, buffers.unfinished):
             state.zero_()
         return buffers
 
@@ -322,7 +352,7 @@ class TritonEngine(EagerEngine):
             session.length,
             buffers.steps,
             buffers.finished,
-            buffers.seen,
+            buffers.counter.tensor,
             *buffers.best_for(count),
             logits,
             buffers.table,
@@ -448,8 +478,8 @@ def _why_not_served(model):
         if type(module) is nn.Linear and (module.weight.dtype != dtype or not module.weight.is_contiguous()):
             return "a weight is not contiguous, or of another dtype than the embeddings"
     for module in (*norms, *linears, *activations, decoder.embed_tokens):
-        if forward_hooks(module):
-            return f"{type(module).__name__} has a forward hook, which the kernels would not call"
+        if forward_hooks(module) or not forwards_as_its_class(module):
+            return f"{type(module).__name__} has a forward of its own or a hook, which the kernels would not call"
     return None
 
 

@@ -30,6 +30,12 @@ def poisoned(*shape, dtype=torch.float32):
     return torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
 
 
+def fold(weights, biases, norm):
+    pair = decode_linear.folded_pair(weights).fill_(float("nan"))
+    decode_linear.fold_norms([(pair, weights, biases, norm)])
+    return pair[:, : sum(weight.out_features for weight in weights)]
+
+
 def random_weight(bits, group_size, in_features, out_features, dtype):
     """A random `Weight`, and the matrix that it means, float64."""
     if bits == 16:
@@ -65,8 +71,7 @@ def test_linear_with_layer_norm_and_residual(in_features, out_features, rows, bi
     weight, dense = random_weight(bits, group_size, in_features, out_features, dtype)
     norm, bias = random_norm(in_features, dtype), torch.randn(out_features, device=DEVICE).to(dtype)
     x = torch.randn(rows, in_features, device=DEVICE) * 3 + 0.3
-    constant, folded = poisoned(out_features), poisoned(out_features)
-    decode_linear.fold_norm(constant, folded, [weight], [bias], norm)
+    constant, folded = fold([weight], [bias], norm)
     stats = torch.stack((x.sum(1, keepdim=True), (x * x).sum(1, keepdim=True)))
     out = poisoned(rows, out_features)
     gained = x * norm.weight.float()
@@ -105,9 +110,8 @@ def test_query_key_and_value_go_where_they_belong(bits, group_size, rows):
     weights, dense = [weight for weight, _ in trio], torch.cat([matrix for _, matrix in trio])
     norm = random_norm(width, torch.float16)
     x = torch.randn(rows, width, device=DEVICE)
-    constant, folded = poisoned(3 * width), poisoned(3 * width)
     bias = torch.randn(width, device=DEVICE).half()
-    decode_linear.fold_norm(constant, folded, weights, [bias, None, bias], norm)
+    constant, folded = fold(weights, [bias, None, bias], norm)
     stats = torch.stack((x.sum(1, keepdim=True), (x * x).sum(1, keepdim=True)))
     keys, values = poisoned(rows, 2, slots, 64, dtype=torch.float16), poisoned(rows, 2, slots, 64, dtype=torch.float16)
     query, length = poisoned(rows, width, dtype=torch.float16), torch.tensor([4], device=DEVICE)
@@ -252,14 +256,31 @@ def test_norms_that_leave_the_range_of_half_precision_are_served(rows):
     """A residual stream beyond 65504, which only the normed activations come back from; and GELU of many rows."""
     weight, dense = random_weight(16, 0, 128, 64, torch.float16)
     norm, x = random_norm(128, torch.float16), torch.randn(rows, 128, device=DEVICE) * 1e6
-    constant, folded = poisoned(64), poisoned(64)
-    decode_linear.fold_norm(constant, folded, [weight], [None], norm)
+    constant, folded = fold([weight], [None], norm)
     stats, out = torch.stack((x.sum(1, keepdim=True), (x * x).sum(1, keepdim=True))), poisoned(rows, 64)
     arguments = (*decode_linear.arguments([weight]), constant, decode_linear.GELU, 1.0, folded, stats, norm.eps)
     decode_linear.decode_linear(out, x * norm.weight.float(), *arguments)
     exact = decode_linear.Weight(dense, None, None, 64, 0, 128)
     expected = torch.nn.functional.gelu(decode_linear.reference_decode_linear(x.double(), exact, None, norm))
     assert_close(out, expected, 2e-5)
+
+
+def test_layer_norms_are_folded_side_by_side():
+    folds, expected = [], []
+    for features, count in ((64, 3), (64, 1), (200, 1)):
+        pairs = [random_weight(16, 0, 64, features, torch.float16) for _ in range(count)]
+        weights, norm = [weight for weight, _ in pairs], random_norm(64, torch.float16)
+        biases = [torch.randn(features, device=DEVICE).half() for _ in range(count)]
+        biases[0] = None if count == 1 else biases[0]
+        pair = decode_linear.folded_pair(weights).fill_(float("nan"))
+        folds.append((pair, weights, biases, norm))
+        dense = torch.cat([dense for _, dense in pairs])
+        bias = torch.cat([torch.zeros(features, device=DEVICE) if one is None else one for one in biases]).double()
+        expected.append((dense @ norm.bias.double() + bias, dense @ norm.weight.double()))
+    decode_linear.fold_norms(folds)
+    for (pair, *_), (constant, folded) in zip(folds, expected):
+        assert_close(pair[0, : len(constant)], constant, 2e-5)
+        assert_close(pair[1, : len(folded)], folded, 2e-5)
 
 
 def test_more_rows_than_the_kernels_take_are_refused():
@@ -300,7 +321,7 @@ def choose(tokens, logits, length, *, ends=(), unfinished=None, table=None, **ru
         "length": torch.tensor([length], device=DEVICE),
         "steps": torch.zeros(1, dtype=torch.int64, device=DEVICE),
         "finished": torch.zeros(1, dtype=torch.uint8, device=DEVICE),
-        "seen": torch.zeros(1, dtype=torch.uint8, device=DEVICE),
+        "seen": torch.zeros(1, dtype=torch.int64, device=DEVICE),
     }
     blocks = decode_tokens.blocks_of(vocab)
     decode_tokens.choose_next(
@@ -327,7 +348,9 @@ def test_choice_takes_the_first_of_the_best():
     assert (int(state["length"]), int(state["steps"]), int(state["finished"])) == (4, 1, 0)
     assert_close(state["logprobs"][:, 2], logits.double().log_softmax(-1).amax(-1), 1e-5)
     done = choose(tokens, logits, 3, ends=(4098,), unfinished=torch.zeros(3, dtype=torch.uint8, device=DEVICE))
-    assert done["tokens"][:, 3].tolist() == [0, 0, 0] and int(done["finished"]) == int(done["seen"]) == 1
+    assert done["tokens"][:, 3].tolist() == [0, 0, 0] and int(done["finished"]) == 1
+    # Three tokens behind the prompt of one; the sign says that all rows have finished.
+    assert (int(state["seen"]), int(done["seen"])) == (3, -3)
 
 
 def test_suppressed_tokens_are_never_chosen():
@@ -398,7 +421,7 @@ def test_opcheck(op):
         outputs = (zeros(1, 64), zeros(1, 64), zeros(2, 1, 1))
         arguments = (*outputs, integers(1, 9), length, integers(1, 1), zeros(5, 64), zeros(9, 64), zeros(64))
     else:
-        loop = (integers(1, 9), zeros(1, 9), bytes_(1), length, integers(1), bytes_(1), bytes_(1))
+        loop = (integers(1, 9), zeros(1, 9), bytes_(1), length, integers(1), bytes_(1), integers(1))
         work = (zeros(4, 1, 1), zeros(2, 1, 1, dtype=torch.int32))
         rules = torch.tensor(decode_tokens.Rules(0, 0, 0, 1, 1, 50, -1, 50, 0), device=DEVICE)
         arguments = (*loop, *work, torch.randn(1, 64, device=DEVICE), bytes_(50), rules, integers(16))

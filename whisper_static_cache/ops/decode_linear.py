@@ -11,7 +11,7 @@ the product:
 
       W (g (x - m) r + b) + bias = r (W (g x) - m (W g)) + (W b + bias)
 
-  `fold_norm` computes ``W g`` and ``W b + bias`` once a window. The kernel that writes ``x`` writes ``g x`` beside it
+  `fold_norms` computes ``W g`` and ``W b + bias`` once a window. The kernel that writes ``x`` writes ``g x`` beside it
   and, from each of its programs, the sum and the sum of squares of the elements it wrote.
 - The merge of attention's partial results in front (`decode_attention`).
 - Bias, GELU, the residual sum, the query's scale, and the write of keys and values into the cache behind.
@@ -354,10 +354,10 @@ def decode_linear(
         x: ``(rows, in_features)``; where a layer norm is folded, float32 and multiplied by its gain; with `lse` the
             runs of `decode_attention`, float32 ``(rows, splits, in_features)``.
         weights, scales, zeros, bits, group_size: what `arguments` gives.
-        constant: ``(total out_features,)``, added: with a layer norm what `fold_norm` gives, else the bias.
+        constant: ``(total out_features,)``, added: with a layer norm what `fold_norms` gives, else the bias.
         epilogue: STORE, GELU, RESIDUAL or HEADS.
         scale: factor of the (first) product, after the constant, with STORE and HEADS.
-        folded, stats, eps: the layer norm in front: what `fold_norm` gives, and the float32 ``(2, rows, programs)``
+        folded, stats, eps: the layer norm in front: what `fold_norms` gives, and the float32 ``(2, rows, programs)``
             sums and sums of squares that the kernel which wrote `x` left.
         lse, split_size: the runs' logarithms, float32 ``(rows, splits, in_features // 64)``; the keys of a run, of
             which those up to slot ``length - 1`` count, or 0 where all runs do.
@@ -533,23 +533,43 @@ def _(*args, **kwargs):
     return None
 
 
-def fold_norm(constant, folded, weights, biases, norm):
-    """Write what `decode_linear` needs of a layer norm in front of `weights`: ``W b + bias`` and ``W g``.
+def folded_pair(weights):
+    """Where `fold_norms` writes ``W b + bias`` and ``W g`` of `weights`: float32 ``(2, total out_features or more)``.
+
+    Rows are a multiple of 16 elements apart, for wide loads.
+    """
+    total = sum(weight.out_features for weight in weights)
+    return torch.zeros(2, -(-total // 16) * 16, dtype=torch.float32, device=weights[0].values.device)
+
+
+@torch.no_grad()
+def fold_norms(folds):
+    """Write what `decode_linear` needs of layer norms in front of weights: ``W b + bias`` and ``W g``.
+
+    All of a model's at once: a kernel for each product, and a few for all that goes around them.
 
     Args:
-        constant, folded: float32 ``(total out_features,)``, written.
-        weights: list of `Weight`, one or three of one shape.
-        biases: their biases, or None each.
-        norm: the `nn.LayerNorm`.
+        folds: list of `(pair, weights, biases, norm)`, at least one, of one width: what `folded_pair` gives, written;
+            a list of `Weight`, one or three of one shape; their biases, or None each; the `nn.LayerNorm`.
     """
-    both = torch.stack((norm.bias, norm.weight)).float()
-    out = torch.empty(2, len(constant), device=constant.device)
-    decode_linear(out, both, *arguments(weights), torch.zeros_like(constant), STORE)
-    constant.copy_(out[0])
-    folded.copy_(out[1])
-    for part, bias in zip(constant.split(weights[0].out_features), biases):
-        if bias is not None:
-            part += bias
+    pair, _, _, norm = folds[0]
+    # First: a product may read its constant before the kernel ahead of it has ended.
+    nothing = torch.zeros(max(pair.shape[1] for pair, *_ in folds), dtype=torch.float32, device=pair.device)
+    both = torch.empty(len(folds), 2, *norm.weight.shape, dtype=torch.float32, device=pair.device)
+    added = [
+        (part, bias, torch.empty_like(part))
+        for pair, weights, biases, _ in folds
+        for part, bias in zip(pair[0].split(weights[0].out_features), biases)
+        if bias is not None
+    ]
+    parts, biases, wide = map(list, zip(*added)) if added else ([], [], [])
+    vectors = [vector for _, _, _, norm in folds for vector in (norm.bias, norm.weight)]
+    torch._foreach_copy_([*both.flatten(0, 1).unbind(), *wide], [*vectors, *biases])
+    for x, (pair, weights, _, _) in zip(both, folds):
+        total = sum(weight.out_features for weight in weights)
+        decode_linear(pair, x, *arguments(weights), nothing[:total], STORE)
+    if parts:
+        torch._foreach_add_(parts, wide)
 
 
 def arguments(weights):

@@ -227,7 +227,8 @@ def _choose_kernel(
     tl.store(unfinished_ptr + row, unfinished.to(tl.uint8), mask=exists)
     finished = tl.maximum(had_finished, tl.where(tl.sum(unfinished, axis=0) == 0, 1, 0)).to(tl.uint8)
     tl.store(finished_ptr, finished)
-    tl.store(seen_ptr, finished)
+    generated = length + 1 - prompt_length
+    tl.store(seen_ptr, tl.where(finished != 0, -generated, generated))
     # Steps queued after the last row's end do not count.
     tl.store(steps_ptr, steps + tl.where(had_finished == 0, 1, 0))
     tl.store(length_ptr, length + 1)
@@ -263,7 +264,8 @@ def choose_next(
         length: int64 ``(1,)``, incremented.
         steps: int64 ``(1,)``: steps up to the one that finished the last row.
         finished: uint8 ``(1,)``: 1 once every row has finished.
-        seen: uint8 ``(1,)``, may be in pinned host memory: gets the same.
+        seen: int64 ``(1,)``, may be in pinned host memory: gets how many tokens a row now has behind the prompt,
+            negative once every row has finished.
         scores, ids: float32 ``(4, rows, blocks)`` and int32 ``(2, rows, blocks)`` to work in, `blocks` as
             `blocks_of` gives it.
         logits: ``(rows, vocab_size or more)``, contiguous; what is beyond the table is not read.
