@@ -45,9 +45,9 @@ class StreamPlan(NamedTuple):
 
 # Of self-attention, of cross-attention, and of that in 8 bits. They hold so little shared memory that three programs
 # to a multiprocessor are resident: then all of 16 rows with 20 heads are.
-SELF_PLAN = StreamPlan(16, 4, 3, 16, True, 128)
-CROSS_PLAN = StreamPlan(32, 4, 3, 16, True, 256)
-INT8_PLAN = StreamPlan(32, 4, 4, 16, True, 256)
+SELF_PLAN = StreamPlan(16, 4, 3, 1, True, 128)
+CROSS_PLAN = StreamPlan(32, 4, 3, 1, True, 256)
+INT8_PLAN = StreamPlan(32, 4, 4, 1, True, 256)
 
 
 @triton.jit
