@@ -258,11 +258,11 @@ def test_many_rows_of_nothing_but_padding_stay_finite(dtype):
     [
         # Two tiles a program, of which the last has one; a tile that is not full; several steps; tiles of 16, the last
         # program with fewer of them; more tiles than buffers.
-        (128, 88, 16, 5, (8, 3)),
-        (320, 130, 9, 8, (8, 3)),
-        (320, 130, 11, 1, (16, 9)),
-        (384, 530, 12, 4, (16, 9)),
-        (640, 260, 16, 2, (16, 9)),
+        (128, 88, 16, 5, (8, 24)),
+        (320, 130, 9, 8, (8, 24)),
+        (320, 130, 11, 1, (16, 144)),
+        (384, 530, 12, 4, (16, 144)),
+        (640, 260, 16, 2, (16, 144)),
     ],
 )
 def test_many_features_behind_a_layer_norm(in_features, out_features, rows, count, plan, dtype, monkeypatch):
@@ -274,6 +274,10 @@ def test_many_features_behind_a_layer_norm(in_features, out_features, rows, coun
     weight, dense = random_weight(16, 0, in_features, out_features, dtype)
     chosen = decode_linear.plan_for(weight, rows=rows, normed=True)
     assert isinstance(chosen, decode_dot.TilesPlan) and chosen[:2] == plan
+    if rows == 12:
+        # Tiles that do not fill a program's share.
+        uneven = decode_dot.TilesPlan(16, 40, 2, chosen.num_warps, 128)
+        monkeypatch.setattr(decode_linear, "tiles_plan_for", lambda *arguments: uneven)
     norm, bias = random_norm(in_features, dtype), torch.randn(out_features, device=DEVICE).to(dtype)
     x = torch.randn(rows, in_features, device=DEVICE) * 3 + 0.3
     constant, folded = poisoned(out_features), poisoned(out_features)

@@ -367,13 +367,14 @@ def decode_tiles_kernel(
     w0_ptr, w1_ptr, w2_ptr, s0_ptr, s1_ptr, s2_ptr, z0_ptr, z1_ptr, z2_ptr,
     scale, eps,
     N: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
-    WARPS: tl.constexpr, FEATURES: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr, EPILOGUE: tl.constexpr,
+    WARPS: tl.constexpr, FEATURES: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr, EPILOGUE: tl.constexpr,
     SLOTS: tl.constexpr, STATS: tl.constexpr, STATS_BLOCK: tl.constexpr, WIDEN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     let_successor_start(OVERLAP)
     STEPS: tl.constexpr = K // (32 * WARPS)
     dtype: tl.constexpr = w0_ptr.dtype.element_ty
-    start = tl.program_id(0) * (FEATURES * TILES)
+    TILES: tl.constexpr = (SPAN + FEATURES - 1) // FEATURES
+    start = tl.program_id(0) * SPAN
     part = start // N
     w_ptr = w0_ptr
     if PARTS == 3:
@@ -399,23 +400,31 @@ def decode_tiles_kernel(
         lows = lows + (tl.zeros([WARPS, 16, 32], dtype),)
     shift = tl.zeros([16], tl.float32)
     for tile in tl.range(0, TILES, num_stages=STAGES):
-        feature = start + tile * FEATURES + tl.arange(0, FEATURES)
+        place = tile * FEATURES + tl.arange(0, FEATURES)
+        feature = start + place
         in_part = feature - part * N
         exists = in_part < N
+        if SPAN % FEATURES != 0:
+            exists = exists & (place < SPAN)
         n = tl.minimum(in_part, N - 1).to(tl.int64)[:, None, None]
         weights = ()
         for step in tl.static_range(STEPS):
-            weights = weights + (tl.load(w_ptr + n * K + step * (32 * WARPS) + lane),)
+            if SPAN % FEATURES == 0:
+                weights = weights + (tl.load(w_ptr + n * K + step * (32 * WARPS) + lane),)
+            else:
+                # The last tile is not full: what lies behind it costs no bytes.
+                inside = exists[:, None, None]
+                weights = weights + (tl.load(w_ptr + n * K + step * (32 * WARPS) + lane, mask=inside, other=0.0),)
         constant = tl.load(constant_ptr + feature, mask=exists, other=0.0)
         folded = tl.load(folded_ptr + feature, mask=exists, other=0.0)
         if tile == 0:
             # Inside the loop, so that its first weights, which the compiler has fetched in front of it, are on their
             # way before the wait. The activations then stay in the registers.
             wait_for_predecessor(OVERLAP)
-            entry = tl.arange(0, STATS_BLOCK)[None, :]
-            sums_ptr = stats_ptr + tl.minimum(row, ROWS - 1)[:, None] * STATS + entry
-            sums = tl.load(sums_ptr, mask=entry < STATS, other=0.0)
-            squares = tl.load(sums_ptr + ROWS * STATS, mask=entry < STATS, other=0.0)
+            index = tl.arange(0, STATS_BLOCK)[None, :]
+            sums_ptr = stats_ptr + tl.minimum(row, ROWS - 1)[:, None] * STATS + index
+            sums = tl.load(sums_ptr, mask=index < STATS, other=0.0)
+            squares = tl.load(sums_ptr + ROWS * STATS, mask=index < STATS, other=0.0)
             raw = ()
             for step in tl.static_range(STEPS):
                 raw = raw + (tl.load(x_ptr + at + step * (32 * WARPS)),)
@@ -453,12 +462,12 @@ def decode_tiles_kernel(
                 tl.store(out_ptr + wide + in_part[None, :], (y * scale).to(out_ptr.dtype.element_ty), mask=stores)
             else:
                 heads: tl.constexpr = N // 64
-                place = ((row[:, None] * heads + (in_part // 64)[None, :]) * SLOTS + slot) * 64
-                place += (in_part % 64)[None, :]
+                entry = ((row[:, None] * heads + (in_part // 64)[None, :]) * SLOTS + slot) * 64
+                entry += (in_part % 64)[None, :]
                 if part == 1:
-                    tl.store(keys_ptr + place, y.to(keys_ptr.dtype.element_ty), mask=stores)
+                    tl.store(keys_ptr + entry, y.to(keys_ptr.dtype.element_ty), mask=stores)
                 else:
-                    tl.store(values_ptr + place, y.to(values_ptr.dtype.element_ty), mask=stores)
+                    tl.store(values_ptr + entry, y.to(values_ptr.dtype.element_ty), mask=stores)
         elif EPILOGUE == 1:
             tl.store(out_ptr + wide + feature[None, :], gelu(y).to(out_ptr.dtype.element_ty), mask=stores)
         else:
@@ -466,20 +475,20 @@ def decode_tiles_kernel(
 
 
 class TilesPlan(NamedTuple):
-    """How a product with a layer norm in front goes through tiles: `tiles` of `features` a program, one by one.
+    """How a product behind a layer norm is cut up: `span` features a program, in tiles of `features`, one by one.
 
     Of the tiles, `buffers` are in shared memory or on their way. A thread has up to `registers`, or what the compiler
     thinks best if that is 0.
     """
 
     features: int
-    tiles: int
+    span: int
     buffers: int
     num_warps: int
     registers: int
 
     def programs(self, weight, parts=1):
-        return parts * triton.cdiv(weight.out_features, self.features * self.tiles)
+        return parts * triton.cdiv(weight.out_features, self.span)
 
 
 class DirectPlan(NamedTuple):
@@ -557,7 +566,7 @@ def tiles_plan_for(weight, parts=1):
             tiles += 1
     free = shared - 24 * 1024 if long else shared // 2 - 4 * 1024
     buffers = max(1, min(tiles, 3 if long else 8, free // (features * k * 2)))
-    return TilesPlan(features, tiles, buffers, warps, 128)
+    return TilesPlan(features, features * tiles, buffers, warps, 128)
 
 
 class DotPlan(NamedTuple):

@@ -505,7 +505,7 @@ def _launch_decode_linear(
             *written,
             *matrices,
             FEATURES=plan.features,
-            TILES=plan.tiles,
+            SPAN=plan.span,
             STAGES=plan.buffers + 1,
             **sizes,
         )
