@@ -726,6 +726,7 @@ static inline uint2 fetch8(const void* from, EMULATED_LINE) { return emulation::
 static inline void prefetch(const void*, u32) {}
 static inline void few_registers() {}
 static inline void many_registers() {}
+static inline float log2_fast(float x) { return log2f(x); }
 static inline float __fdividef(float a, float b) { return a / b; }
 
 static inline u32 pack_f16(float low, float high) {

@@ -162,7 +162,7 @@ def compare(model, slot, offset, run):
             assert torch.equal(cache.double(), wanted)
 
 
-SMALL = ops.Shape(128, 512, 2, 300, 50, False, 16, 0, 12, 120_000, 16)
+SMALL = ops.Shape(128, 512, 2, 300, 50, False, 16, 0, 12, 120_000)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed: the kernel cannot be emulated")
@@ -170,12 +170,12 @@ SMALL = ops.Shape(128, 512, 2, 300, 50, False, 16, 0, 12, 120_000, 16)
     "changes",
     [
         {},
-        {"warps": 8, "bfloat16": True},
+        {"bfloat16": True},
         {"bits": 4, "group_size": 64},
         {"bits": 8, "group_size": 64, "bfloat16": True},
-        {"bits": 3, "group_size": 32, "warps": 8},
+        {"bits": 3, "group_size": 32},
         {"bits": 2, "group_size": 16},
-        {"bits": 1.58, "group_size": 16, "width": 192, "ffn": 768, "programs": 16},
+        {"bits": 1.58, "group_size": 16},
     ],
     ids=lambda changes: "-".join(f"{name}={value}" for name, value in changes.items()) or "float16",
 )

@@ -13,8 +13,8 @@
 //
 // Built by NVRTC without headers. Constants that the launcher defines:
 //   WIDTH, FFN, HEADS (of 64), LAYERS, SLOTS, SOURCE (keys of cross-attention), CROSS_SPLITS (programs to a head, at
-//   most 8), BF16 (0 or 1), BITS (16, 8, 4, 3, 2, or 158 for 1.58), GROUP (of the quantisation), WARPS (that compute),
-//   PROGRAMS, MEMORY (bytes of shared memory).
+//   most 8), BF16 (0 or 1), BITS (16, 8, 4, 3, 2, or 158 for 1.58), GROUP (of the quantisation), WARPS (8 or 16 that
+//   multiply), PROGRAMS, MEMORY (bytes of shared memory).
 //
 // Why every buffer can be used again without being cleared: a program that writes the next result into a buffer holds
 // values that depend on every reader's having read the last one. Layer by layer: all of `stream` was read before any
@@ -45,6 +45,11 @@ __device__ __forceinline__ uint2 peek8(const void* p) {
   u64 a;
   asm volatile("ld.relaxed.gpu.global.u64 %0,[%1];" : "=l"(a) : "l"(p) : "memory");
   return {(u32)a, (u32)(a >> 32)};
+}
+__device__ __forceinline__ u32 peek4(const void* p) {
+  u32 a;
+  asm volatile("ld.relaxed.gpu.global.u32 %0,[%1];" : "=r"(a) : "l"(p) : "memory");
+  return a;
 }
 __device__ __forceinline__ void poke16(void* p, uint4 v) {
   asm volatile("{.reg .b128 t; mov.b128 t,{%1,%2}; st.relaxed.gpu.global.b128 [%0],t;}" ::"l"(p),
@@ -88,9 +93,26 @@ __device__ __forceinline__ bool barrier_try(u32 at, u32 parity) {
   return done;
 }
 __device__ __forceinline__ void copy_async(u32 to, const void* from, u32 bytes, u32 barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(to),
-               "l"(from), "r"(bytes), "r"(barrier) : "memory");
+  // Weights are read once a step, and are more than the L2 cache holds: what else is in there should stay.
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0,1.0;" : "=l"(policy));
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0],[%1],%2,[%3],%4;"
+               ::"r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
 }
+// Which thread and program this is, asked for anew wherever it is used: the compiler would compute all that follows from
+// it once for all layers, have no registers for so much, and load it from memory time and again.
+__device__ __forceinline__ u32 thread() {
+  u32 t;
+  asm volatile("mov.u32 %0,%%tid.x;" : "=r"(t));
+  return t;
+}
+__device__ __forceinline__ int program() {
+  int p;
+  asm volatile("mov.u32 %0,%%ctaid.x;" : "=r"(p));
+  return p;
+}
+// Loads from memory stay behind what is in front of this, instead of taking registers early.
+__device__ __forceinline__ void keep_order() { asm volatile("" ::: "memory"); }
 // Into the L2 cache.
 __device__ __forceinline__ void prefetch(const void* from, u32 bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0],%1;" ::"l"(from), "r"(bytes) : "memory");
@@ -105,17 +127,23 @@ __device__ __forceinline__ void trap() { asm volatile("st.global.u32 [%0],%1;" :
 // Warps that fetch and finish need few registers, the others many: an even share would not hold a product's weights.
 __device__ __forceinline__ void few_registers() {
 #if __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(WARPS == 8 ? 72 : 64));
 #endif
 }
 __device__ __forceinline__ void many_registers() {
 #if __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WARPS == 8 ? 224 : 112));
+  // All warps together have no more than the launch gave them: 3 * 168 or 5 * 96 to a scheduler.
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WARPS == 8 ? 216 : 104));
 #endif
 }
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
   return y;
 }
 __device__ __forceinline__ float rsqrt_fast(float x) { return rsqrtf(x); }
@@ -163,6 +191,10 @@ __device__ __forceinline__ u32 half_mul(u32 a, u32 b) {
   return c;
 }
 
+#else
+#define thread() ((u32)threadIdx.x)
+#define program() ((int)blockIdx.x)
+#define keep_order()
 #endif  // EMULATED
 
 __device__ __forceinline__ void load16(u32 (&r)[4], const u8* at) {
@@ -180,6 +212,7 @@ __device__ __forceinline__ float high_of(u32 pair) { return widen((u16)(pair >> 
 
 constexpr float NOTHING = -1e30f, LOG2E = 1.4426950408889634f;
 constexpr float SHRINK = 1.0f / 16, GROW = 16.0f;  // Keeps activations times gains far from float16's largest number.
+static_assert(WARPS == 8 || WARPS == 16, "");
 // Warps that multiply, one that fetches, and those that finish what is multiplied, sixteen features each.
 constexpr int FETCHER = WARPS, FIRST_FINISHER = WARPS + 1, FINISHERS = 3, THREADS = 32 * (WARPS + 4);
 
@@ -206,6 +239,8 @@ constexpr int RUN_BYTES = BITS == 16 ? 64 : 32;
 constexpr bool even(int depth) { return plane(depth) % 32 == 0 && depth == plane(depth) * DIGITS; }
 // A run's element and the bytes in front of it do not cross from one high plane's digit to the next.
 static_assert(BITS != 3 || WIDTH % 128 == 0 && FFN % 128 == 0, "");
+// A block of attention's result lies within a head.
+static_assert(plane(WIDTH) % 32 == 0, "");
 
 // What is fetched at a time, a chunk: ROWS rows, for FFN elements a part of each that has `PART` turns of the warps.
 constexpr bool PARTED = BITS == 16 || BITS == 8 || BITS == 4;
@@ -230,14 +265,15 @@ constexpr int CHUNK = up(most(chunk_bytes(WIDTH), chunk_bytes(FFN)), 128);
 constexpr int FFN_CHUNKS = ratio(ROWS_FFN, ROWS);
 constexpr int MOST_ROWS = up(most(3 * ROWS, FFN_CHUNKS * ROWS), 16);
 
-enum { QKV, OWN_OUT, QUERY, CROSS_OUT, FC1, FC2, PRODUCTS };
-constexpr int depth_of(int product) { return product == FC2 ? FFN : WIDTH; }
+// What is done for a layer, in this order; the products' weights are fetched in the same.
+enum { QKV, OWN_ATTENTION, OWN_OUT, QUERY, CROSS_ATTENTION, CROSS_OUT, FC1, FC2, STEPS };
+constexpr bool is_attention(int step) { return step == OWN_ATTENTION || step == CROSS_ATTENTION; }
 constexpr int chunks_of(int product) {
   return product == QKV ? 3 : product == FC1 ? FFN_CHUNKS : product == FC2 ? parts(FFN) : 1;
 }
 constexpr int row_chunks(int product) { return product == FC2 ? 1 : chunks_of(product); }
 constexpr int finishers(int product) { return ratio(row_chunks(product) * ROWS, 16); }
-constexpr bool normed(int product) { return product == QKV || product == QUERY || product == FC1; }
+constexpr bool from_stream(int product) { return product == QKV || product == QUERY || product == FC1; }
 
 // A layer's device pointers, in the order of the launcher's table.
 enum {
@@ -246,8 +282,9 @@ enum {
   BIAS = FOLDED + 3, GAIN = BIAS + 3,                 // Of the others, and the gain of the layer norm behind.
   KEYS = GAIN + 3, VALUES, CROSS_KEYS, CROSS_VALUES, POINTERS
 };
-constexpr int weight_of(int product) { return product == QKV ? 0 : product + 2; }
-constexpr int norm_of(int product) { return product / 2; }
+constexpr int weight_of(int product) { return product == QKV ? 0 : product < CROSS_ATTENTION ? product + 1 : product; }
+constexpr int norm_of(int product) { return product < QUERY ? 0 : product < FC1 ? 1 : 2; }
+constexpr int side_of(int product) { return from_stream(product) ? 0 : 1; }  // Sums alternate.
 
 // Attention: a warp takes tiles of 16 keys. Self-attention is split where one program's tiles end.
 constexpr int SELF_RUN = 256, SELF_SPLITS = ratio(SLOTS, SELF_RUN);
@@ -255,11 +292,10 @@ constexpr int CROSS_RUN = ratio(SOURCE, CROSS_SPLITS);
 static_assert(HEADS * SELF_SPLITS <= GIVERS && SELF_SPLITS <= 8 && (CROSS_SPLITS - 1) * CROSS_RUN < SOURCE, "");
 
 constexpr int RINGS = 16;  // Chunks in flight, at most.
-constexpr int SUMS = WARPS == 8 ? 8 : WARPS + 8;  // Floats from one row's sums to the next: lanes meet no bank twice.
-static_assert(WARPS == 8 || WARPS == 16, "");
+constexpr int SUMS = WARPS == 8 ? 8 : 24;  // Floats from one row's sums to the next: lanes meet no bank twice.
 static_assert(finishers(QKV) <= FINISHERS && finishers(FC1) <= FINISHERS, "");
 // Named barriers: one for each product and attention, of those that multiply with those that finish.
-enum { TABLES = 1, PRODUCT_SUMS = 2, RUNS_THERE = PRODUCT_SUMS + PRODUCTS };
+enum { TABLES = 1, STEP_DONE = 2 };
 constexpr int HIDDEN_BLOCKS = turns(FFN) * DIGITS;
 struct Shared {
   alignas(16) float sums[2][MOST_ROWS][SUMS];
@@ -286,7 +322,7 @@ struct Arguments {
   u16 *heads, *query;    // [2][3 WIDTH], [2][WIDTH], likewise.
   float2* stats;         // [COPIES][GIVERS]: of the rows of each, sum and sum of squares.
   u16 *own_runs, *cross_runs;     // [COPIES][HEADS][8][64]
-  float2 *own_tops, *cross_tops;  // [COPIES][HEADS][8]: the largest score, and the sum of exponentials.
+  float *own_logs, *cross_logs;   // [COPIES][HEADS][8]: the logarithms (of base 2) of the sums of exponentials.
   u16* hidden;           // [COPIES][FFN]
   u32* launches;
   const long long *tokens, *length, *offset;
@@ -332,11 +368,11 @@ struct Span {
   int first, count;  // Output features or keys of this program.
 };
 __device__ __forceinline__ Span share(int total, int each) {
-  int first = least((int)blockIdx.x * each, total);
+  int first = least(program() * each, total);
   return {first, least(each, total - first)};
 }
 __device__ __forceinline__ Span keys_of(bool own, int slot) {
-  int split = blockIdx.x / HEADS, total = own ? slot + 1 : SOURCE, each = own ? SELF_RUN : CROSS_RUN;
+  int split = program() / HEADS, total = own ? slot : SOURCE, each = own ? SELF_RUN : CROSS_RUN;
   int first = least(split * each, total);
   return {first, least(each, total - first)};
 }
@@ -353,7 +389,7 @@ struct Cursor {
 struct Pointers {
   u64 first, second;
   __device__ __forceinline__ void load(const u64* table, int layer) {
-    const int lane = threadIdx.x % 32;
+    const int lane = thread() % 32;
     if (layer >= LAYERS) return;
     first = table[layer * POINTERS + lane];
     if (lane < POINTERS - 32) second = table[layer * POINTERS + 32 + lane];
@@ -364,73 +400,60 @@ struct Pointers {
   }
 };
 
-// One lane's copy of a chunk: lanes below 16 take a row each, the next four what lies behind the rows. Returns its
-// bytes, and the pointer's index in the table, to which `from` is added.
-template <int PRODUCT>
-__device__ __forceinline__ u32 copy_of(int chunk, int lane, u32& at, int& index, long long& from) {
-  constexpr int DEPTH = depth_of(PRODUCT), BYTES = row_bytes(DEPTH), GROUPS = groups(DEPTH);
-  Span span = PRODUCT == FC1 ? share(FFN, ROWS_FFN) : share(WIDTH, ROWS);
-  if (PRODUCT == FC1) {
-    const int skipped = least(chunk * ROWS, span.count);
-    span = {span.first + skipped, least(ROWS, span.count - skipped)};
+// A chunk's copies: lanes below 16 take a row each, the next four what lies behind the rows.
+__device__ __forceinline__ void fetch_chunk(const Pointers& p, Shared& sh, u32 memory, Cursor& cursor, int product,
+                                            int chunk) {
+  const int lane = thread() % 32;
+  const bool deep = product == FC2;
+  int first = program() * (product == FC1 ? ROWS_FFN : ROWS), count = (product == FC1 ? FFN : WIDTH) - first;
+  if (product == FC1) {
+    count = least(count, ROWS_FFN) - chunk * ROWS;
+    first += chunk * ROWS;
   }
-  if (span.count <= 0) return 0;
-  const int matrix = weight_of(PRODUCT) + (PRODUCT == QKV ? chunk : 0);
-  if (lane < 16) {
-    if (lane >= span.count) return 0;
-    const int begin = PRODUCT == FC2 ? chunk * part_bytes(DEPTH) : 0;
-    at = lane * stride(DEPTH);
+  count = most(least(count, ROWS), 0);
+  const int matrix = weight_of(product) + (product == QKV ? chunk : 0);
+  u32 at = 0, size = 0;
+  int index = 0;
+  long long from = 0;
+  if (lane < count) {
+    const int bytes = deep ? row_bytes(FFN) : row_bytes(WIDTH), part = deep ? part_bytes(FFN) : part_bytes(WIDTH);
+    const int begin = deep ? chunk * part : 0;
+    at = lane * (deep ? stride(FFN) : stride(WIDTH));
     index = WEIGHTS + matrix;
-    from = (long long)(span.first + lane) * BYTES + begin;
-    return least(part_bytes(DEPTH), BYTES - begin);
-  }
-  if (lane >= 20 || PRODUCT == FC2 && chunk > 0) return 0;
-  int begin, end;
-  if (lane < 18) {
-    if (BITS == 16) return 0;
-    at = scales_at(DEPTH) + (lane - 16) * meta_bytes(DEPTH);
-    index = (lane == 16 ? SCALES : ZEROS) + matrix;
-    begin = span.first * GROUPS * 2, end = begin + span.count * GROUPS * 2;
-  } else {
-    at = vectors_at(DEPTH) + (lane - 18) * vector_bytes;
-    if (normed(PRODUCT)) {
-      index = (lane == 18 ? CONSTANT : FOLDED) + norm_of(PRODUCT);
-      begin = ((PRODUCT == QKV ? chunk * WIDTH : 0) + span.first) * 4, end = begin + span.count * 4;
+    from = (long long)(first + lane) * bytes + begin;
+    size = least(part, bytes - begin);
+  } else if (lane >= 16 && lane < 20 && count > 0 && !(deep && chunk > 0)) {
+    int each;
+    if (lane < 18) {
+      each = 2 * (deep ? groups(FFN) : groups(WIDTH));
+      at = deep ? scales_at(FFN) + (lane - 16) * meta_bytes(FFN) : scales_at(WIDTH) + (lane - 16) * meta_bytes(WIDTH);
+      index = (lane == 16 ? SCALES : ZEROS) + matrix;
     } else {
-      index = (lane == 18 ? BIAS : GAIN) + norm_of(PRODUCT);
-      begin = span.first * 2, end = begin + span.count * 2;
+      const bool norm = from_stream(product);
+      each = norm ? 4 : 2;
+      at = (deep ? vectors_at(FFN) : vectors_at(WIDTH)) + (lane - 18) * vector_bytes;
+      index = norm_of(product) + (lane == 18 ? (norm ? CONSTANT : BIAS) : (norm ? FOLDED : GAIN));
+      if (product == QKV) first += chunk * WIDTH;
     }
+    from = first * each / 16 * 16;
+    if (each) size = up((first + count) * each, 16) - (int)from;
   }
-  from = begin / 16 * 16;
-  return up(end, 16) - begin / 16 * 16;
-}
-
-template <int PRODUCT>
-__device__ __forceinline__ void fetch_product(const Pointers& p, Shared& sh, u32 memory, Cursor& cursor) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll 1
-  for (int chunk = 0; chunk < chunks_of(PRODUCT); chunk++) {
-    u32 at = 0;
-    int index = 0;
-    long long from = 0;
-    const u32 size = copy_of<PRODUCT>(chunk, lane, at, index, from);
-    const u8* base = p.at(index);
-    u32 all = size;
+  const u8* base = p.at(index);
+  u32 all = size;
 #pragma unroll
-    for (int step = 16; step; step /= 2) all += __shfl_xor_sync(~0u, all, step);
-    // The first round finds every place empty.
-    await(shared_address(&sh.empty[cursor.place]), cursor.phase ^ 1);
-    const u32 barrier = shared_address(&sh.full[cursor.place]);
-    if (lane == 0) barrier_expect(barrier, all);
-    __syncwarp();
-    if (size) copy_async(memory + cursor.place * CHUNK + at, base + from, size, barrier);
-    cursor.next();
-  }
+  for (int step = 16; step; step /= 2) all += __shfl_xor_sync(~0u, all, step);
+  // The first round finds every place empty.
+  await(shared_address(&sh.empty[cursor.place]), cursor.phase ^ 1);
+  const u32 barrier = shared_address(&sh.full[cursor.place]);
+  if (lane == 0) barrier_expect(barrier, all);
+  __syncwarp();
+  if (size) copy_async(memory + cursor.place * CHUNK + at, base + from, size, barrier);
+  cursor.next();
 }
 
 // The fetching warp: every chunk of every layer, as soon as there is room for it.
 __device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory, int slot) {
-  const int lane = threadIdx.x % 32;
+  const int lane = thread() % 32;
   Cursor cursor;
   Pointers p, ahead;
   ahead.load(a.table, 0);
@@ -440,17 +463,16 @@ __device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory
     ahead.load(a.table, layer + 1);
     // Keys and values are loaded into registers, when their turn comes; from the L2 cache by then.
     const u8* cache = p.at(KEYS + lane % 4);
-    if (lane < 4 && blockIdx.x < HEADS * (lane < 2 ? SELF_SPLITS : CROSS_SPLITS)) {
+    if (lane < 4 && program() < HEADS * (lane < 2 ? SELF_SPLITS : CROSS_SPLITS)) {
       const Span keys = keys_of(lane < 2, slot);
-      cache += ((long long)(blockIdx.x % HEADS) * (lane < 2 ? SLOTS : SOURCE) + keys.first) * 128;
+      cache += ((long long)(program() % HEADS) * (lane < 2 ? SLOTS : SOURCE) + keys.first) * 128;
       if (keys.count > 0) prefetch(cache, keys.count * 128);
     }
-    fetch_product<QKV>(p, sh, memory, cursor);
-    fetch_product<OWN_OUT>(p, sh, memory, cursor);
-    fetch_product<QUERY>(p, sh, memory, cursor);
-    fetch_product<CROSS_OUT>(p, sh, memory, cursor);
-    fetch_product<FC1>(p, sh, memory, cursor);
-    fetch_product<FC2>(p, sh, memory, cursor);
+#pragma unroll 1
+    for (int step = 0; step < STEPS; step++)
+      if (!is_attention(step))
+#pragma unroll 1
+        for (int chunk = 0; chunk < chunks_of(step); chunk++) fetch_chunk(p, sh, memory, cursor, step, chunk);
   }
 }
 
@@ -525,9 +547,9 @@ struct State {
 
 #ifdef MARKS
 __device__ __forceinline__ void note(const Arguments& a, State& s) {
-  const int warp = threadIdx.x / 32, track = warp == 5 ? 0 : warp == FIRST_FINISHER ? 1 : 2;
-  if (threadIdx.x % 32 == 0 && track < 2 && s.mark < MARKS)
-    a.marks[(blockIdx.x * 2 + track) * MARKS + s.mark++] = clock64();
+  const int warp = thread() / 32, track = warp == 5 ? 0 : warp == FIRST_FINISHER ? 1 : 2;
+  if (thread() % 32 == 0 && track < 2 && s.mark < MARKS)
+    a.marks[(program() * 2 + track) * MARKS + s.mark++] = clock64();
 }
 #else
 #define note(a, s)
@@ -536,13 +558,12 @@ __device__ __forceinline__ void note(const Arguments& a, State& s) {
 // Float32 values as halves and remainders, of which both carry the tag, for features `n` and `n + 1`: two lanes finish
 // a feature, and of the four lanes of a pair each publishes a copy. The tag costs the half a bit that the remainder
 // makes good.
-template <int COPIES_OF>
-__device__ __forceinline__ void publish_split(u16* halves, int total, int n, float value, bool there, u32 tag) {
+__device__ __forceinline__ void publish_split(u16* halves, int total, int copies, int n, float value, bool there,
+                                              u32 tag) {
   const float other = __shfl_xor_sync(~0u, value, 2);
-  const bool odd = threadIdx.x & 2;
-  const float first = odd ? other : value, second = odd ? value : other;
-  const int copy = threadIdx.x % 4;
-  if (there && copy < COPIES_OF) {
+  const int copy = thread() % 4;
+  const float first = copy & 2 ? other : value, second = copy & 2 ? value : other;
+  if (there && copy < copies) {
     u32 half = tagged(pack(first, second), tag);
     u32 rest = tagged(pack(first - low_of(half), second - high_of(half)), tag);
     halves += copy * 2 * total + (n & ~1);
@@ -551,317 +572,399 @@ __device__ __forceinline__ void publish_split(u16* halves, int total, int n, flo
   }
 }
 
-// The residual stream times the gain of the layer norm that reads it, and what that norm's moments need.
-__device__ __forceinline__ void publish_stream(const Arguments& a, int n, float x, float gain, bool there, u32 tag) {
-  publish_split<COPIES>(a.stream, WIDTH, n, x * gain * SHRINK, there, tag);
-  float sum = there && threadIdx.x % 2 == 0 ? x : 0, squares = sum * sum;
+// The residual stream times the gain of the layer norm that reads it, and what that norm's moments need. Of the last
+// layer for the head, which is a kernel of its own.
+__device__ __forceinline__ void publish_stream(const Arguments& a, int n, float x, float gain, bool there, u32 tag,
+                                               bool last) {
+  if (!last) publish_split(a.stream, WIDTH, COPIES, n, x * gain * SHRINK, there, tag);
+  const int lane = thread() % 32;
+  float sum = there && lane % 2 == 0 ? x : 0, squares = sum * sum;
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
     sum += __shfl_xor_sync(~0u, sum, step);
     squares += __shfl_xor_sync(~0u, squares, step);
   }
-  const int lane = threadIdx.x % 32;
-  if (there && lane < COPIES)
-    poke8(a.stats + lane * GIVERS + blockIdx.x, {tagged(__float_as_uint(sum), tag), __float_as_uint(squares)});
-}
-
-// The warp has read what it needs of the next `CHUNKS` chunks behind `taken`.
-template <int CHUNKS>
-__device__ __forceinline__ void release(Shared& sh, Cursor taken) {
-  __syncwarp();
-#pragma unroll
-  for (int chunk = 0; chunk < CHUNKS; chunk++) {
-    if (threadIdx.x % 32 == 0) barrier_arrive(shared_address(&sh.empty[taken.place]));
-    taken.next();
+  if (last) {
+    if (there && lane % 2 == 0) a.gained[n] = x * gain;
+    if (there && lane == 0) a.last_stats[program()] = sum, a.last_stats[GIVERS + program()] = squares;
+  } else if (there && lane < COPIES) {
+    poke8(a.stats + lane * GIVERS + program(), {tagged(__float_as_uint(sum), tag), __float_as_uint(squares)});
   }
 }
 
-// Registers for a product's weights and activations while it waits for the latter.
-constexpr int KEPT_WORDS = WARPS == 8 ? 190 : 84;
-
-// Eight weights of each of a lane's rows: `block` counts those of this warp, a turn's digits one after the other.
-template <int PRODUCT, int HALVES, int CHUNKS>
-__device__ __forceinline__ void load_block(u32 (&w)[HALVES][4], const u32 (&rows)[HALVES], const u32 (&metas)[HALVES],
-                                           const u32 (&bases)[CHUNKS], int block) {
-  const u8* memory = dynamic_shared();
-  constexpr int DEPTH = depth_of(PRODUCT), PLANE = plane(DEPTH), HIGH = most(high_plane(DEPTH), 1);
-  const int warp = threadIdx.x / 32, t = threadIdx.x % 4;
-  const int turn = block / DIGITS, digit = block % DIGITS, part = PRODUCT == FC2 ? turn / PART : 0;
-  const int run = turn * WARPS + warp, element = digit * PLANE + run * 32 + t * 8;
-  const int at = ((turn - part * PART) * WARPS + warp) * RUN_BYTES + t * (RUN_BYTES / 4);
-#pragma unroll
-  for (int h = 0; h < HALVES; h++) {
-    if (runs(DEPTH) % WARPS && run >= runs(DEPTH)) {
-      // A warp without a run in this turn: zeros, since even what is multiplied by zero must be a number.
-      w[h][0] = w[h][1] = w[h][2] = w[h][3] = 0;
-      continue;
-    }
-    const u32 row = rows[h] + (PRODUCT == FC2 ? bases[least(part, CHUNKS - 1)] - bases[0] : 0);
-    if (BITS == 16) {
-      load16(w[h], memory + row + at);
-    } else {
-      u32 raw[2], high[2] = {};
-      load8(raw, memory + row + at);
-      if (BITS == 3) {
-        load8(high, memory + row + PLANE + element % HIGH);
-        const int bit = element / HIGH;
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-          high[i] = (bit >= 2 ? high[i] >> (bit - 2) : high[i] << (2 - bit)) & 0x04040404;
-      }
-      const int group = (even(DEPTH) ? element : least(element, DEPTH - 1)) / most(GROUP, 1);
-      const u16* meta = (const u16*)(memory + metas[h]) + group;
-      const u32 scale = meta[0], zero = meta[meta_bytes(DEPTH) / 2];
-      dequantize(w[h], raw, high, scale, zero, digit);
-    }
-  }
-}
-
-// Where in the first plane a lane's part of a run begins. A warp that has no run in its first turn waits for the first
-// run's activations all the same, and multiplies them by zeros: it would run ahead of the barriers otherwise.
-template <int PRODUCT>
-__device__ __forceinline__ int place_of(int block, int warp, int t) {
-  constexpr int RUNS = runs(depth_of(PRODUCT));
-  const int run = block / DIGITS * WARPS + warp;
-  return (RUNS < WARPS && run >= RUNS ? 0 : run) * 32 + t * 8;
-}
-
-// The chunks of a product, once they are there: where they begin.
-template <int CHUNKS>
-__device__ __forceinline__ void take(Shared& sh, Cursor& cursor, u32 (&bases)[CHUNKS]) {
-#pragma unroll
-  for (int chunk = 0; chunk < CHUNKS; chunk++) {
+// The next `chunks` chunks are there; the place of the first.
+__device__ __forceinline__ int take(Shared& sh, Cursor& cursor, int chunks) {
+  const int place = cursor.place;
+#pragma unroll 1
+  for (int chunk = 0; chunk < chunks; chunk++) {
     await(shared_address(&sh.full[cursor.place]), cursor.phase);
-    bases[chunk] = cursor.place * CHUNK;
     cursor.next();
   }
+  return place;
 }
 
-// One product: `PRODUCT` says which, and with it what it reads. This warp's share of every sum goes to shared memory.
-template <int PRODUCT>
-__device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh) {
-  constexpr int DEPTH = depth_of(PRODUCT), PLANE = plane(DEPTH), TURNS = turns(DEPTH), BLOCKS = TURNS * DIGITS;
-  constexpr int CHUNKS = chunks_of(PRODUCT), ROW_CHUNKS = row_chunks(PRODUCT);
-  constexpr int LOGICAL = ROW_CHUNKS * ROWS, HALVES = ratio(LOGICAL, 8), TILES = ratio(HALVES, 2);
-  constexpr int GROUPS = groups(DEPTH), SIDE = PRODUCT % 2;
-  constexpr bool FROM_STREAM = normed(PRODUCT), FROM_RUNS = PRODUCT == OWN_OUT || PRODUCT == CROSS_OUT;
-  constexpr int KEEP = least(BLOCKS, (KEPT_WORDS - (FROM_RUNS ? 8 : FROM_STREAM ? 4 : 0) * BLOCKS) / (HALVES * 4));
-  const Span span = PRODUCT == FC1 ? share(FFN, ROWS_FFN) : share(WIDTH, ROWS);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+// The warp has read what it needs of the chunks from `place` on.
+__device__ __forceinline__ void release(Shared& sh, int place, int chunks) {
+  __syncwarp();
+  const int lane = thread() % 32;
+  const int at = place + lane;
+  if (lane < chunks) barrier_arrive(shared_address(&sh.empty[at < IN_RING ? at : at - IN_RING]));
+}
+
+__device__ __forceinline__ u32 base_of(u32 place, u32 chunk) {
+  const u32 at = place + chunk;
+  return (at < IN_RING ? at : at - IN_RING) * CHUNK;
+}
+
+// Eight weights of one row: `row` and `meta` are where the row and its scales begin, `at` the bytes of the lane's part
+// of the run behind the former, `element` the first of the eight.
+template <int DEPTH>
+__device__ __forceinline__ void load_block(u32 (&w)[4], u32 row, u32 meta, int at, int element, int digit) {
+  constexpr int PLANE = plane(DEPTH), HIGH = most(high_plane(DEPTH), 1);
+  const u8* memory = dynamic_shared();
+  if (BITS == 16) {
+    load16(w, memory + row + at);
+  } else {
+    u32 raw[2], high[2] = {};
+    load8(raw, memory + row + at);
+    if (BITS == 3) {
+      load8(high, memory + row + PLANE + element % HIGH);
+      const int bit = element / HIGH;
+#pragma unroll
+      for (int i = 0; i < 2; i++) high[i] = (high[i] >> bit & 0x01010101) << 2;
+    }
+    const int group = (even(DEPTH) ? element : least(element, DEPTH - 1)) / most(GROUP, 1);
+    const u16* both = (const u16*)(memory + meta) + group;
+    dequantize(w, raw, high, both[0], both[meta_bytes(DEPTH) / 2], digit);
+  }
+}
+
+// A lane's eight elements of a row are all four registers of a tensor-core operand: the instruction takes the first and
+// third pair for elements of row g, the second and fourth for elements of row g + 8. With the first and third pair of
+// activations in an even column and the others in the odd one behind it, the sum of c[0] and c[3] is the row's.
+__device__ __forceinline__ void multiply_row(float (&c)[4], const u32 (&w)[4], u32 x0, u32 x1) {
+  multiply(c, w[0], w[1], w[2], w[3], x0, x1);
+}
+__device__ __forceinline__ void multiply_row(float (&c)[4], const uint4& w, u32 x0, u32 x1) {
+  multiply(c, w.x, w.y, w.z, w.w, x0, x1);
+}
+
+// What is multiplied with `WIDTH` elements. A warp takes `TURNS` runs, and of each row a block for each of their digits.
+constexpr int TURNS = turns(WIDTH), BLOCKS = TURNS * DIGITS;
+constexpr int MOST_HALVES = ratio(most(3, FFN_CHUNKS) * ROWS, 8);  // Eights of rows.
+// Eights that are held in registers while their activations are waited for. The others are unpacked afterwards.
+constexpr int HALVES = least(MOST_HALVES, most((WARPS == 8 ? 128 : BITS == 16 ? 60 : 48) / (4 * BLOCKS), 2));
+static_assert(ROWS <= 8 * HALVES, "");
+
+// A product with the stream or with attention's result. This warp's share of every sum goes to shared memory.
+__device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh, int step) {
+  const u32 id = thread();
+  const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4;
+  const int chunks = chunks_of(step), rows_there = chunks * ROWS, halves = (rows_there + 7) / 8;
+  // A warp that has no run in its first turn waits for the first run's activations all the same, and multiplies them
+  // by zeros: it would run ahead of the barriers otherwise.
+  const bool idle = runs(WIDTH) < WARPS && warp >= runs(WIDTH);
+  const int first_run = idle ? 0 : warp;
+  int in_plane[TURNS];
+#pragma unroll
+  for (int turn = 0; turn < TURNS; turn++) in_plane[turn] = (turn * WARPS + first_run) * 32 + t * 8;
 
   // The weights, from the ring into registers, in the shape that the tensor cores take. Rows behind the last one give
   // sums that nobody reads.
-  u32 bases[CHUNKS];
-  const Cursor taken = s.cursor;
-  take(sh, s.cursor, bases);
+  const int place = take(sh, s.cursor, chunks);
   note(a, s);  // chunks there
-  u32 rows[HALVES], metas[HALVES];  // Where a lane's row of each eight begins, and the row's scales.
-#pragma unroll
-  for (int h = 0; h < HALVES; h++) {
-    int row = least(8 * h + g, LOGICAL - 1), chunk = row / ROWS, in_chunk = row - chunk * ROWS;
-    u32 base = bases[0];
-#pragma unroll
-    for (int c = 1; c < ROW_CHUNKS; c++)
-      if (chunk == c) base = bases[c];
-    rows[h] = base + in_chunk * stride(DEPTH);
-    if (BITS != 16) {
-      int first = span.first + (PRODUCT == FC1 ? chunk * ROWS : 0);
-      metas[h] = base + scales_at(DEPTH) + (first * GROUPS * 2) % 16 + in_chunk * GROUPS * 2;
-    }
-  }
-  u32 kept[KEEP + 1][HALVES][4];
-#pragma unroll
-  for (int b = 0; b < KEEP; b++) load_block<PRODUCT>(kept[b], rows, metas, bases, b);
-  if (KEEP == BLOCKS) release<CHUNKS>(sh, taken);
-  note(a, s);  // weights in registers
-
-  // The activations. A lane holds those of column g: of the stream the halves in the first and the remainders in the
-  // second column, of attention a run in each. The hidden layer's are many, and fill one column: they pass through
-  // shared memory, so that the lanes of the other columns need not hold them.
-  uint4 x[PRODUCT == FC2 ? 1 : BLOCKS], tops[FROM_RUNS ? BLOCKS : 1];
-  uint2 moments = {};
-  const int splits = PRODUCT == OWN_OUT ? SELF_SPLITS : CROSS_SPLITS;
-  constexpr int EACH = ratio(GIVERS, WARPS);
-  const int copy = blockIdx.x % COPIES;
-  if (PRODUCT == FC2) {
-    constexpr int UNITS = ratio(BLOCKS * 4, 32);
-    uint4 units[UNITS];
-    u32 missing = 0;
-    const u16* from[UNITS];
-#pragma unroll
-    for (int i = 0; i < UNITS; i++) {
-      const int b = (i * 32 + lane) / 4, in_plane = place_of<PRODUCT>(b, warp, t);
-      const int element = b % DIGITS * PLANE + in_plane;
-      units[i] = {};
-      from[i] = a.hidden + copy * FFN + element;
-      if (b < BLOCKS && in_plane < PLANE && element < DEPTH) missing |= 1u << i;
-    }
-    Patience patience;
-    do {
-#pragma unroll
-      for (int i = 0; i < UNITS; i++)
-        if (missing >> i & 1) units[i] = peek16(from[i]);
-#pragma unroll
-      for (int i = 0; i < UNITS; i++)
-        if (fresh(units[i].x, s.tag)) missing &= ~(1u << i);
-      patience.spend();
-    } while (__any_sync(~0u, missing));
-#pragma unroll
-    for (int i = 0; i < UNITS; i++)
-      if (i * 32 + lane < BLOCKS * 4) *(uint4*)&sh.hidden[warp][(i * 32 + lane) * 8] = units[i];
-    __syncwarp();
-  } else {
-    const u32 tag = FROM_STREAM ? s.stream_tag : s.tag;
-    const int giver = warp * EACH + lane;
-    const u16* from[BLOCKS];
-    u32 missing = 0, tops_missing = 0;
-    bool moments_missing = FROM_STREAM && lane < EACH && giver < GIVERS;
+  const int misplaced = program() * (step == FC1 ? ROWS_FFN : ROWS) * (groups(WIDTH) * 2);
+  auto row_of = [&](int half, u32& row, u32& meta) {
+    const u32 of = least(8 * half + g, rows_there - 1), chunk = of / ROWS, in_chunk = of - chunk * ROWS;
+    const u32 base = base_of(place, chunk);
+    row = base + in_chunk * stride(WIDTH);
+    const int first = misplaced + (step == FC1 ? chunk * (ROWS * groups(WIDTH) * 2) : 0);
+    meta = base + scales_at(WIDTH) + first % 16 + in_chunk * (groups(WIDTH) * 2);
+  };
+  auto load_row = [&](u32(&w)[BLOCKS][4], u32 row, u32 meta) {
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) {
-      const int in_plane = place_of<PRODUCT>(b, warp, t), element = b % DIGITS * PLANE + in_plane;
-      const bool inside = in_plane < PLANE && element < DEPTH;
-      x[b] = {};
-      if (FROM_STREAM) {
-        if (inside && g < 2) missing |= 1u << b;
-        from[b] = a.stream + (2 * copy + g) * WIDTH + element;
-      } else {
-        tops[b] = {};
-        if (inside && g < splits) missing |= 1u << b;
-        if (inside) tops_missing |= 1u << b;
-        from[b] = (PRODUCT == OWN_OUT ? a.own_runs : a.cross_runs) + ((copy * HEADS + element / 64) * 8 + g) * 64 +
-                  element % 64;
-      }
+      // Even what is multiplied by zero must be a number.
+      w[b][0] = w[b][1] = w[b][2] = w[b][3] = 0;
+      const int turn = b / DIGITS, digit = b % DIGITS;
+      if (runs(WIDTH) % WARPS == 0 || turn * WARPS + warp < runs(WIDTH))
+        load_block<WIDTH>(w[b], row, meta, in_plane[turn] * (RUN_BYTES / 32), digit * plane(WIDTH) + in_plane[turn],
+                          digit);
+    }
+  };
+  u32 kept[HALVES][BLOCKS][4];
+#pragma unroll
+  for (int h = 0; h < HALVES; h++) {
+    // Written whatever the step, or the registers would be thought in use through all the others.
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) kept[h][b][0] = kept[h][b][1] = kept[h][b][2] = kept[h][b][3] = 0;
+    if (h < halves) {
+      u32 row, meta;
+      row_of(h, row, meta);
+      load_row(kept[h], row, meta);
+    }
+  }
+  if (halves <= HALVES) release(sh, place, chunks);
+  note(a, s);  // weights in registers
+
+  // The activations. A lane holds those of column g: of the stream the halves in the first two and the remainders in the
+  // next two columns, of attention a run in two columns each.
+  const int copy = program() % COPIES;
+  const int side = side_of(step);
+  if (from_stream(step)) {
+    constexpr int EACH = ratio(GIVERS, WARPS);
+    const int giver = warp * EACH + lane;
+    const float2* stats = a.stats + copy * GIVERS + giver;
+    const u16* stream = a.stream + (2 * copy + (g >> 1 & 1)) * WIDTH;
+    uint4 units[BLOCKS];
+    u32 missing = 0;
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) {
+      const int in = in_plane[b / DIGITS], element = b % DIGITS * plane(WIDTH) + in;
+      units[b] = {};
+      if (g < 4 && in < plane(WIDTH) && element < WIDTH) missing |= 1u << b;
     }
     Patience patience;
     do {
 #pragma unroll
       for (int b = 0; b < BLOCKS; b++)
-        if (missing >> b & 1) x[b] = peek16(from[b]);
-      if (FROM_RUNS) {
+        if (missing >> b & 1) units[b] = peek16(stream + b % DIGITS * plane(WIDTH) + in_plane[b / DIGITS]);
 #pragma unroll
-        for (int b = 0; b < BLOCKS; b++) {
-          const int element = b % DIGITS * PLANE + place_of<PRODUCT>(b, warp, t);
-          const float2* from_tops =
-              (PRODUCT == OWN_OUT ? a.own_tops : a.cross_tops) + (copy * HEADS + element / 64) * 8 + 2 * t;
-          if (tops_missing >> b & 1) tops[b] = peek16(from_tops);
-        }
-      }
-      if (moments_missing) moments = peek8(a.stats + copy * GIVERS + giver);
-#pragma unroll
-      for (int b = 0; b < BLOCKS; b++) {
-        if (FROM_STREAM ? all_fresh(x[b], tag) : fresh(x[b].x, tag)) missing &= ~(1u << b);
-        if (FROM_RUNS && (2 * t >= splits || fresh(tops[b].x, tag)) && (2 * t + 1 >= splits || fresh(tops[b].z, tag)))
-          tops_missing &= ~(1u << b);
-      }
-      if (FROM_STREAM && fresh(moments.x, tag)) moments_missing = false;
+      for (int b = 0; b < BLOCKS; b++)
+        if (all_fresh(units[b], s.stream_tag)) missing &= ~(1u << b);
       patience.spend();
-    } while (__any_sync(~0u, missing | tops_missing | (u32)moments_missing));
-  }
-  note(a, s);
-
-  float c[FROM_RUNS ? BLOCKS : TILES][4] = {};
-#pragma unroll
-  for (int b = 0; b < BLOCKS; b++) {
-    if (b >= KEEP) load_block<PRODUCT>(kept[KEEP], rows, metas, bases, b);
-    const u32(&w)[HALVES][4] = kept[least(b, KEEP)];
-    u32 y[4] = {};
-    if (PRODUCT == FC2) {
-      if (g == 0) load16(y, (const u8*)&sh.hidden[warp][b * 32 + t * 8]);
-    } else {
-      const uint4& unit = x[PRODUCT == FC2 ? 0 : b];
-      y[0] = unit.x, y[1] = unit.y, y[2] = unit.z, y[3] = unit.w;
-    }
-#pragma unroll
-    for (int tile = 0; tile < TILES; tile++) {
-      // Of attention, a block's sums stay apart: they get the shares of their head's runs.
-      float(&into)[4] = c[FROM_RUNS ? b : tile];
-      const bool both = 2 * tile + 1 < HALVES;
-      const u32(&low)[4] = w[both ? 2 * tile + 1 : 2 * tile];
-      multiply(into, w[2 * tile][0], both ? low[0] : 0, w[2 * tile][1], both ? low[1] : 0, y[0], y[1]);
-      multiply(into, w[2 * tile][2], both ? low[2] : 0, w[2 * tile][3], both ? low[3] : 0, y[2], y[3]);
-    }
-  }
-  if (KEEP < BLOCKS) release<CHUNKS>(sh, taken);
-  if (FROM_RUNS) {
-    // Columns 2 t and 2 t + 1 are in this lane: two runs of the head that the block belongs to, each with its share.
-    float best[BLOCKS], part[BLOCKS][2], all[BLOCKS];
-#pragma unroll
-    for (int b = 0; b < BLOCKS; b++)
-      best[b] = fmaxf(2 * t < splits ? __uint_as_float(tops[b].x) : NOTHING,
-                      2 * t + 1 < splits ? __uint_as_float(tops[b].z) : NOTHING);
-#pragma unroll
-    for (int step = 1; step < 4; step *= 2)
-#pragma unroll
-      for (int b = 0; b < BLOCKS; b++) best[b] = fmaxf(best[b], __shfl_xor_sync(~0u, best[b], step));
+    } while (__any_sync(~0u, missing));
+    note(a, s);  // activations there
+    u32 y[BLOCKS][2];
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) {
-      part[b][0] = 2 * t < splits ? exp2_fast(__uint_as_float(tops[b].x) - best[b]) * __uint_as_float(tops[b].y) : 0;
-      part[b][1] =
-          2 * t + 1 < splits ? exp2_fast(__uint_as_float(tops[b].z) - best[b]) * __uint_as_float(tops[b].w) : 0;
-      all[b] = part[b][0] + part[b][1];
+      y[b][0] = g & 1 ? units[b].y : units[b].x;
+      y[b][1] = g & 1 ? units[b].w : units[b].z;
     }
+    auto sum_up = [&](int half, const u32(&w)[BLOCKS][4]) {
+      float c[4] = {};
 #pragma unroll
-    for (int step = 1; step < 4; step *= 2)
+      for (int b = 0; b < BLOCKS; b++) multiply_row(c, w[b], y[b][0], y[b][1]);
+      // Halves in the first lane of four, remainders in the second.
+      const float sum = c[0] + c[3], rest = __shfl_down_sync(~0u, sum, 1);
+      if (t == 0) sh.sums[side][8 * half + g][warp] = sum + rest;
+    };
 #pragma unroll
-      for (int b = 0; b < BLOCKS; b++) all[b] += __shfl_xor_sync(~0u, all[b], step);
+    for (int h = 0; h < HALVES; h++)
+      if (h < halves) sum_up(h, kept[h]);
+    if (halves > HALVES) {
+#pragma unroll 1
+      for (int h = HALVES; h < halves; h++) {
+        u32 row, meta, late[BLOCKS][4];
+        row_of(h, row, meta);
+        load_row(late, row, meta);
+        sum_up(h, late);
+      }
+      release(sh, place, chunks);
+    }
+    // The moments come a little later than the stream, and are needed only now.
+    uint2 both = {};
+    bool waits = lane < EACH && giver < GIVERS;
+    while (__any_sync(~0u, waits)) {
+      if (waits) both = peek8(stats);
+      if (fresh(both.x, s.stream_tag)) waits = false;
+      patience.spend();
+    }
+    float2 moments = {__uint_as_float(both.x), __uint_as_float(both.y)};
+#pragma unroll
+    for (int step = EACH > 16 ? 16 : EACH > 8 ? 8 : 4; step; step /= 2) {
+      moments.x += __shfl_xor_sync(~0u, moments.x, step);
+      moments.y += __shfl_xor_sync(~0u, moments.y, step);
+    }
+    if (lane == 0) sh.moments[side][0][warp] = moments.x, sh.moments[side][1][warp] = moments.y;
+  } else {
+    const bool own = step == OWN_OUT;
+    const int splits = own ? SELF_SPLITS : CROSS_SPLITS;
+    const u16* runs_from = (own ? a.own_runs : a.cross_runs) + copy * (HEADS * 8 * 64);
+    const float* logs_from = (own ? a.own_logs : a.cross_logs) + copy * (HEADS * 8) + t;
+    // Two columns to a run: the first four in one product, the others in a second. A lane gets the sums of run t and of
+    // run t + 4.
+    constexpr int SETS = most(SELF_SPLITS, CROSS_SPLITS) > 4 ? 2 : 1;
+    uint4 units[BLOCKS][SETS];
+    u32 logs[BLOCKS][SETS];
+    u32 missing = 0;
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) {
+      const int in = in_plane[b / DIGITS], element = b % DIGITS * plane(WIDTH) + in;
+      const bool inside = in < plane(WIDTH) && element < WIDTH;
+#pragma unroll
+      for (int set = 0; set < SETS; set++) {
+        units[b][set] = {};
+        logs[b][set] = __float_as_uint(NOTHING);
+        if (inside && 4 * set + g / 2 < splits) missing |= 1u << (2 * b + set);
+        if (inside && 4 * set + t < splits) missing |= 65536u << (2 * b + set);
+      }
+    }
+    Patience patience;
+    do {
+#pragma unroll
+      for (int b = 0; b < BLOCKS; b++) {
+        const int element = b % DIGITS * plane(WIDTH) + in_plane[b / DIGITS], head = element / 64;
+#pragma unroll
+        for (int set = 0; set < SETS; set++) {
+          if (missing >> (2 * b + set) & 1)
+            units[b][set] = peek16(runs_from + (head * 8 + 4 * set + g / 2) * 64 + element % 64);
+          if (missing >> (16 + 2 * b + set) & 1) logs[b][set] = peek4(logs_from + head * 8 + 4 * set);
+        }
+      }
+#pragma unroll
+      for (int b = 0; b < BLOCKS; b++)
+#pragma unroll
+        for (int set = 0; set < SETS; set++) {
+          if (fresh(units[b][set].x, s.tag)) missing &= ~(1u << (2 * b + set));
+          if (fresh(logs[b][set], s.tag)) missing &= ~(65536u << (2 * b + set));
+        }
+      patience.spend();
+    } while (__any_sync(~0u, missing));
+    note(a, s);  // activations there
     float sums[2] = {};
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) {
-      const float inverse = __fdividef(1.0f, fmaxf(all[b], 1e-30f));
-      sums[0] += (c[b][0] * part[b][0] + c[b][1] * part[b][1]) * inverse;
-      sums[1] += (c[b][2] * part[b][0] + c[b][3] * part[b][1]) * inverse;
+      // Each run's share of the head that the block belongs to.
+      float best = __uint_as_float(logs[b][0]), share[SETS], all = 0;
+      if (SETS == 2) best = fmaxf(best, __uint_as_float(logs[b][SETS - 1]));
+      best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
+      best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
+#pragma unroll
+      for (int set = 0; set < SETS; set++) {
+        share[set] = exp2_fast(__uint_as_float(logs[b][set]) - best);
+        all += share[set];
+      }
+      all += __shfl_xor_sync(~0u, all, 1);
+      all += __shfl_xor_sync(~0u, all, 2);
+      const float inverse = __fdividef(1.0f, fmaxf(all, 1e-30f));
+#pragma unroll
+      for (int set = 0; set < SETS; set++) {
+        const uint4& unit = units[b][set];
+        const u32 x0 = g & 1 ? unit.y : unit.x, x1 = g & 1 ? unit.w : unit.z;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          float c[4] = {};
+          multiply_row(c, kept[half][b], x0, x1);
+          sums[half] += (c[0] + c[3]) * (share[set] * inverse);
+        }
+      }
     }
 #pragma unroll
     for (int step = 1; step < 4; step *= 2)
 #pragma unroll
       for (int half = 0; half < 2; half++) sums[half] += __shfl_xor_sync(~0u, sums[half], step);
-    if (t == 0) sh.sums[SIDE][g][warp] = sums[0], sh.sums[SIDE][8 + g][warp] = sums[1];
-  } else {
-#pragma unroll
-    for (int tile = 0; tile < TILES; tile++)
-      if (t == 0) {
-        sh.sums[SIDE][16 * tile + g][warp] = c[tile][0] + c[tile][1];
-        if (2 * tile + 1 < HALVES) sh.sums[SIDE][16 * tile + 8 + g][warp] = c[tile][2] + c[tile][3];
-      }
-  }
-  if (FROM_STREAM) {
-    float sum = __uint_as_float(moments.x), squares = __uint_as_float(moments.y);
-#pragma unroll
-    for (int step = EACH > 16 ? 16 : EACH > 8 ? 8 : 4; step; step /= 2) {
-      sum += __shfl_xor_sync(~0u, sum, step);
-      squares += __shfl_xor_sync(~0u, squares, step);
-    }
-    if (lane == 0) sh.moments[SIDE][0][warp] = sum, sh.moments[SIDE][1][warp] = squares;
+    if (t == 0) sh.sums[side][g][warp] = sums[0], sh.sums[side][8 + g][warp] = sums[1];
+    s.stream_tag ^= 1;
   }
   __syncwarp();
-  bar_arrive(PRODUCT_SUMS + PRODUCT, 32 * (WARPS + finishers(PRODUCT)));
-  if (!FROM_STREAM) s.stream_tag ^= 1;
+  bar_arrive(STEP_DONE + step, 32 * (WARPS + finishers(step)));
+  note(a, s);  // sums stored
+}
+
+// The product with the hidden layer: many elements, few rows.
+__device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, Shared& sh) {
+  constexpr int TURNS = turns(FFN), BLOCKS = TURNS * DIGITS, UNITS = ratio(BLOCKS * 4, 32), PLANE = plane(FFN);
+  // Blocks held in registers.
+  constexpr int KEEP = least(BLOCKS, WARPS == 8 ? 18 : BITS == 16 ? 10 : 8);
+  const u32 id = thread();
+  const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4;
+  const bool idle = runs(FFN) < WARPS && warp >= runs(FFN);
+  const int place = take(sh, s.cursor, chunks_of(FC2));
+  note(a, s);  // chunks there
+  auto load = [&](u32(&w)[2][4], int b) {
+    const int turn = b / DIGITS, digit = b % DIGITS, part = turn / PART, run = turn * WARPS + warp;
+    const u32 base = base_of(place, part), meta_base = base_of(place, 0);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      w[half][0] = w[half][1] = w[half][2] = w[half][3] = 0;
+      const int row = least(8 * half + g, ROWS - 1);
+      if (runs(FFN) % WARPS == 0 || run < runs(FFN))
+        load_block<FFN>(w[half], base + row * stride(FFN),
+                        meta_base + scales_at(FFN) + program() * ROWS * (groups(FFN) * 2) % 16 + row * (groups(FFN) * 2),
+                        ((turn - part * PART) * WARPS + warp) * RUN_BYTES + t * (RUN_BYTES / 4),
+                        digit * PLANE + run * 32 + t * 8, digit);
+    }
+  };
+  u32 kept[KEEP][2][4];
+#pragma unroll
+  for (int b = 0; b < KEEP; b++) load(kept[b], b);
+  if (KEEP == BLOCKS) release(sh, place, chunks_of(FC2));
+  note(a, s);  // weights in registers
+
+  // The activations fill one column: they pass through shared memory, so that the lanes of the other columns need not
+  // hold them.
+  uint4 units[UNITS];
+  u32 missing = 0;
+  auto element_of = [&](int b, int& in_plane) {
+    in_plane = (b / DIGITS * WARPS + (idle ? 0 : warp)) * 32 + t * 8;
+    return b % DIGITS * PLANE + in_plane;
+  };
+#pragma unroll
+  for (int i = 0; i < UNITS; i++) {
+    int in_plane;
+    const int b = (i * 32 + lane) / 4, element = element_of(b, in_plane);
+    units[i] = {};
+    if (b < BLOCKS && in_plane < PLANE && element < FFN) missing |= 1u << i;
+  }
+  Patience patience;
+  do {
+#pragma unroll
+    for (int i = 0; i < UNITS; i++) {
+      int in_plane;
+      const int element = element_of((i * 32 + lane) / 4, in_plane);
+      if (missing >> i & 1) units[i] = peek16(a.hidden + program() % COPIES * FFN + element);
+    }
+#pragma unroll
+    for (int i = 0; i < UNITS; i++)
+      if (fresh(units[i].x, s.tag)) missing &= ~(1u << i);
+    patience.spend();
+  } while (__any_sync(~0u, missing));
+  u16* staged = sh.hidden[warp];
+#pragma unroll
+  for (int i = 0; i < UNITS; i++)
+    // Pairs in the order of the columns: the first and third, then the others.
+    if (i * 32 + lane < BLOCKS * 4)
+      *(uint4*)&staged[(i * 32 + lane) * 8] = {units[i].x, units[i].z, units[i].y, units[i].w};
+  __syncwarp();
+  note(a, s);  // activations there
+  float c[2][4] = {};
+#pragma unroll
+  for (int b = 0; b < BLOCKS; b++) {
+    u32 late[2][4];
+    keep_order();
+    uint2 x = {};
+    if (g < 2) x = *(const uint2*)&staged[b * 32 + t * 8 + g * 4];
+    if (b >= KEEP) load(late, b);
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+      multiply_row(c[half], b < KEEP ? kept[least(b, KEEP - 1)][half] : late[half], x.x, x.y);
+  }
+  if (KEEP < BLOCKS) release(sh, place, chunks_of(FC2));
+  if (t == 0) {
+    sh.sums[side_of(FC2)][g][warp] = c[0][0] + c[0][3];
+    sh.sums[side_of(FC2)][8 + g][warp] = c[1][0] + c[1][3];
+  }
+  s.stream_tag ^= 1;
+  __syncwarp();
+  bar_arrive(STEP_DONE + FC2, 32 * (WARPS + finishers(FC2)));
   note(a, s);  // sums stored
 }
 
 // What becomes of a product's sums: two lanes of a finishing warp to a feature.
-template <int PRODUCT>
-__device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh, int layer) {
-  constexpr int DEPTH = depth_of(PRODUCT), CHUNKS = chunks_of(PRODUCT), ROW_CHUNKS = row_chunks(PRODUCT);
-  constexpr int LOGICAL = ROW_CHUNKS * ROWS, SIDE = PRODUCT % 2;
-  constexpr bool FROM_STREAM = normed(PRODUCT);
-  const Span span = PRODUCT == FC1 ? share(FFN, ROWS_FFN) : share(WIDTH, ROWS);
-  const int warp = threadIdx.x / 32 - FIRST_FINISHER, lane = threadIdx.x % 32;
-  const int row = warp * 16 + lane / 2, chunk = row / ROWS, in_chunk = row - chunk * ROWS, half = lane % 2;
-  const bool finishes = row < LOGICAL && (PRODUCT == FC1 ? row < span.count : in_chunk < span.count);
-  const int n = span.first + (PRODUCT == FC1 ? row : in_chunk);
-  u32 bases[CHUNKS];
-  const Cursor taken = s.cursor;
-  take(sh, s.cursor, bases);
+__device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh, int layer, int step) {
+  const u32 id = thread();
+  const int warp = (int)(id / 32) - FIRST_FINISHER, lane = id % 32, half = id % 2;
+  const int chunks = chunks_of(step), row = warp * 16 + lane / 2, chunk = row / ROWS, in_chunk = row - chunk * ROWS;
+  const Span span = step == FC1 ? share(FFN, ROWS_FFN) : share(WIDTH, ROWS);
+  const bool finishes = chunk < row_chunks(step) && (step == FC1 ? row < span.count : in_chunk < span.count);
+  const int n = span.first + (step == FC1 ? row : in_chunk), norm = norm_of(step);
+  const int place = take(sh, s.cursor, chunks);
   float first = 0, second = 0;
   if (finishes) {
-    u32 base = bases[0];
-#pragma unroll
-    for (int c = 1; c < ROW_CHUNKS; c++)
-      if (chunk == c) base = bases[c];
-    const int begin = span.first + (PRODUCT == FC1 ? chunk * ROWS : 0);
-    const u8* at = dynamic_shared() + base + vectors_at(DEPTH);
-    if (normed(PRODUCT)) {
+    const int begin = span.first + (step == FC1 ? chunk * ROWS : 0);
+    const u8* at = dynamic_shared() + base_of(place, chunk) + (step == FC2 ? vectors_at(FFN) : vectors_at(WIDTH));
+    if (from_stream(step)) {
       at += (begin * 4) % 16 + in_chunk * 4;
       first = *(const float*)at, second = *(const float*)(at + vector_bytes);
     } else {
@@ -869,29 +972,28 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
       first = widen(*(const u16*)at), second = widen(*(const u16*)(at + vector_bytes));
     }
   }
-  release<CHUNKS>(sh, taken);
-  if (warp >= finishers(PRODUCT)) return;
-  bar_sync(PRODUCT_SUMS + PRODUCT, 32 * (WARPS + finishers(PRODUCT)));
+  release(sh, place, chunks);
+  if (warp >= finishers(step)) return;
+  bar_sync(STEP_DONE + step, 32 * (WARPS + finishers(step)));
   note(a, s);  // all sums there
+  const int side = side_of(step);
   float total = 0, sum = 0, squares = 0;
 #pragma unroll
   for (int i = 0; i < WARPS / 8; i++) {
     const int at = 4 * (half + 2 * i);
-    const float4 four = *(const float4*)&sh.sums[SIDE][row][at];
+    const float4 four = *(const float4*)&sh.sums[side][row][at];
+    const float4 m = *(const float4*)&sh.moments[0][0][at], q = *(const float4*)&sh.moments[0][1][at];
     total += four.x + four.y + (four.z + four.w);
-    if (FROM_STREAM) {
-      const float4 m = *(const float4*)&sh.moments[SIDE][0][at], q = *(const float4*)&sh.moments[SIDE][1][at];
-      sum += m.x + m.y + (m.z + m.w);
-      squares += q.x + q.y + (q.z + q.w);
-    }
+    sum += m.x + m.y + (m.z + m.w);
+    squares += q.x + q.y + (q.z + q.w);
   }
   total += __shfl_xor_sync(~0u, total, 1);
-  if (FROM_STREAM) {
+  if (from_stream(step)) {
     sum += __shfl_xor_sync(~0u, sum, 1);
     squares += __shfl_xor_sync(~0u, squares, 1);
-    const float mean = sum / DEPTH, variance = fmaxf(squares / DEPTH - mean * mean, 0.0f);
-    total = (total * GROW - mean * second) * rsqrt_fast(variance + sh.eps[layer][norm_of(PRODUCT)]) + first;
-    if (PRODUCT == FC1) {
+    const float mean = sum * (1.0f / WIDTH), variance = fmaxf(squares * (1.0f / WIDTH) - mean * mean, 0.0f);
+    total = (total * GROW - mean * second) * rsqrt_fast(variance + sh.eps[layer][norm]) + first;
+    if (step == FC1) {
       const float y = 0.5f * total * (1.0f + erff(total * 0.7071067811865476f));
       // Eight features, sixteen lanes, one unit.
       u32 pair = pack(y, __shfl_down_sync(~0u, y, 2)), unit[4];
@@ -899,46 +1001,30 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
       for (int i = 0; i < 4; i++) unit[i] = __shfl_sync(~0u, pair, (lane & 16) + 4 * i);
       if (finishes && lane % 16 < COPIES)
         poke16(a.hidden + lane % 16 * FFN + n / 8 * 8, {tagged(unit[0], s.tag), unit[1], unit[2], unit[3]});
-    } else if (PRODUCT == QUERY) {
-      publish_split<1>(a.query, WIDTH, n, total * a.scale * LOG2E, finishes, s.tag);
     } else {
       // Keys and values are attended to as the cache holds them.
-      total = chunk == 0 ? total * a.scale * LOG2E : low_of(pack(total, 0));
-      publish_split<1>(a.heads, 3 * WIDTH, chunk * WIDTH + n, total, finishes, s.tag);
-      if (finishes && chunk > 0 && half == 0) {
+      const bool query = step == QUERY || chunk == 0;
+      total = query ? total * (a.scale * LOG2E) : low_of(pack(total, 0));
+      publish_split(step == QUERY ? a.query : a.heads, step == QUERY ? WIDTH : 3 * WIDTH, 1,
+                    (step == QUERY ? 0 : chunk * WIDTH) + n, total, finishes, s.tag);
+      if (finishes && !query && half == 0) {
         u16* cache = (u16*)sh.caches[layer][chunk - 1];
         cache[((long long)(n / 64) * SLOTS + s.slot) * 64 + n % 64] = (u16)pack(total, 0);
       }
     }
   } else {
     s.residual += total + first;
-    if (PRODUCT != FC2 || layer < LAYERS - 1) {
-      s.stream_tag ^= 1;
-      publish_stream(a, n, s.residual, second, finishes, s.stream_tag);
-    } else {
-      // For the head, a kernel of its own: the stream times the gain of its layer norm, and the norm's sums.
-      float x = finishes && half == 0 ? s.residual : 0, squares = x * x;
-      if (finishes && half == 0) a.gained[n] = x * second;
-#pragma unroll
-      for (int step = 2; step < 32; step *= 2) {
-        x += __shfl_xor_sync(~0u, x, step);
-        squares += __shfl_xor_sync(~0u, squares, step);
-      }
-      if (lane == 0 && span.count > 0) a.last_stats[blockIdx.x] = x, a.last_stats[GIVERS + blockIdx.x] = squares;
-    }
+    s.stream_tag ^= 1;
+    publish_stream(a, n, s.residual, second, finishes, s.stream_tag, step == FC2 && layer == LAYERS - 1);
   }
   note(a, s);  // published
 }
 
 // -- Attention -----------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ uint4 whole(const uint4& half, const uint4& rest) {
-  return {half_add(half.x, rest.x), half_add(half.y, rest.y), half_add(half.z, rest.z), half_add(half.w, rest.w)};
-}
-
 // Four lanes hold sums for the same eight dimensions: each ends up with two.
 __device__ __forceinline__ void gather(float (&sums)[8]) {
-  const bool upper = threadIdx.x & 16, odd = threadIdx.x & 8;
+  const bool upper = thread() & 16, odd = thread() & 8;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     float other = __shfl_xor_sync(~0u, upper ? sums[i] : sums[4 + i], 16);
@@ -951,17 +1037,20 @@ __device__ __forceinline__ void gather(float (&sums)[8]) {
   }
 }
 
-// This program's run of the keys of its head; the product that follows merges a head's runs.
-template <bool OWN>
-__device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& sh, int layer) {
-  constexpr int TILES = ratio(OWN ? least(SELF_RUN, SLOTS) : CROSS_RUN, 16 * WARPS);
-  if (blockIdx.x >= HEADS * (OWN ? SELF_SPLITS : CROSS_SPLITS)) return;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int head = blockIdx.x % HEADS;
-  const Span span = keys_of(OWN, s.slot);
-  if (OWN && span.count <= 0) return;
-  const u16* keys = (const u16*)sh.caches[layer][OWN ? 0 : 2] + (long long)head * (OWN ? SLOTS : SOURCE) * 64;
-  const u16* values = (const u16*)sh.caches[layer][OWN ? 1 : 3] + (long long)head * (OWN ? SLOTS : SOURCE) * 64;
+// Whether this program has a run of self-attention's keys, if only the newest.
+__device__ __forceinline__ bool has_run(int slot) { return slot >= (int)(program() / HEADS) * SELF_RUN; }
+
+// A warp's tiles of the keys of this program's head that the cache holds.
+__device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& sh, int layer, bool own) {
+  constexpr int TILES = ratio(most(least(SELF_RUN, SLOTS), CROSS_RUN), 16 * WARPS);
+  if (program() >= HEADS * (own ? SELF_SPLITS : CROSS_SPLITS) || (own && !has_run(s.slot))) return;
+  const u32 id = thread();
+  const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4;
+  const int head = program() % HEADS;
+  const Span span = keys_of(own, s.slot);
+  const u16* keys = (const u16*)sh.caches[layer][own ? 0 : 2] + (long long)head * (own ? SLOTS : SOURCE) * 64;
+  const u16* values = (const u16*)sh.caches[layer][own ? 1 : 3] + (long long)head * (own ? SLOTS : SOURCE) * 64;
+
   // Keys as the tensor cores take them, a lane two rows of a tile; values as vectors of eight, a lane four rows.
   uint4 k[TILES][2][2], v[TILES][4];
   bool seen[TILES][2];
@@ -970,89 +1059,52 @@ __device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& 
     const int begin = (tile * WARPS + warp) * 16;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const int key = begin + 8 * half + g, at = span.first + least(key, span.count - 1);
-      seen[tile][half] = key < span.count && (!OWN || sh.valid[at]);
+      const int key = begin + 8 * half + g, at = span.first + most(least(key, span.count - 1), 0);
+      seen[tile][half] = key < span.count && (!own || sh.valid[at]);
 #pragma unroll
       for (int i = 0; i < 2; i++) k[tile][half][i] = fetch16(keys + at * 64 + 32 * i + 8 * t);
     }
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      const int key = begin + 4 * i + lane / 8, at = span.first + least(key, span.count - 1);
-      v[tile][i] = fetch16(values + at * 64 + lane % 8 * 8);
+      const int key = begin + 4 * i + lane / 8, at = span.first + most(least(key, span.count - 1), 0);
       // A weight of zero does not hide what was never written.
-      if (OWN && key >= span.count) v[tile][i] = {};
+      v[tile][i] = {};
+      if (key < span.count) v[tile][i] = fetch16(values + at * 64 + lane % 8 * 8);
     }
   }
 
   note(a, s);  // keys asked for
-  // The query: halves in the first column, remainders in the second. In self-attention, the newest key and value.
-  uint4 q[2] = {}, new_k[2][2] = {}, new_v[2] = {};
-  const int newest = s.slot - span.first;
-  const bool has_newest = OWN && newest < span.count && newest / 16 % WARPS == warp;
+  // The query: halves in the first two columns, remainders in the next two.
+  uint4 q[2] = {};
   {
-    const u16* from = OWN ? a.heads : a.query;
-    constexpr int TOTAL = OWN ? 3 * WIDTH : WIDTH;
-    u32 missing = g < 2 ? 3 : 0;
-    if (has_newest) missing |= 0xFC;
+    const u16* from = (own ? a.heads + (g >> 1 & 1) * (3 * WIDTH) : a.query + (g >> 1 & 1) * WIDTH) + head * 64 + 8 * t;
+    u32 missing = g < 4 ? 3 : 0;
     Patience patience;
     do {
 #pragma unroll
       for (int i = 0; i < 2; i++)
-        if (missing >> i & 1) q[i] = peek16(from + g * TOTAL + head * 64 + 32 * i + 8 * t);
-      if (OWN) {
+        if (missing >> i & 1) q[i] = peek16(from + 32 * i);
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-#pragma unroll
-          for (int rest = 0; rest < 2; rest++)
-            if (missing >> (2 + 2 * i + rest) & 1)
-              new_k[i][rest] = peek16(from + rest * TOTAL + WIDTH + head * 64 + 32 * i + 8 * t);
-          if (missing >> (6 + i) & 1) new_v[i] = peek16(from + i * TOTAL + 2 * WIDTH + head * 64 + lane % 8 * 8);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
+      for (int i = 0; i < 2; i++)
         if (all_fresh(q[i], s.tag)) missing &= ~(1u << i);
-        if (OWN) {
-#pragma unroll
-          for (int rest = 0; rest < 2; rest++)
-            if (all_fresh(new_k[i][rest], s.tag)) missing &= ~(1u << (2 + 2 * i + rest));
-          if (all_fresh(new_v[i], s.tag)) missing &= ~(1u << (6 + i));
-        }
-      }
       patience.spend();
     } while (__any_sync(~0u, missing));
   }
-  note(a, s);
-  if (has_newest) {
-#pragma unroll
-    for (int tile = 0; tile < TILES; tile++) {
-      const int begin = (tile * WARPS + warp) * 16;
-#pragma unroll
-      for (int half = 0; half < 2; half++)
-        if (begin + 8 * half + g == newest) {
-#pragma unroll
-          for (int i = 0; i < 2; i++) k[tile][half][i] = whole(new_k[i][0], new_k[i][1]);
-        }
-#pragma unroll
-      for (int i = 0; i < 4; i++)
-        if (begin + 4 * i + lane / 8 == newest) v[tile][i] = whole(new_v[0], new_v[1]);
-    }
-  }
+  note(a, s);  // query there
 
   float score[TILES][2], best = NOTHING;
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++) {
-    float c[4] = {};
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const uint4 &upper = k[tile][0][i], &lower = k[tile][1][i];
-      multiply(c, upper.x, lower.x, upper.y, lower.y, q[i].x, q[i].y);
-      multiply(c, upper.z, lower.z, upper.w, lower.w, q[i].z, q[i].w);
-    }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      // The first lane of four has both columns.
-      float dot = __shfl_sync(~0u, c[2 * half] + c[2 * half + 1], lane & ~3);
+      float c[4] = {};
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        multiply_row(c, k[tile][half][i], g & 1 ? q[i].y : q[i].x, g & 1 ? q[i].w : q[i].z);
+      // The first two of four lanes have the columns.
+      float dot = t < 2 ? c[0] + c[3] : 0;
+      dot += __shfl_xor_sync(~0u, dot, 1);
+      dot += __shfl_xor_sync(~0u, dot, 2);
       score[tile][half] = seen[tile][half] ? dot : __int_as_float(0xFF800000);
       best = fmaxf(best, score[tile][half]);
     }
@@ -1085,27 +1137,49 @@ __device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& 
   *(float2*)&sh.runs[warp][pair_at] = {out[0], out[1]};
   if (lane == 0) sh.tops[warp] = best, sh.totals[warp] = total;
   __syncwarp();
-  bar_arrive(RUNS_THERE + OWN, 32 * (WARPS + 1));
+  bar_arrive(STEP_DONE + (own ? OWN_ATTENTION : CROSS_ATTENTION), 32 * (WARPS + 1));
   note(a, s);  // run stored
 }
 
 // The run of all warps' keys, by the first finishing warp.
-template <bool OWN>
-__device__ __forceinline__ void finish_attention(const Arguments& a, State& s, Shared& sh) {
-  const int lane = threadIdx.x % 32;
-  if (blockIdx.x >= HEADS * (OWN ? SELF_SPLITS : CROSS_SPLITS) || threadIdx.x / 32 != FIRST_FINISHER) return;
-  const int head = blockIdx.x % HEADS, split = blockIdx.x / HEADS;
-  u16* to = (OWN ? a.own_runs : a.cross_runs) + ((lane / 8 * HEADS + head) * 8 + split) * 64 + lane % 8 * 8;
-  float2* top_to = (OWN ? a.own_tops : a.cross_tops) + (lane * HEADS + head) * 8 + split;
-  if (OWN && keys_of(OWN, s.slot).count <= 0) {
+__device__ __forceinline__ void finish_attention(const Arguments& a, State& s, Shared& sh, bool own) {
+  const int lane = thread() % 32;
+  if (program() >= HEADS * (own ? SELF_SPLITS : CROSS_SPLITS) || thread() / 32 != FIRST_FINISHER) return;
+  const int head = program() % HEADS, split = program() / HEADS;
+  u16* to = (own ? a.own_runs : a.cross_runs) + ((lane / 8 * HEADS + head) * 8 + split) * 64 + lane % 8 * 8;
+  float* log_to = (own ? a.own_logs : a.cross_logs) + (lane * HEADS + head) * 8 + split;
+  if (own && !has_run(s.slot)) {
     // Nothing written yet behind the first run: say so, so that tags go on alternating.
     poke16(to, {s.tag, 0, 0, 0});
-    if (lane < COPIES) poke8(top_to, {tagged(__float_as_uint(NOTHING), s.tag), 0});
+    if (lane < COPIES) poke4(log_to, tagged(__float_as_uint(NOTHING), s.tag));
     return;
   }
-  bar_sync(RUNS_THERE + OWN, 32 * (WARPS + 1));
+  // The newest key and value are not in the cache yet. A lane has the dimensions that it has of the sums below.
+  float newest = NOTHING, new_value[2] = {};
+  if (own && split == s.slot / SELF_RUN) {
+    const u16* from = a.heads + head * 64 + lane % 8 * 8 + lane / 8 * 2;
+    u32 words[3][2] = {}, missing = 63;
+    Patience patience;
+    do {
+#pragma unroll
+      for (int i = 0; i < 6; i++)
+        if (missing >> i & 1) words[i / 2][i % 2] = peek4(from + i / 2 * WIDTH + i % 2 * (3 * WIDTH));
+#pragma unroll
+      for (int i = 0; i < 6; i++)
+        if (fresh(words[i / 2][i % 2], s.tag)) missing &= ~(1u << i);
+      patience.spend();
+    } while (__any_sync(~0u, missing));
+    float dot = (low_of(words[0][0]) + low_of(words[0][1])) * (low_of(words[1][0]) + low_of(words[1][1])) +
+                (high_of(words[0][0]) + high_of(words[0][1])) * (high_of(words[1][0]) + high_of(words[1][1]));
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) dot += __shfl_xor_sync(~0u, dot, step);
+    if (sh.valid[s.slot]) newest = dot;
+    new_value[0] = low_of(words[2][0]) + low_of(words[2][1]);
+    new_value[1] = high_of(words[2][0]) + high_of(words[2][1]);
+  }
+  bar_sync(STEP_DONE + (own ? OWN_ATTENTION : CROSS_ATTENTION), 32 * (WARPS + 1));
   note(a, s);  // all runs there
-  float best = NOTHING;
+  float best = newest;
 #pragma unroll
   for (int i = 0; i < WARPS / 4; i++) {
     const float4 four = *(const float4*)&sh.tops[4 * i];
@@ -1127,12 +1201,17 @@ __device__ __forceinline__ void finish_attention(const Arguments& a, State& s, S
   gather(all);
   total += __shfl_xor_sync(~0u, total, 8);
   total += __shfl_xor_sync(~0u, total, 16);
+  if (newest > NOTHING) {
+    const float weight = exp2_fast(newest - best);
+    total += weight, all[0] += weight * new_value[0], all[1] += weight * new_value[1];
+  }
   const float inverse = __fdividef(1.0f, fmaxf(total, 1e-30f));
   u32 pair = pack(all[0] * inverse, all[1] * inverse), unit[4];
 #pragma unroll
   for (int i = 0; i < 4; i++) unit[i] = __shfl_sync(~0u, pair, lane % 8 + 8 * i);
   poke16(to, {tagged(unit[0], s.tag), unit[1], unit[2], unit[3]});
-  if (lane < COPIES) poke8(top_to, {tagged(__float_as_uint(best), s.tag), __float_as_uint(total)});
+  const float log = total > 0 ? best + log2_fast(total) : NOTHING;
+  if (lane < COPIES) poke4(log_to, tagged(__float_as_uint(log), s.tag));
   note(a, s);  // published
 }
 
@@ -1151,25 +1230,24 @@ __device__ __forceinline__ State state_of(u32 launches, int slot) {
   return s;
 }
 
+// One place in the code for each kind of step: what all layers need must stay in the instruction cache.
 __device__ __forceinline__ void multiply_layers(const Arguments& a, State& s, Shared& sh) {
 #pragma unroll 1
-  for (int layer = 0; layer < LAYERS; layer++) {
-    product<QKV>(a, s, sh);
-    attention<true>(a, s, sh, layer);
-    product<OWN_OUT>(a, s, sh);
-    product<QUERY>(a, s, sh);
-    attention<false>(a, s, sh, layer);
-    product<CROSS_OUT>(a, s, sh);
-    product<FC1>(a, s, sh);
-    product<FC2>(a, s, sh);
-    s.tag ^= 1;
-  }
+  for (int layer = 0; layer < LAYERS; layer++, s.tag ^= 1)
+#pragma unroll 1
+    for (int step = 0; step < STEPS; step++)
+      if (is_attention(step))
+        attention(a, s, sh, layer, step == OWN_ATTENTION);
+      else if (step == FC2)
+        product_of_hidden(a, s, sh);
+      else
+        product(a, s, sh, step);
 }
 
 __device__ __forceinline__ void finish_layers(const Arguments& a, State& s, Shared& sh) {
-  if (threadIdx.x / 32 == FIRST_FINISHER) {
+  if (thread() / 32 == FIRST_FINISHER) {
     const Span width = share(WIDTH, ROWS);
-    const int row = threadIdx.x % 32 / 2, n = width.first + row;
+    const int row = thread() % 32 / 2, n = width.first + row;
     const bool finishes = row < width.count;
     float gain = 0;
     if (finishes) {
@@ -1179,20 +1257,16 @@ __device__ __forceinline__ void finish_layers(const Arguments& a, State& s, Shar
       s.residual = widen(a.embedding[token * WIDTH + n]) + widen(a.positions[position * WIDTH + n]);
       gain = widen(a.first_gain[n]);
     }
-    publish_stream(a, n, s.residual, gain, finishes, s.stream_tag);
+    publish_stream(a, n, s.residual, gain, finishes, s.stream_tag, false);
   }
 #pragma unroll 1
-  for (int layer = 0; layer < LAYERS; layer++) {
-    finish<QKV>(a, s, sh, layer);
-    finish_attention<true>(a, s, sh);
-    finish<OWN_OUT>(a, s, sh, layer);
-    finish<QUERY>(a, s, sh, layer);
-    finish_attention<false>(a, s, sh);
-    finish<CROSS_OUT>(a, s, sh, layer);
-    finish<FC1>(a, s, sh, layer);
-    finish<FC2>(a, s, sh, layer);
-    s.tag ^= 1;
-  }
+  for (int layer = 0; layer < LAYERS; layer++, s.tag ^= 1)
+#pragma unroll 1
+    for (int step = 0; step < STEPS; step++)
+      if (is_attention(step))
+        finish_attention(a, s, sh, step == OWN_ATTENTION);
+      else
+        finish(a, s, sh, layer, step);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments a) {
@@ -1200,31 +1274,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments
   Shared& sh = *(Shared*)(memory + IN_RING * CHUNK);
   // Who has nothing to give to others leaves.
   if (share(WIDTH, ROWS).count <= 0 && share(FFN, ROWS_FFN).count <= 0) return;
-  if (threadIdx.x < RINGS) {
-    barrier_init(shared_address(&sh.full[threadIdx.x]), 1);
-    barrier_init(shared_address(&sh.empty[threadIdx.x]), WARPS + FINISHERS);
+  if (thread() < RINGS) {
+    barrier_init(shared_address(&sh.full[thread()]), 1);
+    barrier_init(shared_address(&sh.empty[thread()]), WARPS + FINISHERS);
     barrier_fence();
   }
   __syncthreads();
   const int slot = (int)*a.length - 1;
   const u32 launches = *a.launches;
   // What is needed of cold memory on the way, copied while the first weights come.
-  const int other = threadIdx.x < 32 * FETCHER ? threadIdx.x : threadIdx.x - 32;
-  if (threadIdx.x / 32 != FETCHER) {
+  const int other = thread() < 32 * FETCHER ? thread() : thread() - 32;
+  if (thread() / 32 != FETCHER) {
     constexpr int OTHERS = THREADS - 32;
     for (int i = other; i < LAYERS * 4; i += OTHERS) sh.caches[i / 4][i % 4] = a.table[i / 4 * POINTERS + KEYS + i % 4];
     for (int i = other; i < LAYERS * 3; i += OTHERS) sh.eps[i / 3][i % 3] = a.eps[i];
     for (int i = other; i < SLOTS; i += OTHERS) sh.valid[i] = a.valid[i];
   }
   State s = state_of(launches, slot);
-  if (__shfl_sync(~0u, (int)threadIdx.x / 128, 0) == WARPS / 4) {
+  if (__shfl_sync(~0u, thread() / 128, 0) == WARPS / 4) {
     few_registers();
-    if (threadIdx.x / 32 == FETCHER) {
+    if (thread() / 32 == FETCHER) {
       fetch(a, sh, shared_address(memory), slot);
     } else {
       bar_sync(TABLES, THREADS - 32);
       finish_layers(a, s, sh);
-      if (blockIdx.x == 0 && threadIdx.x == 32 * FIRST_FINISHER) *a.launches = launches + 1;
+      if (program() == 0 && thread() == 32 * FIRST_FINISHER) *a.launches = launches + 1;
     }
   } else {
     many_registers();

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .packing import plane_width
+from .packing import PLANES, plane_width
 
 
 HEAD_DIM = 64
@@ -29,9 +29,11 @@ POINTERS = 40
 CAPABILITIES = (9, 0), (10, 0)
 _SOURCE = Path(__file__).with_suffix(".cu")
 _DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-# The kernel's own: keys of a run of self-attention, and how often it publishes what every program reads.
+# The kernel's own: keys of a run of self-attention, how often it publishes what every program reads,
+# its warps that finish what is multiplied, sixteen features each, and those that multiply.
 _SELF_RUN = 256
 _COPIES = 4
+_FINISHERS = 3
 
 
 def _ratio(a, b):
@@ -56,7 +58,11 @@ class Shape(NamedTuple):
     group_size: int
     programs: int
     memory: int
-    warps: int = 16
+
+    @property
+    def warps(self):
+        """Warps of a program that multiply: low-bit weights take more to unpack."""
+        return 8 if self.bits == 16 else 16
 
     @property
     def heads(self):
@@ -81,7 +87,7 @@ class Shape(NamedTuple):
         return splits
 
 
-def shape_for(config, cache_layer, weight, device, warps=16):
+def shape_for(config, cache_layer, weight, device):
     """The `Shape` of a model's step on `device`.
 
     Args:
@@ -89,7 +95,6 @@ def shape_for(config, cache_layer, weight, device, warps=16):
         cache_layer: the buffers of a layer of the cache.
         weight: a `decode_linear.Weight` of the decoder.
         device: a CUDA device.
-        warps: 8 or 16.
     """
     properties = torch.cuda.get_device_properties(device)
     return Shape(
@@ -103,7 +108,6 @@ def shape_for(config, cache_layer, weight, device, warps=16):
         weight.group_size,
         properties.multi_processor_count,
         properties.shared_memory_per_block_optin,
-        warps,
     )
 
 
@@ -113,6 +117,8 @@ def why_not(shape):
         return "heads are of 64 dimensions, and decoder_ffn_dim is a multiple of 64"
     if shape.rows > 16:
         return f"{shape.rows} features to a multiprocessor exceed the 16 of a tensor-core tile"
+    if _ratio(_ratio(_ratio(shape.ffn, 8 * shape.programs) * 8, shape.rows) * shape.rows, 16) > _FINISHERS:
+        return f"decoder_ffn_dim {shape.ffn} is too much for {shape.programs} multiprocessors"
     splits = max(1, _ratio(shape.slots, _SELF_RUN))
     if shape.heads * splits > shape.givers or splits > MAX_SPLITS or not shape.cross_splits:
         return f"{shape.heads} heads are too many for {shape.programs} multiprocessors"
@@ -121,10 +127,8 @@ def why_not(shape):
     if shape.bits != 16:
         if shape.group_size % 16:
             return f"group_size {shape.group_size} is no multiple of 16"
-        # Eight neighbouring elements have one scale, wherever a plane begins.
-        for depth in (shape.width, shape.ffn):
-            if shape.bits == 1.58 and depth % shape.group_size:
-                return f"group_size {shape.group_size} does not divide {depth}"
+        if plane_width(PLANES[shape.bits][0], shape.width) % 32:
+            return f"in {shape.bits} bits, a width of {shape.width} does not divide into runs of 32 bytes"
     return None
 
 
@@ -215,7 +219,7 @@ class Arguments(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("table", "stream", "heads", "query", "stats")),
-        *((name, ctypes.c_void_p) for name in ("own_runs", "cross_runs", "own_tops", "cross_tops", "hidden")),
+        *((name, ctypes.c_void_p) for name in ("own_runs", "cross_runs", "own_logs", "cross_logs", "hidden")),
         *((name, ctypes.c_void_p) for name in ("launches", "tokens", "length", "offset", "valid")),
         *((name, ctypes.c_void_p) for name in ("embedding", "positions", "first_gain", "gained", "last_stats", "eps")),
         ("scale", ctypes.c_float),
@@ -259,7 +263,7 @@ class _Kernel:
 
 def threads(shape):
     """Threads of a program: those that multiply, and four warps that fetch and finish."""
-    return 32 * shape.warps + 128
+    return 32 * (shape.warps + 4)
 
 
 @functools.cache
@@ -282,8 +286,8 @@ def work_space(shape, device):
 
     A session has its own; two launches with one of them must not overlap.
     """
-    runs, tops = shape.heads * MAX_SPLITS * HEAD_DIM, shape.heads * MAX_SPLITS * 4
-    copied = 2 * shape.width, 4 * shape.givers, runs, runs, tops, tops, shape.ffn
+    runs, logs = shape.heads * MAX_SPLITS * HEAD_DIM, shape.heads * MAX_SPLITS * 2
+    copied = 2 * shape.width, 4 * shape.givers, runs, runs, logs, logs, shape.ffn
     stream, stats, *others = (_COPIES * size for size in copied)
     sizes = stream, 6 * shape.width, 2 * shape.width, stats, *others
     words = [torch.zeros(size, dtype=torch.int16, device=device) for size in sizes]
@@ -320,7 +324,6 @@ def decode_layers(
     ffn: int,
     bits: float,
     group_size: int,
-    warps: int,
 ) -> None:
     """The decoder from the newest token's embedding to the last layer norm, for one row.
 
@@ -341,7 +344,6 @@ def decode_layers(
         scale: factor of the queries.
         ffn: width of the feed-forward layer.
         bits, group_size: of the weights, 16 and 0 where they are not quantised.
-        warps: 8 or 16 that compute.
     """
     properties = torch.cuda.get_device_properties(gained.device)
     shape = Shape(
@@ -355,7 +357,6 @@ def decode_layers(
         group_size,
         properties.multi_processor_count,
         properties.shared_memory_per_block_optin,
-        warps,
     )
     arguments = arguments_for(
         gained,
