@@ -715,6 +715,8 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
     constexpr int EACH = ratio(GIVERS, WARPS);
     const int giver = warp * EACH + lane;
     const float2* stats = a.stats + copy * GIVERS + giver;
+    uint2 both = {};
+    bool waits = lane < EACH && giver < GIVERS;
     const u16* stream = a.stream + (2 * copy + (g >> 1 & 1)) * WIDTH;
     uint4 units[BLOCKS];
     u32 missing = 0;
@@ -729,9 +731,11 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
 #pragma unroll
       for (int b = 0; b < BLOCKS; b++)
         if (missing >> b & 1) units[b] = peek16(stream + b % DIGITS * plane(WIDTH) + in_plane[b / DIGITS]);
+      if (waits) both = peek8(stats);
 #pragma unroll
       for (int b = 0; b < BLOCKS; b++)
         if (all_fresh(units[b], s.stream_tag)) missing &= ~(1u << b);
+      if (fresh(both.x, s.stream_tag)) waits = false;
       patience.spend();
     } while (__any_sync(~0u, missing));
     note(a, s);  // activations there
@@ -762,9 +766,7 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
       }
       release(sh, place, chunks);
     }
-    // The moments come a little later than the stream, and are needed only now.
-    uint2 both = {};
-    bool waits = lane < EACH && giver < GIVERS;
+    // The moments come a little later than the stream, and must be there only now.
     while (__any_sync(~0u, waits)) {
       if (waits) both = peek8(stats);
       if (fresh(both.x, s.stream_tag)) waits = false;
@@ -974,8 +976,11 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
   }
   release(sh, place, chunks);
   if (warp >= finishers(step)) return;
-  bar_sync(STEP_DONE + step, 32 * (WARPS + finishers(step)));
-  note(a, s);  // all sums there
+  // Once in vain before the sums are there: the instructions are then in the cache, when every one of them counts.
+#pragma unroll 1
+  for (int pass = 0; pass < 2; pass++) {
+  const bool real = pass == 1;
+  if (real) bar_sync(STEP_DONE + step, 32 * (WARPS + finishers(step)));
   const int side = side_of(step);
   float total = 0, sum = 0, squares = 0;
 #pragma unroll
@@ -999,23 +1004,26 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
       u32 pair = pack(y, __shfl_down_sync(~0u, y, 2)), unit[4];
 #pragma unroll
       for (int i = 0; i < 4; i++) unit[i] = __shfl_sync(~0u, pair, (lane & 16) + 4 * i);
-      if (finishes && lane % 16 < COPIES)
+      if (finishes && real && lane % 16 < COPIES)
         poke16(a.hidden + lane % 16 * FFN + n / 8 * 8, {tagged(unit[0], s.tag), unit[1], unit[2], unit[3]});
     } else {
       // Keys and values are attended to as the cache holds them.
       const bool query = step == QUERY || chunk == 0;
       total = query ? total * (a.scale * LOG2E) : low_of(pack(total, 0));
       publish_split(step == QUERY ? a.query : a.heads, step == QUERY ? WIDTH : 3 * WIDTH, 1,
-                    (step == QUERY ? 0 : chunk * WIDTH) + n, total, finishes, s.tag);
-      if (finishes && !query && half == 0) {
+                    (step == QUERY ? 0 : chunk * WIDTH) + n, total, finishes && real, s.tag);
+      if (finishes && real && !query && half == 0) {
         u16* cache = (u16*)sh.caches[layer][chunk - 1];
         cache[((long long)(n / 64) * SLOTS + s.slot) * 64 + n % 64] = (u16)pack(total, 0);
       }
     }
   } else {
-    s.residual += total + first;
-    s.stream_tag ^= 1;
-    publish_stream(a, n, s.residual, second, finishes, s.stream_tag, step == FC2 && layer == LAYERS - 1);
+    if (real) {
+      s.residual += total + first;
+      s.stream_tag ^= 1;
+    }
+    publish_stream(a, n, s.residual, second, finishes && real, s.stream_tag, step == FC2 && layer == LAYERS - 1);
+  }
   }
   note(a, s);  // published
 }
@@ -1177,8 +1185,10 @@ __device__ __forceinline__ void finish_attention(const Arguments& a, State& s, S
     new_value[0] = low_of(words[2][0]) + low_of(words[2][1]);
     new_value[1] = high_of(words[2][0]) + high_of(words[2][1]);
   }
-  bar_sync(STEP_DONE + (own ? OWN_ATTENTION : CROSS_ATTENTION), 32 * (WARPS + 1));
-  note(a, s);  // all runs there
+#pragma unroll 1
+  for (int pass = 0; pass < 2; pass++) {
+  const bool real = pass == 1;
+  if (real) bar_sync(STEP_DONE + (own ? OWN_ATTENTION : CROSS_ATTENTION), 32 * (WARPS + 1));
   float best = newest;
 #pragma unroll
   for (int i = 0; i < WARPS / 4; i++) {
@@ -1209,9 +1219,10 @@ __device__ __forceinline__ void finish_attention(const Arguments& a, State& s, S
   u32 pair = pack(all[0] * inverse, all[1] * inverse), unit[4];
 #pragma unroll
   for (int i = 0; i < 4; i++) unit[i] = __shfl_sync(~0u, pair, lane % 8 + 8 * i);
-  poke16(to, {tagged(unit[0], s.tag), unit[1], unit[2], unit[3]});
+  if (real) poke16(to, {tagged(unit[0], s.tag), unit[1], unit[2], unit[3]});
   const float log = total > 0 ? best + log2_fast(total) : NOTHING;
-  if (lane < COPIES) poke4(log_to, tagged(__float_as_uint(log), s.tag));
+  if (real && lane < COPIES) poke4(log_to, tagged(__float_as_uint(log), s.tag));
+  }
   note(a, s);  // published
 }
 
