@@ -12,8 +12,8 @@ integers, exact in either dtype, and scale and zero point are applied to each gr
 Weights in half precision, with up to 16 rows, have a kernel of their own, in which nothing passes through shared
 memory but the sums of the warps. A sum does not mind the order of its terms: each thread of an operand is given those
 elements, of both factors, that it can load as one vector. Where many features follow a layer norm, a program goes
-through several tiles of them with the same activations, which it reads once: their reads, not the weights', were the
-time of those products.
+through several tiles of them with the same activations, read once and all on their way together, while its weights
+come through shared memory: so it leaves room for its predecessor, beside which it fetches them.
 """
 
 from typing import NamedTuple
@@ -523,9 +523,9 @@ def direct_plan_for(weight, parts=1, splits=0, normed=False):
         warps //= 2
     steps = k // (32 * warps)
     # Measured in steps of large-v2 on an H100, each kind with five plans. With eight features a program the product
-    # behind attention took 4.8 us, and the second one of the feed-forward 6.5, where sixteen took 6.9 and up to 17.8;
-    # behind a layer norm, whose sums every program adds up, sixteen took 5.3 us with all activations on their way at
-    # once and 8.0 without.
+    # behind attention took 4.8 us wherever it stood, and the second one of the feed-forward 6.5, where sixteen took
+    # 4.7 to 10.9 and 6.8 to 17.8; behind a layer norm, whose sums every program adds up, sixteen took 5.3 us with all
+    # activations on their way at once and 5.5 to 8.0 without.
     groups = 2 if normed else 1
     while parts > 1 and n % (8 * groups):
         groups //= 2
