@@ -22,7 +22,7 @@ pytest.importorskip("triton", reason="needs the triton package")
 from transformers import DynamicCache, EncoderDecoderCache
 
 from whisper_static_cache.cache_utils import EncoderDecoderStaticCache
-from whisper_static_cache.ops import launch
+from whisper_static_cache.ops import decode_dot, launch
 from whisper_static_cache.sessions import Session
 from whisper_static_cache.triton_engine import TritonEngine
 
@@ -47,25 +47,25 @@ def stock_logits(model, tokens, states):
     return torch.stack(steps)
 
 
-def engine_logits(model, tokens, states):
-    """The same of the Triton engine, called as its loop does."""
+def engine_logits(model, tokens, states, count):
+    """The same of the Triton engine, called as its loop does, with `count` rows of which all are the same."""
     cache = EncoderDecoderStaticCache(
-        model.config, 1, max_source_len=states.shape[1], dtype=model.dtype, device=model.device
+        model.config, count, max_source_len=states.shape[1], dtype=model.dtype, device=model.device
     )
     session, engine = Session(cache), TritonEngine(model)
-    rows = session.rows(1)
+    rows = session.rows(count)
     with torch.no_grad():
         engine.prepare(rows)
-        logits, _ = engine.prefill(rows, tokens[None, :1], states)
+        logits, _ = engine.prefill(rows, tokens[None, :1].expand(count, -1), states.expand(count, -1, -1))
         steps = [logits[0].clone()]
         for slot in range(1, len(tokens)):
-            rows.tokens[0, slot] = tokens[slot]
+            rows.tokens[:, slot] = tokens[slot]
             session.length.fill_(slot + 1)
             steps.append(engine.step(rows, slot)[0].clone())
     return torch.stack(steps)
 
 
-def assert_no_worse_than_stock(model, dtype, steps):
+def assert_no_worse_than_stock(model, dtype, steps, count=1):
     config = model.config
     generator = torch.Generator().manual_seed(5)
     device = model.device
@@ -73,7 +73,7 @@ def assert_no_worse_than_stock(model, dtype, steps):
     states = torch.randn(1, config.max_source_positions, config.d_model, generator=generator).to(device, dtype)
     half = model.to(dtype)
     assert TritonEngine.why_not(half, device) is None
-    ours, stock = engine_logits(half, tokens, states), stock_logits(half, tokens, states)
+    ours, stock = engine_logits(half, tokens, states, count), stock_logits(half, tokens, states)
     # The weights as rounded: what is compared is arithmetic.
     reference = stock_logits(half.float(), tokens, states.float())
 
@@ -93,10 +93,13 @@ def random_model(**overrides):
 
 
 @pytest.mark.skipif(not launch.interpreted(), reason="needs TRITON_INTERPRET=1; on a GPU the tests below stand for it")
+@pytest.mark.parametrize("count", [1, 12])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_interpreted_on_a_small_model(dtype):
+def test_interpreted_on_a_small_model(dtype, count, monkeypatch):
+    # A GPU so small that of many rows the wide products go through tiles.
+    monkeypatch.setattr(decode_dot, "room", lambda device: (2, 100 * 1024))
     shape = {"d_model": 64, "encoder_attention_heads": 1, "decoder_attention_heads": 1, "decoder_ffn_dim": 64}
-    assert_no_worse_than_stock(random_model(decoder_layers=1, **shape), dtype, steps=8)
+    assert_no_worse_than_stock(random_model(decoder_layers=1, **shape), dtype, steps=8, count=count)
 
 
 @pytest.mark.gpu
@@ -114,14 +117,15 @@ def test_interpreted_on_a_small_model(dtype):
     ],
     ids=["two-heads", "600-positions", "tiny", "turbo-of-2-layers"],
 )  # fmt: skip
-def test_random_weights(overrides, dtype):
+@pytest.mark.parametrize("count", [1, 16])
+def test_random_weights(count, overrides, dtype):
     model = random_model(**overrides)
     # Weights of 0.25, as the other tests' small models have them, saturate attention and amplify every rounding.
     with torch.no_grad():
         for parameter in model.model.decoder.parameters():
             if parameter.dim() > 1:
                 parameter.div_(0.25 * math.sqrt(model.config.d_model))
-    assert_no_worse_than_stock(model.cuda(), dtype, STEPS)
+    assert_no_worse_than_stock(model.cuda(), dtype, STEPS, count)
 
 
 @pytest.mark.gpu

@@ -103,8 +103,13 @@ def test_linear_with_layer_norm_and_residual(in_features, out_features, rows, bi
 
 
 @pytest.mark.parametrize("rows", [2, 9, 32])
-@pytest.mark.parametrize(("bits", "group_size"), [(16, 0), (4, 64)])
-def test_query_key_and_value_go_where_they_belong(bits, group_size, rows):
+@pytest.mark.parametrize(("bits", "group_size", "tiles"), [(16, 0, None), (16, 0, 4), (16, 0, 16), (4, 64, None)])
+def test_query_key_and_value_go_where_they_belong(bits, group_size, tiles, rows, monkeypatch):
+    if tiles:
+        from whisper_static_cache.ops import decode_dot
+
+        # Of a GPU of so few multiprocessors that 9 rows go through tiles, of one weight a program.
+        monkeypatch.setattr(decode_dot, "room", lambda device: (48 // (tiles - 1), 100 * 1024))
     width, slots = 128, 5
     trio = [random_weight(bits, group_size, width, width, torch.float16) for _ in range(3)]
     weights, dense = [weight for weight, _ in trio], torch.cat([matrix for _, matrix in trio])
@@ -249,6 +254,50 @@ def test_many_rows_of_nothing_but_padding_stay_finite(dtype):
     out, lse = poisoned(9, 1, 64), poisoned(9, 1, 1)
     decode_attention.decode_attention(out, lse, query, keys, values, 256, at, valid)
     assert out.isfinite().all() and lse.isfinite().all() and not out[3].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("in_features", "out_features", "rows", "count", "plan"),
+    [
+        # Two tiles a program, of which the last has one; a tile that is not full; several steps; tiles of 16, the last
+        # program with fewer of them; more tiles than buffers.
+        (128, 88, 16, 5, (8, 24)),
+        (320, 130, 9, 8, (8, 24)),
+        (320, 130, 11, 1, (16, 144)),
+        (384, 530, 12, 4, (16, 144)),
+        (640, 260, 16, 2, (16, 144)),
+    ],
+)
+def test_many_features_behind_a_layer_norm(in_features, out_features, rows, count, plan, dtype, monkeypatch):
+    """In tiles, on a GPU of as few multiprocessors as makes a program take several; the layer norm's sums in parts."""
+    from whisper_static_cache.ops import decode_dot
+
+    monkeypatch.setattr(decode_dot, "room", lambda device: (count, 100 * 1024))
+    torch.manual_seed(out_features)
+    weight, dense = random_weight(16, 0, in_features, out_features, dtype)
+    chosen = decode_linear.plan_for(weight, rows=rows, normed=True)
+    assert isinstance(chosen, decode_dot.TilesPlan) and chosen[:2] == plan
+    if rows == 12:
+        # Tiles that do not fill a program's share.
+        uneven = decode_dot.TilesPlan(16, 40, 2, chosen.num_warps, 128)
+        monkeypatch.setattr(decode_linear, "tiles_plan_for", lambda *arguments: uneven)
+    norm, bias = random_norm(in_features, dtype), torch.randn(out_features, device=DEVICE).to(dtype)
+    x = torch.randn(rows, in_features, device=DEVICE) * 3 + 0.3
+    constant, folded = poisoned(out_features), poisoned(out_features)
+    decode_linear.fold_norm(constant, folded, [weight], [bias], norm)
+    blocks = x.view(rows, -1, 64)
+    stats = torch.stack((blocks.sum(2), (blocks * blocks).sum(2)))
+    exact = decode_linear.Weight(dense, None, None, 64, 0, in_features)
+    expected = decode_linear.reference_decode_linear(x.double(), exact, bias, norm)
+    for epilogue, scale in ((decode_linear.STORE, 0.125), (decode_linear.GELU, 1.0)):
+        out = poisoned(rows, out_features + 3)
+        arguments = (*decode_linear.arguments([weight]), constant, epilogue, scale, folded, stats, norm.eps)
+        decode_linear.decode_linear(out, x * norm.weight.float(), *arguments)
+        wanted = torch.nn.functional.gelu(expected) if epilogue == decode_linear.GELU else scale * expected
+        assert_close(out[:, :out_features], wanted, 2e-5)
+        # Nothing else is written.
+        assert out[:, out_features:].isnan().all()
 
 
 @pytest.mark.parametrize("rows", [9, 32])

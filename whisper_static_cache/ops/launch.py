@@ -85,6 +85,16 @@ def overlaps(device):
     return not interpreted() and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+@functools.cache
+def room(device):
+    """Multiprocessors of `device`, and the bytes of shared memory that a program may have there."""
+    if device.type != "cuda":
+        return 132, 227 * 1024
+    device = torch.cuda.current_device() if device.index is None else device.index
+    properties = triton.runtime.driver.active.utils.get_device_properties(device)
+    return properties["multiprocessor_count"], properties["max_shared_mem"]
+
+
 def options(device, num_warps, *, overlap=True):
     """Launch options of a kernel: its warps, and the overlap with its predecessor and successor."""
     if interpreted():
