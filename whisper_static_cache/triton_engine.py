@@ -3,10 +3,12 @@
 A step is eight kernels a layer, one for the embedding, one for the head and two for the choice of the token. Every
 other thing that a step does (layer norms, residual sums, the cache update, the merge of split attention) is part of
 one of them; `ops` says how. Up to 8 rows are multiplied row by row, up to 32 on the tensor cores, where a step is the
-reading of cross-attention's keys and values; larger batches go to the next engine.
+reading of cross-attention's keys and values; larger batches go to the next engine. A single row in half precision on a
+GPU of compute capability 9.0 has its layers in one persistent kernel, `ops.decode_layers`.
 """
 
 import importlib.util
+import logging
 from typing import NamedTuple
 
 import torch
@@ -17,6 +19,8 @@ from .engines import ENGINES, EagerEngine
 from .modeling_whisper import forward_hooks, forwards_as_its_class, project_cross_attention
 from .quantized_linear import QuantizedLinear
 
+
+logger = logging.getLogger(__name__)
 
 # Longest prompt that is fed token by token through the step.
 MAX_STEPPED_PROMPT = 8
@@ -97,6 +101,8 @@ class _Buffers:
         # What `table` and `rules` hold, as the host knows it.
         self.held = None, None
         self.graphs = {}
+        # The arguments of `decode_layers`, once they were made, and what only its table of pointers names.
+        self.whole, self.no_bias = None, None
 
     def best_for(self, rows):
         """What `choose_next` works in, for this number of rows."""
@@ -142,6 +148,7 @@ class TritonEngine(EagerEngine):
         self._scaling = self.decoder.layers[0].self_attn.scaling
         self._layers = [self._layer(layer) for layer in self.decoder.layers]
         self._head = self._product([self.proj_out], self.decoder.layer_norm)
+        self._whole_failed = False
 
     @staticmethod
     def why_not(model, device):
@@ -361,7 +368,75 @@ class TritonEngine(EagerEngine):
         )
         return logits
 
+    def _whole(self, rows, buffers):
+        """The arguments of `decode_layers` for this one row, or None where its layers go kernel by kernel."""
+        from .ops import decode_layers
+
+        if rows.count != 1 or not self._on_gpu or self._whole_failed or rows.session.cross_dtype is not None:
+            return None
+        if buffers.whole is not None:
+            return buffers.whole
+        device = rows.session.device
+        weights = [weight for layer in self._layers for product in layer for weight in product.weights]
+        first = weights[0]
+        dtype = rows.buffers[0][0].dtype
+        formats = {(weight.bits, weight.group_size) for weight in weights}
+        halves = [weight.scales for weight in weights]
+        halves += [bias for layer in self._layers for product in layer for bias in product.biases]
+        if len(formats) > 1 or dtype == torch.float32 or any(t is not None and t.dtype != dtype for t in halves):
+            return None
+        shape = decode_layers.shape_for(self._config, rows.buffers[0], first, device)
+        if decode_layers.why_not(shape, torch.cuda.get_device_capability(device)) is not None:
+            return None
+        buffers.no_bias = no_bias = torch.zeros(self._config.d_model, dtype=dtype, device=device)
+        following = [layer.qkv.norm for layer in self._layers[1:]] + [self._head.norm]
+        try:
+            table = decode_layers.pointer_table(
+                [
+                    _pointers(layer, norm, no_bias, caches)
+                    for layer, norm, caches in zip(self._layers, following, rows.buffers)
+                ]
+            )
+            decode_layers.kernel_for(shape, table.device.index)
+        except (RuntimeError, ValueError, OSError) as error:
+            self._whole_failed = True
+            logger.warning("The kernel of all layers cannot be used (%s): they go kernel by kernel.", error)
+            return None
+        eps = [[layer.qkv.eps, layer.query.eps, layer.fc1.eps] for layer in self._layers]
+        buffers.whole = (
+            buffers.gained[:1],
+            torch.zeros(2, 1, shape.givers, device=device),
+            decode_layers.work_space(shape, device),
+            [tensor for tensors in rows.buffers for tensor in tensors],
+            table,
+            rows.tokens,
+            rows.session.length,
+            rows.position_offset,
+            rows.session.valid,
+            self.decoder.embed_tokens.weight,
+            self.decoder.embed_positions.weight,
+            self._layers[0].qkv.norm.weight,
+            torch.tensor(eps, device=device),
+            self._scaling,
+            self._config.decoder_ffn_dim,
+            float(first.bits),
+            first.group_size,
+        )
+        return buffers.whole
+
     def _logits(self, rows, buffers):
+        whole = self._whole(rows, buffers)
+        if whole is None:
+            return self._logits_by_kernels(rows, buffers)
+        from .ops.decode_layers import decode_layers
+        from .ops.decode_linear import STORE, decode_linear
+
+        decode_layers(*whole)
+        gained, stats, head, logits = whole[0], whole[1], self._head, buffers.logits[:1]
+        decode_linear(logits, gained, *head.arguments, head.constant, STORE, 1.0, head.folded, stats, head.eps)
+        return logits
+
+    def _logits_by_kernels(self, rows, buffers):
         from .ops.decode_attention import decode_attention
         from .ops.decode_linear import GELU, HEADS, RESIDUAL, STORE, decode_linear
         from .ops.decode_tokens import embed_newest
@@ -429,6 +504,23 @@ class TritonEngine(EagerEngine):
         logits = buffers.logits[:count]
         normed(logits, self._head, STORE)
         return logits
+
+
+def _pointers(layer, next_norm, no_bias, caches):
+    """A layer's tensors in the order of `decode_layers`' table."""
+    first, second = (layer.qkv, layer.query, layer.fc1), (layer.self_out, layer.cross_out, layer.fc2)
+    weights = [weight for pair in zip(first, second) for product in pair for weight in product.weights]
+    biases = [product.biases[0] for product in second]
+    return [
+        *(weight.values for weight in weights),
+        *(weight.scales for weight in weights),
+        *(weight.zeros for weight in weights),
+        *(product.constant for product in first),
+        *(product.folded for product in first),
+        *(no_bias if bias is None else bias for bias in biases),
+        *(norm.weight for norm in (layer.query.norm, layer.fc1.norm, next_norm)),
+        *caches,
+    ]
 
 
 def _why_not_served(model):

@@ -135,9 +135,7 @@ def emulate(model, slot, offset=0, seed=0):
     arguments = ops.arguments_for(*outputs, *inputs)
     shape = model.shape
     library = emulated(shape)
-    status = library.decode_layers_emulated(
-        ctypes.byref(arguments), shape.programs, ops.THREADS, shape.memory, seed
-    )
+    status = library.decode_layers_emulated(ctypes.byref(arguments), shape.programs, ops.THREADS, shape.memory, seed)
     assert status == 0, library.decode_layers_message().decode()
 
 
@@ -185,3 +183,57 @@ def test_emulated(changes):
     model.valid[0, :3] = False
     for seed, (slot, offset) in enumerate(((5, 3), (255, 0), (256, 0), (299, 3), (4, 3))):
         compare(model, slot, offset, functools.partial(emulate, seed=seed))
+
+
+def run(model, slot, offset):
+    outputs, inputs = model.operands(slot, offset)
+    shape = model.shape
+    caches = [cache for layer in model.caches for cache in layer]
+    ops.decode_layers(*outputs, caches, *inputs, shape.ffn, float(shape.bits), shape.group_size)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("bits, group_size", [(16, 0), (8, 64), (4, 64), (3, 32), (2, 16), (1.58, 16)])
+@pytest.mark.parametrize("width", [384, 512, 1280])
+def test_on_a_gpu(width, bits, group_size, dtype):
+    if torch.cuda.get_device_capability() != ops.CAPABILITY:
+        pytest.skip(f"the persistent kernel is made for compute capability {ops.CAPABILITY[0]}.{ops.CAPABILITY[1]}")
+    properties = torch.cuda.get_device_properties(0)
+    programs, memory = properties.multi_processor_count, properties.shared_memory_per_block_optin
+    shape = ops.Shape(width, 4 * width, 3, 448, 1500, dtype == "bfloat16", bits, group_size, programs, memory)
+    reason = ops.why_not(shape)
+    if reason is not None:
+        assert bits == 1.58
+        pytest.skip(reason)
+    model = Model(shape, "cuda")
+    model.valid[0, :3] = False
+    for slot, offset in ((5, 3), (255, 0), (256, 0), (257, 3), (447, 3), (4, 3)):
+        compare(model, slot, offset, run)
+    first = model.gained.clone()
+    for _ in range(20):
+        run(model, 4, 3)
+        assert torch.equal(model.gained, first)
+
+
+def test_what_is_not_served():
+    assert ops.why_not(SMALL) is None
+    assert "compute capability" in ops.why_not(SMALL, (8, 0))
+    assert "64 dimensions" in ops.why_not(SMALL._replace(width=100))
+    assert "tile" in ops.why_not(SMALL._replace(programs=4))
+    assert "too many" in ops.why_not(SMALL._replace(slots=448 * 8))
+    assert "too much" in ops.why_not(SMALL._replace(ffn=4096))
+    assert "multiples of 128" in ops.why_not(SMALL._replace(bits=3, group_size=32, ffn=576))
+    assert "group_size 8" in ops.why_not(SMALL._replace(bits=4, group_size=8))
+    assert "runs of 32 bytes" in ops.why_not(
+        SMALL._replace(bits=1.58, group_size=16, width=384, ffn=1536, programs=132)
+    )
+
+
+def test_pointers_must_be_aligned():
+    whole = torch.zeros(64, dtype=torch.float16)
+    with pytest.raises(ValueError, match="aligned to 16 bytes"):
+        ops.pointer_table([[whole[1:]] * ops.POINTERS])
+    with pytest.raises(ValueError, match="contiguous"):
+        ops.pointer_table([[whole.view(8, 8).T] * ops.POINTERS])

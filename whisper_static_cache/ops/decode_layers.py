@@ -27,8 +27,8 @@ MAX_SPLITS = 8
 POINTERS = 40
 # Threads of a program: eight warps that multiply, and four that fetch and finish.
 THREADS = 384
-# Compute capabilities that have bulk copies and shared memory enough; built and measured on the first.
-CAPABILITIES = (9, 0), (10, 0)
+# The compute capability whose instructions the kernel is made of.
+CAPABILITY = (9, 0)
 _SOURCE = Path(__file__).with_suffix(".cu")
 _DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 # The kernel's own: keys of a run of self-attention, how often it publishes what every program reads,
@@ -107,8 +107,10 @@ def shape_for(config, cache_layer, weight, device):
     )
 
 
-def why_not(shape):
+def why_not(shape, capability=CAPABILITY):
     """Why the kernel has no place for a step of this shape, or None. What else it needs, its compilation shows."""
+    if capability != CAPABILITY:
+        return f"the persistent kernel is made for compute capability {CAPABILITY[0]}.{CAPABILITY[1]}"
     if shape.width % HEAD_DIM or shape.ffn % HEAD_DIM:
         return "heads are of 64 dimensions, and decoder_ffn_dim is a multiple of 64"
     if shape.rows > 16:
@@ -185,20 +187,20 @@ def definitions(shape):
     }
 
 
-def _options(shape, capability):
-    # With "a", what this very architecture has and no later one: registers handed from warps to warps.
-    name = "sm_90a" if capability == (9, 0) else f"sm_{capability[0]}{capability[1]}"
+def compile_options(shape):
+    """NVRTC's options for `shape`."""
     defines = [f"-D{name}={value}" for name, value in definitions(shape).items()]
-    return [f"--gpu-architecture={name}", "--std=c++17", "-default-device", *defines]
+    # With "a", what this very architecture has and no later one: registers handed from warps to warps.
+    return ["--gpu-architecture=sm_90a", "--std=c++17", "-default-device", *defines]
 
 
-def _code(shape, capability):
+def _code(shape):
     """The kernel's machine code, from Triton's cache where it was compiled before."""
     import hashlib
 
     from triton.runtime.cache import get_cache_manager
 
-    source, options = _SOURCE.read_text(), _options(shape, capability)
+    source, options = _SOURCE.read_text(), compile_options(shape)
     key = hashlib.sha256("\n".join([source, torch.version.cuda, *options]).encode()).hexdigest()
     cache = get_cache_manager(key)
     kept = cache.get_file("decode_layers.cubin")
@@ -231,9 +233,9 @@ def _check(driver, status, what):
 class _Kernel:
     """The kernel for one `Shape`, loaded into the current context of one device."""
 
-    def __init__(self, shape, capability):
+    def __init__(self, shape):
         self._driver = driver = ctypes.CDLL("libcuda.so.1")
-        code = _code(shape, capability)
+        code = _code(shape)
         module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         _check(driver, driver.cuModuleLoadData(ctypes.byref(module), code), "loading decode_layers")
         found = driver.cuModuleGetFunction(ctypes.byref(self._function), module, b"decode_layers")
@@ -256,7 +258,6 @@ class _Kernel:
         _check(self._driver, status, "launching decode_layers")
 
 
-
 @functools.cache
 def kernel_for(shape, device_index):
     """The kernel of this shape on this device, compiled and loaded at the first call.
@@ -266,7 +267,7 @@ def kernel_for(shape, device_index):
     """
     with torch.cuda.device(device_index):
         torch.cuda.current_stream().synchronize()  # The device's context exists from here on.
-        return _Kernel(shape, torch.cuda.get_device_capability(device_index))
+        return _Kernel(shape)
 
 
 # -- The op -----------------------------------------------------------------------------------------------------------
@@ -364,7 +365,11 @@ def decode_layers(
         eps,
         scale,
     )
-    kernel_for(shape, gained.device.index).launch(arguments, torch.cuda.current_stream(gained.device).cuda_stream)
+    from .launch import compiling
+
+    kernel = kernel_for(shape, gained.device.index)
+    if not compiling():
+        kernel.launch(arguments, torch.cuda.current_stream(gained.device).cuda_stream)
 
 
 @decode_layers.register_fake
@@ -378,7 +383,8 @@ def pointer_table(rows):
     Args:
         rows: for each layer the 40 tensors in the order of the kernel's table: weights of query, key, value, output,
             cross query, cross output, fc1 and fc2, then their scales and zero points (None in 16 bits); constants and
-            folded vectors (`decode_linear.fold_norm`) of the products behind a layer norm; biases of the three others, and the gains of the layer norms behind them; keys, values, cross keys and cross values.
+            folded vectors (`decode_linear.fold_norms`) of the products behind a layer norm; biases of the three
+            others, and the gains of the layer norms behind them; keys, values, cross keys and cross values.
 
     Returns:
         int64 ``(layers, 40)`` on the tensors' device. It does not keep the tensors alive.

@@ -110,6 +110,11 @@ def options(device, num_warps, *, overlap=True):
 _compiling = contextvars.ContextVar("compiling", default=False)
 
 
+def compiling():
+    """Whether this thread is inside `compiled_together`: kernels are to be compiled, not run."""
+    return _compiling.get()
+
+
 def start(kernel, grid, *args, **meta):
     """Launch `kernel` over `grid`; inside `compiled_together`, have it compiled only."""
     if _compiling.get():
