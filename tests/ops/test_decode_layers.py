@@ -202,7 +202,7 @@ def test_on_a_gpu(width, bits, group_size, dtype):
         pytest.skip(f"the persistent kernel is made for compute capability {ops.CAPABILITY[0]}.{ops.CAPABILITY[1]}")
     properties = torch.cuda.get_device_properties(0)
     programs, memory = properties.multi_processor_count, properties.shared_memory_per_block_optin
-    shape = ops.Shape(width, 4 * width, 3, 448, 1500, dtype == "bfloat16", bits, group_size, programs, memory)
+    shape = ops.Shape(width, 4 * width, 2, 448, 1500, dtype == "bfloat16", bits, group_size, programs, memory)
     reason = ops.why_not(shape)
     if reason is not None:
         assert bits == 1.58
@@ -221,6 +221,7 @@ def test_what_is_not_served():
     assert ops.why_not(SMALL) is None
     assert "compute capability" in ops.why_not(SMALL, (8, 0))
     assert "64 dimensions" in ops.why_not(SMALL._replace(width=100))
+    assert "even" in ops.why_not(SMALL._replace(layers=3))
     assert "tile" in ops.why_not(SMALL._replace(programs=4))
     assert "too many" in ops.why_not(SMALL._replace(slots=448 * 8))
     assert "too much" in ops.why_not(SMALL._replace(ffn=4096))

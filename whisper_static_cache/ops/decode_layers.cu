@@ -210,6 +210,7 @@ __device__ __forceinline__ float high_of(u32 pair) { return widen((u16)(pair >> 
 
 // -- The shape of the work -----------------------------------------------------------------------------------------
 
+static_assert(LAYERS % 2 == 0, "tags would differ from launch to launch");
 constexpr float NOTHING = -1e30f, LOG2E = 1.4426950408889634f;
 constexpr float SHRINK = 1.0f / 16, GROW = 16.0f;  // Keeps activations times gains far from float16's largest number.
 constexpr int WARPS = 8;
@@ -327,7 +328,6 @@ struct Arguments {
   u16 *own_runs, *cross_runs;     // [COPIES][HEADS][8][64]
   float *own_logs, *cross_logs;   // [COPIES][HEADS][8]: the logarithms (of base 2) of the sums of exponentials.
   u16* hidden;           // [COPIES][FFN]
-  u32* launches;
   const long long *tokens, *length, *offset;
   const u8* valid;
   const u16 *embedding, *positions, *first_gain;
@@ -1215,16 +1215,6 @@ __device__ __forceinline__ void finish_attention(const Arguments& a, State& s, S
 
 // -- The kernel ----------------------------------------------------------------------------------------------------
 
-// Uses of `stream` and of the other buffers are counted through the launches: the first finds the buffers zeroed.
-__device__ __forceinline__ State state_of(u32 launches, int slot) {
-  State s;
-  s.slot = slot;
-  s.stream_tag = (launches * (3 * LAYERS) + 1) & 1;
-  s.tag = (launches * LAYERS + 1) & 1;
-  s.residual = 0;
-  return s;
-}
-
 // One place in the code for each kind of step: what all layers need must stay in the instruction cache.
 __device__ __forceinline__ void multiply_layers(const Arguments& a, State& s, Shared& sh) {
 #pragma unroll 1
@@ -1276,7 +1266,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments
   }
   __syncthreads();
   const int slot = (int)*a.length - 1;
-  const u32 launches = *a.launches;
   // What is needed of cold memory on the way, copied while the first weights come.
   const int other = thread() < 32 * FETCHER ? thread() : thread() - 32;
   if (thread() / 32 != FETCHER) {
@@ -1285,7 +1274,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments
     for (int i = other; i < LAYERS * 3; i += OTHERS) sh.eps[i / 3][i % 3] = a.eps[i];
     for (int i = other; i < SLOTS; i += OTHERS) sh.valid[i] = a.valid[i];
   }
-  State s = state_of(launches, slot);
+  State s;
+  s.slot = slot;
+  // Tags alternate, an even number of times a launch: the first finds the buffers zeroed, or as the last one left them.
+  s.stream_tag = s.tag = 1;
+  s.residual = 0;
   if (__shfl_sync(~0u, thread() / 128, 0) == WARPS / 4) {
     few_registers();
     if (thread() / 32 == FETCHER) {
@@ -1293,7 +1286,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments
     } else {
       bar_sync(TABLES, THREADS - 32);
       finish_layers(a, s, sh);
-      if (program() == 0 && thread() == 32 * FIRST_FINISHER) *a.launches = launches + 1;
     }
   } else {
     many_registers();

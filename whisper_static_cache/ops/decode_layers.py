@@ -113,6 +113,9 @@ def why_not(shape, capability=CAPABILITY):
         return f"the persistent kernel is made for compute capability {CAPABILITY[0]}.{CAPABILITY[1]}"
     if shape.width % HEAD_DIM or shape.ffn % HEAD_DIM:
         return "heads are of 64 dimensions, and decoder_ffn_dim is a multiple of 64"
+    if shape.layers % 2:
+        # The bits that tell new words from old ones would differ from launch to launch, and with them the last bits.
+        return f"{shape.layers} layers; the persistent kernel takes an even number"
     if shape.rows > 16:
         return f"{shape.rows} features to a multiprocessor exceed the 16 of a tensor-core tile"
     if _ratio(_ratio(_ratio(shape.ffn, 8 * shape.programs) * 8, shape.rows) * shape.rows, 16) > _FINISHERS:
@@ -217,7 +220,7 @@ class Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("table", "stream", "heads", "query", "stats")),
         *((name, ctypes.c_void_p) for name in ("own_runs", "cross_runs", "own_logs", "cross_logs", "hidden")),
-        *((name, ctypes.c_void_p) for name in ("launches", "tokens", "length", "offset", "valid")),
+        *((name, ctypes.c_void_p) for name in ("tokens", "length", "offset", "valid")),
         *((name, ctypes.c_void_p) for name in ("embedding", "positions", "first_gain", "gained", "last_stats", "eps")),
         ("scale", ctypes.c_float),
     ]
@@ -274,7 +277,7 @@ def kernel_for(shape, device_index):
 
 
 def work_space(shape, device):
-    """What the programs exchange their results through: int16 tensors, and the number of launches so far.
+    """What the programs exchange their results through: int16 tensors, zeros before the first launch.
 
     A session has its own; two launches with one of them must not overlap.
     """
@@ -282,8 +285,7 @@ def work_space(shape, device):
     copied = 2 * shape.width, 4 * shape.givers, runs, runs, logs, logs, shape.ffn
     stream, stats, *others = (_COPIES * size for size in copied)
     sizes = stream, 6 * shape.width, 2 * shape.width, stats, *others
-    words = [torch.zeros(size, dtype=torch.int16, device=device) for size in sizes]
-    return [*words, torch.zeros(1, dtype=torch.int32, device=device)]
+    return [torch.zeros(size, dtype=torch.int16, device=device) for size in sizes]
 
 
 def arguments_for(gained, stats, work, table, tokens, length, position_offset, valid, embedding, positions,
