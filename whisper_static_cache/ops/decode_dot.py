@@ -543,8 +543,8 @@ def tiles_plan_for(weight, parts=1):
     """The `TilesPlan` of a product of up to 16 rows, layer norm in front, with a `weight` in half precision, or None.
 
     For those with more than 16 features to a multiprocessor: three weights at once, or a long one. Measured in steps
-    of large-v2 on an H100, the former took 8.9 to 9.6 us, 10.1 with `decode_dot_kernel`, and the head 65 where that took
-    97. For the first product of the feed-forward, which is between the two, it took 12.3 and tiles 11.6 to 21.8.
+    of large-v2 on an H100, the former took 8.9 to 9.6 us, 10.1 with `decode_dot_kernel`, and the head 65 where that
+    took 97. For the first product of the feed-forward, which is between the two, it took 12.3 and tiles 11.6 to 21.8.
     """
     k, n = weight.in_features, weight.out_features
     count, shared = room(weight.values.device)
