@@ -44,6 +44,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["whisper_static_cache", "whisper_static_cache.*"]),
+    # The source of the persistent kernel, which is compiled where it runs.
+    package_data={"whisper_static_cache.ops": ["*.cu"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.6", "transformers>=4.46,<6"],
     extras_require=EXTRAS,

@@ -16,7 +16,8 @@ times `quantize_decoder` with hqq's solver instead, and on a GPU says by how muc
     python benchmarks/decode_speed.py --breakdown --shapes large-v2 --bits 16 4
 
 profiles the Triton engine's step kernel by kernel: the time from the end of the kernel before to its own end, so that
-the kernels' times add up to the step although they overlap, and the bytes that it must read.
+the kernels' times add up to the step although they overlap, and the bytes that it must read. Where all layers are one
+persistent kernel, that one is named; `--by-kernels` has them apart.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalG
 from transformers.modeling_outputs import BaseModelOutput
 
 import whisper_static_cache
+from whisper_static_cache.triton_engine import TritonEngine
 
 
 # d_model, layers of encoder and decoder, heads, mel bins, vocabulary (openai/whisper model cards).
@@ -214,12 +216,15 @@ def step_bytes(model, batch, cross_dtype=None):
     return total + vectors * (size * head_dim if cross_dtype is None else head_dim + size)
 
 
-def break_down(model, bandwidth, tokens=96):
+def break_down(model, bandwidth, by_kernels=False, tokens=96):
     """Where one step of the Triton engine spends its time: a list of dicts, one a kind of kernel."""
     device, dtype = model.device, model.dtype
     decoder, layers = model.model.decoder, len(model.model.decoder.layers)
     states = torch.randn(1, model.config.max_source_positions, model.config.d_model, device=device).to(dtype)
     whisper_static_cache.patch(model, engine="triton")
+    if by_kernels:
+        # Nothing but a batch of two leaves the persistent kernel out by itself.
+        TritonEngine._whole = lambda *arguments: None
     try:
         generate(model, states, tokens, False)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
@@ -254,11 +259,15 @@ def break_down(model, bandwidth, tokens=96):
     ]
     names = ["embedding", *range(len(kinds)), "head", "best of each block", "choice"]
     order = [names[0], *list(range(len(kinds))) * layers, *names[-3:]]
-    kernels = [
-        event for event in profiler.events() if event.name.startswith(("_embed", "_decode", "_best", "_choose"))
-    ]
+    begins = "_embed", "_decode", "_best", "_choose", "decode_layers"
+    kernels = [event for event in profiler.events() if event.name.startswith(begins)]
     kernels.sort(key=lambda event: event.time_range.start)
-    starts = [i for i, event in enumerate(kernels) if event.name.startswith("_embed")]
+    if any(event.name.startswith("decode_layers") for event in kernels):
+        # One kernel for the embedding and all layers.
+        kinds = [("embedding and layers", layers * sum(size for _, size in kinds))]
+        names = order = [0, *names[-3:]]
+        layers = 1
+    starts = [i for i, event in enumerate(kernels) if event.name.startswith(("_embed", "decode_layers"))]
     # Whole steps with the choice of the token, the first ones aside.
     steps = [kernels[a:b] for a, b in itertools.pairwise(starts) if b - a == len(order)][8:]
     total = dict.fromkeys(names, 0.0)
@@ -337,6 +346,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=5, help="at least so many of each length, and three seconds")
     parser.add_argument("--quantising", action="store_true", help="time quantize_decoder, not decoding")
     parser.add_argument("--breakdown", action="store_true", help="time the Triton engine's step kernel by kernel")
+    parser.add_argument("--by-kernels", action="store_true", help="with --breakdown: without the persistent kernel")
     parser.add_argument("--head-bits", nargs="+", type=int, choices=(0, 8, 4, 3, 2), default=[0], help="0: no head")
     parser.add_argument("--output", type=Path, help="file to append JSON lines to")
     options = parser.parse_args()
@@ -372,7 +382,7 @@ def main():
         if options.breakdown:
             row = {"shape": shape, "bits": bits if group_size else 8 * dtype.itemsize, "group_size": group_size}
             row.update(engine="triton", dtype=options.dtype, copy_bandwidth_tb_s=round(bandwidth / 1e12, 3))
-            write({**row, **break_down(model, bandwidth)})
+            write({**row, **break_down(model, bandwidth, options.by_kernels)})
             del model
             continue
         for batch, timestamps in itertools.product(options.batches, map(bool, options.timestamps)):
