@@ -223,7 +223,7 @@ def break_down(model, bandwidth, by_kernels=False, tokens=96):
     states = torch.randn(1, model.config.max_source_positions, model.config.d_model, device=device).to(dtype)
     whisper_static_cache.patch(model, engine="triton")
     if by_kernels:
-        # Nothing but a batch of two leaves the persistent kernel out by itself.
+        # The engine takes the persistent kernel wherever it can.
         TritonEngine._whole = lambda *arguments: None
     try:
         generate(model, states, tokens, False)
