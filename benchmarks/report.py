@@ -236,7 +236,7 @@ def cross_section():
         f"{table(['shape', 'in half precision', 'in 8 bits', 'saved'], sizes)}\n\n"
         "On `eager` and `compile` every step makes the full keys and values from the 8 bits and is the slower for it; "
         "only the `triton` engine's kernels read the 8 bits themselves. The GPU table above has both at batch 16: the "
-        "8 bits save memory there, and no time.\n"
+        "8 bits save memory and time there.\n"
     )
 
 
