@@ -4,6 +4,8 @@ On a GPU the parity table runs on it too (`parity/test_cuda.py`). Here it runs i
 no GPU, on a model of one layer.
 """
 
+import shutil
+
 import pytest
 import torch
 
@@ -12,8 +14,10 @@ pytest.importorskip("triton", reason="needs the triton package")
 
 import whisper_static_cache
 from whisper_static_cache import triton_engine
+from whisper_static_cache.cache_utils import EncoderDecoderStaticCache
 from whisper_static_cache.modeling_whisper import decode_step, project_cross_attention
 from whisper_static_cache.ops import launch
+from whisper_static_cache.sessions import Session
 from whisper_static_cache.triton_engine import CHAINED_STEPS, TritonEngine
 
 from .conftest import tiny_features, tiny_model
@@ -319,3 +323,37 @@ def test_cross_attention_in_8_bits_is_the_eager_engines(prompt_ids):
     assert torch.equal(found["triton"]["sequences"], found["eager"]["sequences"])
     for ours, reference in zip(found["triton"]["scores"], found["eager"]["scores"], strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(DEVICE != "cpu" or shutil.which("g++") is None, reason="emulates CUDA threads, with g++")
+@pytest.mark.parametrize("bits", [16, 4])
+def test_all_layers_in_one_kernel_are_those_kernel_by_kernel(bits):
+    # What the persistent kernel is told of a model's modules; a GPU runs it, emulated threads do here.
+    from whisper_static_cache.ops import decode_layers as ops
+
+    from .ops.test_decode_layers import launch_emulated
+
+    heads = {"d_model": 128, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 512}
+    model = served_model(decoder_layers=2, **heads).half()
+    if bits < 16:
+        whisper_static_cache.quantize_decoder(model, bits, 64, method="rtn", backend="torch", progress=False)
+    engine = TritonEngine(model)
+    with torch.no_grad():
+        session = Session(EncoderDecoderStaticCache(model.config, 1, dtype=torch.float16, device="cpu"))
+        rows, buffers = session.rows(1), engine._buffers(session)
+        buffers.states.normal_()
+        engine._enter(rows, buffers)
+        group_size = 64 if bits < 16 else 0
+        shape = ops.Shape(128, 512, 2, session.slots, session.source_length, False, bits, group_size, 12, 120_000)
+        assert ops.why_not(shape) is None
+        whole = engine._whole_arguments(rows, buffers, shape)
+        rows.tokens[0, :2] = torch.tensor([5, 17])
+        for fed in (1, 2):
+            session.length.fill_(fed)
+            launch_emulated(shape, ops.arguments_for(*whole[:3], *whole[4:14]))
+            gained, stats = buffers.gained[:1].clone(), whole[1].sum(-1)
+            engine._logits_by_kernels(rows, buffers)
+            torch.testing.assert_close(gained, buffers.gained[:1], rtol=1e-2, atol=1e-2 * gained.abs().max().item())
+            stream = buffers.stream[:1]
+            torch.testing.assert_close(stats[0], stream.sum(-1), rtol=1e-2, atol=1e-2 * stream.norm().item())
+            torch.testing.assert_close(stats[1], stream.square().sum(-1), rtol=1e-2, atol=0)

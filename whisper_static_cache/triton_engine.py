@@ -388,27 +388,32 @@ class TritonEngine(EagerEngine):
         shape = decode_layers.shape_for(self._config, rows.buffers[0], first, device)
         if decode_layers.why_not(shape, torch.cuda.get_device_capability(device)) is not None:
             return None
-        buffers.no_bias = no_bias = torch.zeros(self._config.d_model, dtype=dtype, device=device)
-        following = [layer.qkv.norm for layer in self._layers[1:]] + [self._head.norm]
         try:
-            table = decode_layers.pointer_table(
-                [
-                    _pointers(layer, norm, no_bias, caches)
-                    for layer, norm, caches in zip(self._layers, following, rows.buffers)
-                ]
-            )
-            decode_layers.kernel_for(shape, table.device.index)
+            decode_layers.kernel_for(shape, self._head.constant.device.index)
+            buffers.whole = self._whole_arguments(rows, buffers, shape)
         except (RuntimeError, ValueError, OSError) as error:
             self._whole_failed = True
             logger.warning("The kernel of all layers cannot be used (%s): they go kernel by kernel.", error)
-            return None
+        return buffers.whole
+
+    def _whole_arguments(self, rows, buffers, shape):
+        """The arguments of `decode_layers` for one row and a kernel of `shape`."""
+        from .ops import decode_layers
+
+        device = rows.session.device
+        buffers.no_bias = torch.zeros(self._config.d_model, dtype=rows.buffers[0][0].dtype, device=device)
+        following = [layer.qkv.norm for layer in self._layers[1:]] + [self._head.norm]
+        table = [
+            _pointers(layer, norm, buffers.no_bias, caches)
+            for layer, norm, caches in zip(self._layers, following, rows.buffers)
+        ]
         eps = [[layer.qkv.eps, layer.query.eps, layer.fc1.eps] for layer in self._layers]
-        buffers.whole = (
+        return (
             buffers.gained[:1],
             torch.zeros(2, 1, shape.givers, device=device),
             decode_layers.work_space(shape, device),
             [tensor for tensors in rows.buffers for tensor in tensors],
-            table,
+            decode_layers.pointer_table(table),
             rows.tokens,
             rows.session.length,
             rows.position_offset,
@@ -419,10 +424,9 @@ class TritonEngine(EagerEngine):
             torch.tensor(eps, device=device),
             self._scaling,
             self._config.decoder_ffn_dim,
-            float(first.bits),
-            first.group_size,
+            float(shape.bits),
+            shape.group_size,
         )
-        return buffers.whole
 
     def _logits(self, rows, buffers):
         whole = self._whole(rows, buffers)

@@ -130,13 +130,15 @@ def emulated(shape):
     return library
 
 
-def emulate(model, slot, offset=0, seed=0):
-    outputs, inputs = model.operands(slot, offset)
-    arguments = ops.arguments_for(*outputs, *inputs)
-    shape = model.shape
+def launch_emulated(shape, arguments, seed=0):
     library = emulated(shape)
     status = library.decode_layers_emulated(ctypes.byref(arguments), shape.programs, ops.THREADS, shape.memory, seed)
     assert status == 0, library.decode_layers_message().decode()
+
+
+def emulate(model, slot, offset=0, seed=0):
+    outputs, inputs = model.operands(slot, offset)
+    launch_emulated(model.shape, ops.arguments_for(*outputs, *inputs), seed)
 
 
 def compare(model, slot, offset, run):

@@ -295,7 +295,6 @@ static_assert(HEADS * SELF_SPLITS <= GIVERS && SELF_SPLITS <= 8 && (CROSS_SPLITS
 constexpr int RINGS = 16;  // Chunks in shared memory, at most.
 // On their way at a time, or a chunk at least; pieces that keys and values come in.
 constexpr int FLIGHT_BYTES = 28 * 1024, PIECES = 5;
-
 static_assert(finishers(QKV) <= FINISHERS && finishers(FC1) <= FINISHERS, "");
 // Named barriers: one for each product and attention, of those that multiply with those that finish.
 enum { TABLES = 1, STEP_DONE = 2 };
@@ -554,7 +553,6 @@ struct State {
   u32 stream_tag, tag;  // Of the next reading of `stream`, and of this layer's other buffers.
   float residual;       // Of the feature that this thread finishes.
 };
-
 
 // Float32 values as halves and remainders, of which both carry the tag, for features `n` and `n + 1`: two lanes finish
 // a feature, and of the four lanes of a pair each publishes a copy. The tag costs the half a bit that the remainder
@@ -975,15 +973,10 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
     const bool real = pass == 1;
     if (real) bar_sync(STEP_DONE + step, 32 * (WARPS + finishers(step)));
     const int side = side_of(step);
-    float total = 0, sum = 0, squares = 0;
-    {
-      const int at = 4 * half;
-      const float4 four = *(const float4*)&sh.sums[side][row][at];
-      const float4 m = *(const float4*)&sh.moments[0][0][at], q = *(const float4*)&sh.moments[0][1][at];
-      total += four.x + four.y + (four.z + four.w);
-      sum += m.x + m.y + (m.z + m.w);
-      squares += q.x + q.y + (q.z + q.w);
-    }
+    const float4 four = *(const float4*)&sh.sums[side][row][4 * half];
+    const float4 m = *(const float4*)&sh.moments[0][0][4 * half], q = *(const float4*)&sh.moments[0][1][4 * half];
+    float total = four.x + four.y + (four.z + four.w);
+    float sum = m.x + m.y + (m.z + m.w), squares = q.x + q.y + (q.z + q.w);
     total += __shfl_xor_sync(~0u, total, 1);
     if (from_stream(step)) {
       sum += __shfl_xor_sync(~0u, sum, 1);
