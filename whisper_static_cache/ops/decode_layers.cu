@@ -301,7 +301,7 @@ enum { TABLES = 1, STEP_DONE = 2 };
 constexpr int HIDDEN_BLOCKS = turns(FFN) * DIGITS;
 struct Shared {
   alignas(16) float sums[2][MOST_ROWS][WARPS];
-  alignas(16) float moments[2][2][WARPS];
+  alignas(16) float moments[2][WARPS];
   union {
     alignas(16) float runs[WARPS][64 + 4];
     alignas(16) u16 hidden[WARPS][HIDDEN_BLOCKS * 32];
@@ -774,7 +774,7 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
       moments.x += __shfl_xor_sync(~0u, moments.x, step);
       moments.y += __shfl_xor_sync(~0u, moments.y, step);
     }
-    if (lane == 0) sh.moments[side][0][warp] = moments.x, sh.moments[side][1][warp] = moments.y;
+    if (lane == 0) sh.moments[0][warp] = moments.x, sh.moments[1][warp] = moments.y;
   } else {
     const bool own = step == OWN_OUT;
     const int splits = own ? SELF_SPLITS : CROSS_SPLITS;
@@ -974,7 +974,7 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
     if (real) bar_sync(STEP_DONE + step, 32 * (WARPS + finishers(step)));
     const int side = side_of(step);
     const float4 four = *(const float4*)&sh.sums[side][row][4 * half];
-    const float4 m = *(const float4*)&sh.moments[0][0][4 * half], q = *(const float4*)&sh.moments[0][1][4 * half];
+    const float4 m = *(const float4*)&sh.moments[0][4 * half], q = *(const float4*)&sh.moments[1][4 * half];
     float total = four.x + four.y + (four.z + four.w);
     float sum = m.x + m.y + (m.z + m.w), squares = q.x + q.y + (q.z + q.w);
     total += __shfl_xor_sync(~0u, total, 1);
