@@ -50,6 +50,55 @@ def _merged_tile(x_ptr, lse_ptr, row, at, block, first, K: tl.constexpr, SPLITS:
 
 
 @triton.jit
+def _of_part(first_ptr, second_ptr, third_ptr, part, PARTS: tl.constexpr):
+    """Of one pointer, or of three for as many parts of a product, that of `part`."""
+    pointer = first_ptr
+    if PARTS == 3:
+        if part == 1:
+            pointer = second_ptr
+        if part == 2:
+            pointer = third_ptr
+    return pointer
+
+
+@triton.jit
+def _store(
+    y, out_ptr, keys_ptr, values_ptr, row, wide, feature, in_part, part, slot, stores, scale,
+    N: tl.constexpr, SLOTS: tl.constexpr, EPILOGUE: tl.constexpr,
+):  # fmt: skip
+    """The end of a product that is added to nothing."""
+    if EPILOGUE == 3:
+        if part == 0:
+            tl.store(out_ptr + wide + in_part[None, :], (y * scale).to(out_ptr.dtype.element_ty), mask=stores)
+        else:
+            heads: tl.constexpr = N // 64
+            head = (in_part // 64)[None, :]
+            at = ((row[:, None] * heads + head) * SLOTS + slot) * 64 + (in_part % 64)[None, :]
+            if part == 1:
+                tl.store(keys_ptr + at, y.to(keys_ptr.dtype.element_ty), mask=stores)
+            else:
+                tl.store(values_ptr + at, y.to(values_ptr.dtype.element_ty), mask=stores)
+    elif EPILOGUE == 1:
+        tl.store(out_ptr + wide + feature[None, :], gelu(y).to(out_ptr.dtype.element_ty), mask=stores)
+    else:
+        tl.store(out_ptr + wide + feature[None, :], (y * scale).to(out_ptr.dtype.element_ty), mask=stores)
+
+
+@triton.jit
+def _store_stream(
+    y, gain, out_ptr, gained_ptr, next_stats_ptr, row, wide, feature, stores, ROWS: tl.constexpr
+):  # fmt: skip
+    """The end of a product that was added to the residual stream: it, it with the gain, and this program's sums."""
+    tl.store(out_ptr + wide + feature[None, :], y, mask=stores)
+    tl.store(gained_ptr + wide + feature[None, :], y * gain[None, :], mask=stores)
+    y = tl.where(stores, y, 0.0)
+    programs = tl.num_programs(0)
+    sums_ptr = next_stats_ptr + row * programs + tl.program_id(0)
+    tl.store(sums_ptr, tl.sum(y, axis=1), mask=row < ROWS)
+    tl.store(sums_ptr + ROWS * programs, tl.sum(y * y, axis=1), mask=row < ROWS)
+
+
+@triton.jit
 def decode_dot_kernel(
     out_ptr, x_ptr, lse_ptr, stats_ptr, folded_ptr, constant_ptr, keys_ptr, values_ptr, length_ptr,
     gained_ptr, next_gain_ptr, next_stats_ptr,
@@ -67,18 +116,9 @@ def decode_dot_kernel(
     STEPS: tl.constexpr = WIDTH // CHUNK
     start = tl.program_id(0) * FEATURES
     part = start // N
-    w_ptr = w0_ptr
-    s_ptr = s0_ptr
-    z_ptr = z0_ptr
-    if PARTS == 3:
-        if part == 1:
-            w_ptr = w1_ptr
-            s_ptr = s1_ptr
-            z_ptr = z1_ptr
-        if part == 2:
-            w_ptr = w2_ptr
-            s_ptr = s2_ptr
-            z_ptr = z2_ptr
+    w_ptr = _of_part(w0_ptr, w1_ptr, w2_ptr, part, PARTS)
+    s_ptr = _of_part(s0_ptr, s1_ptr, s2_ptr, part, PARTS)
+    z_ptr = _of_part(z0_ptr, z1_ptr, z2_ptr, part, PARTS)
     feature = start + tl.arange(0, FEATURES)
     in_part = feature - part * N
     n = tl.minimum(in_part, N - 1).to(tl.int64)[None, None, :]
@@ -170,31 +210,15 @@ def decode_dot_kernel(
     y += constant[None, :]
     stores = (row < ROWS)[:, None] & exists[None, :]
     wide = row[:, None] * WIDE
-    if EPILOGUE == 3:
-        if part == 0:
-            tl.store(out_ptr + wide + in_part[None, :], (y * scale).to(out_ptr.dtype.element_ty), mask=stores)
-        else:
-            heads: tl.constexpr = N // 64
-            head = (in_part // 64)[None, :]
-            at = ((row[:, None] * heads + head) * SLOTS + slot) * 64 + (in_part % 64)[None, :]
-            if part == 1:
-                tl.store(keys_ptr + at, y.to(keys_ptr.dtype.element_ty), mask=stores)
-            else:
-                tl.store(values_ptr + at, y.to(values_ptr.dtype.element_ty), mask=stores)
-    elif EPILOGUE == 2:
+    if EPILOGUE == 2:
         y += tl.load(out_ptr + wide + feature[None, :], mask=stores, other=0.0)
         gain = tl.load(next_gain_ptr + feature, mask=exists, other=0.0).to(tl.float32)
-        tl.store(out_ptr + wide + feature[None, :], y, mask=stores)
-        tl.store(gained_ptr + wide + feature[None, :], y * gain[None, :], mask=stores)
-        y = tl.where(stores, y, 0.0)
-        programs = tl.num_programs(0)
-        sums = next_stats_ptr + row * programs + tl.program_id(0)
-        tl.store(sums, tl.sum(y, axis=1), mask=row < ROWS)
-        tl.store(sums + ROWS * programs, tl.sum(y * y, axis=1), mask=row < ROWS)
-    elif EPILOGUE == 1:
-        tl.store(out_ptr + wide + feature[None, :], gelu(y).to(out_ptr.dtype.element_ty), mask=stores)
+        _store_stream(y, gain, out_ptr, gained_ptr, next_stats_ptr, row, wide, feature, stores, ROWS)
     else:
-        tl.store(out_ptr + wide + feature[None, :], (y * scale).to(out_ptr.dtype.element_ty), mask=stores)
+        _store(
+            y, out_ptr, keys_ptr, values_ptr, row, wide, feature, in_part, part, slot, stores, scale,
+            N, SLOTS, EPILOGUE,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -206,10 +230,22 @@ def _operand_rows(x, WARPS: tl.constexpr):
 
 
 @triton.jit
-def _operand_features(w, WARPS: tl.constexpr):
-    """The same for the right operand: eight features by 32 elements a warp."""
-    w = tl.reshape(w, (8, WARPS, 4, 2, 2, 2))
-    return tl.reshape(tl.permute(w, (1, 3, 4, 2, 5, 0)), (WARPS, 32, 8))
+def _operand_tile(w, FEATURES: tl.constexpr, WARPS: tl.constexpr):
+    """The same for the right operand: FEATURES, a power of two of them, by 32 elements a warp."""
+    w = tl.reshape(w, (FEATURES, WARPS, 4, 2, 2, 2))
+    return tl.reshape(tl.permute(w, (1, 3, 4, 2, 5, 0)), (WARPS, 32, FEATURES))
+
+
+@triton.jit
+def _row_elements(K: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr):
+    """Where a thread's eight elements of a row begin, in the order that `_operand_rows` takes.
+
+    Rows that only pad the operand repeat the last one, and are not written.
+    """
+    quad = tl.arange(0, 4)[:, None, None, None, None] * 8
+    warp = tl.arange(0, WARPS)[None, None, :, None, None] * 32
+    read = tl.arange(0, 8)[None, :, None, None, None] + tl.arange(0, 2)[None, None, None, :, None] * 8
+    return tl.minimum(read, ROWS - 1) * K + quad + warp
 
 
 @triton.jit
@@ -228,12 +264,7 @@ def decode_direct_kernel(
     STEPS: tl.constexpr = K // (32 * WARPS)
     start = tl.program_id(0) * FEATURES
     part = start // N
-    w_ptr = w0_ptr
-    if PARTS == 3:
-        if part == 1:
-            w_ptr = w1_ptr
-        if part == 2:
-            w_ptr = w2_ptr
+    w_ptr = _of_part(w0_ptr, w1_ptr, w2_ptr, part, PARTS)
     feature = start + tl.arange(0, FEATURES)
     in_part = feature - part * N
     exists = in_part < N
@@ -262,12 +293,8 @@ def decode_direct_kernel(
         sums_ptr = stats_ptr + tl.minimum(row, ROWS - 1)[:, None] * STATS + entry
         sums = tl.load(sums_ptr, mask=entry < STATS, other=0.0)
         squares = tl.load(sums_ptr + ROWS * STATS, mask=entry < STATS, other=0.0)
-    # Rows that only pad the operand repeat the last one, and are not written. A thread has eight elements of a row, in
-    # vectors of 16 bytes.
-    quad = tl.arange(0, 4)[:, None, None, None, None] * 8
-    warp = tl.arange(0, WARPS)[None, None, :, None, None] * 32
-    read = tl.arange(0, 8)[None, :, None, None, None] + tl.arange(0, 2)[None, None, None, :, None] * 8
-    at = tl.minimum(read, ROWS - 1) * K + quad + warp
+    # In vectors of 16 bytes.
+    at = _row_elements(K, ROWS, WARPS)
     if x_ptr.dtype.element_ty == tl.float32:
         at = at[:, :, :, :, :, None] + tl.arange(0, 2)[:, None] * 4 + tl.arange(0, 4)[None, :]
     else:
@@ -310,7 +337,7 @@ def decode_direct_kernel(
                 tile = tl.load(w_ptr + n[:, None, None] * K + step * (32 * WARPS) + lane)
             if WIDEN:
                 tile = tile.to(tl.float32)
-            tile = _operand_features(tile, WARPS)
+            tile = _operand_tile(tile, 8, WARPS)
             total = tl.dot(high_x, tile, totals[group], input_precision="ieee")
             if HALVES:
                 total = tl.dot(low_x, tile, total, input_precision="ieee")
@@ -327,37 +354,14 @@ def decode_direct_kernel(
     if SOURCE == 0:
         y -= (mean * inverse)[:, None] * folded[None, :]
     y += constant[None, :]
-    if EPILOGUE == 3:
-        if part == 0:
-            tl.store(out_ptr + wide + in_part[None, :], (y * scale).to(out_ptr.dtype.element_ty), mask=stores)
-        else:
-            heads: tl.constexpr = N // 64
-            head = (in_part // 64)[None, :]
-            place = ((row[:, None] * heads + head) * SLOTS + slot) * 64 + (in_part % 64)[None, :]
-            if part == 1:
-                tl.store(keys_ptr + place, y.to(keys_ptr.dtype.element_ty), mask=stores)
-            else:
-                tl.store(values_ptr + place, y.to(values_ptr.dtype.element_ty), mask=stores)
-    elif EPILOGUE == 2:
+    if EPILOGUE == 2:
         y += old
-        tl.store(out_ptr + wide + feature[None, :], y, mask=stores)
-        tl.store(gained_ptr + wide + feature[None, :], y * gain[None, :], mask=stores)
-        y = tl.where(stores, y, 0.0)
-        programs = tl.num_programs(0)
-        sums_ptr = next_stats_ptr + row * programs + tl.program_id(0)
-        tl.store(sums_ptr, tl.sum(y, axis=1), mask=row < ROWS)
-        tl.store(sums_ptr + ROWS * programs, tl.sum(y * y, axis=1), mask=row < ROWS)
-    elif EPILOGUE == 1:
-        tl.store(out_ptr + wide + feature[None, :], gelu(y).to(out_ptr.dtype.element_ty), mask=stores)
+        _store_stream(y, gain, out_ptr, gained_ptr, next_stats_ptr, row, wide, feature, stores, ROWS)
     else:
-        tl.store(out_ptr + wide + feature[None, :], (y * scale).to(out_ptr.dtype.element_ty), mask=stores)
-
-
-@triton.jit
-def _operand_tile(w, FEATURES: tl.constexpr, WARPS: tl.constexpr):
-    """The same for FEATURES, a power of two of them."""
-    w = tl.reshape(w, (FEATURES, WARPS, 4, 2, 2, 2))
-    return tl.reshape(tl.permute(w, (1, 3, 4, 2, 5, 0)), (WARPS, 32, FEATURES))
+        _store(
+            y, out_ptr, keys_ptr, values_ptr, row, wide, feature, in_part, part, slot, stores, scale,
+            N, SLOTS, EPILOGUE,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -376,22 +380,13 @@ def decode_tiles_kernel(
     TILES: tl.constexpr = (SPAN + FEATURES - 1) // FEATURES
     start = tl.program_id(0) * SPAN
     part = start // N
-    w_ptr = w0_ptr
-    if PARTS == 3:
-        if part == 1:
-            w_ptr = w1_ptr
-        if part == 2:
-            w_ptr = w2_ptr
+    w_ptr = _of_part(w0_ptr, w1_ptr, w2_ptr, part, PARTS)
     slot = 0
     if EPILOGUE == 3:
         slot = (tl.load(length_ptr) - 1).to(tl.int32)
     lane = tl.arange(0, WARPS)[None, :, None] * 32 + tl.arange(0, 32)[None, None, :]
     row = tl.arange(0, 16)
-    # As in the kernel above: rows that only pad the operand repeat the last one, a thread has eight elements of a row.
-    quad = tl.arange(0, 4)[:, None, None, None, None] * 8
-    warp = tl.arange(0, WARPS)[None, None, :, None, None] * 32
-    read = tl.arange(0, 8)[None, :, None, None, None] + tl.arange(0, 2)[None, None, None, :, None] * 8
-    at = tl.minimum(read, ROWS - 1) * K + quad + warp
+    at = _row_elements(K, ROWS, WARPS)
     at = at[:, :, :, :, :, None] + tl.arange(0, 2)[:, None] * 4 + tl.arange(0, 4)[None, :]
     highs = ()
     lows = ()
@@ -457,21 +452,10 @@ def decode_tiles_kernel(
         y += constant.to(tl.float32)[None, :] - shift[:, None] * folded[None, :]
         stores = (row < ROWS)[:, None] & exists[None, :]
         wide = row[:, None] * WIDE
-        if EPILOGUE == 3:
-            if part == 0:
-                tl.store(out_ptr + wide + in_part[None, :], (y * scale).to(out_ptr.dtype.element_ty), mask=stores)
-            else:
-                heads: tl.constexpr = N // 64
-                entry = ((row[:, None] * heads + (in_part // 64)[None, :]) * SLOTS + slot) * 64
-                entry += (in_part % 64)[None, :]
-                if part == 1:
-                    tl.store(keys_ptr + entry, y.to(keys_ptr.dtype.element_ty), mask=stores)
-                else:
-                    tl.store(values_ptr + entry, y.to(values_ptr.dtype.element_ty), mask=stores)
-        elif EPILOGUE == 1:
-            tl.store(out_ptr + wide + feature[None, :], gelu(y).to(out_ptr.dtype.element_ty), mask=stores)
-        else:
-            tl.store(out_ptr + wide + feature[None, :], (y * scale).to(out_ptr.dtype.element_ty), mask=stores)
+        _store(
+            y, out_ptr, keys_ptr, values_ptr, row, wide, feature, in_part, part, slot, stores, scale,
+            N, SLOTS, EPILOGUE,
+        )  # fmt: skip
 
 
 class TilesPlan(NamedTuple):
