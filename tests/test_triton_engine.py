@@ -352,7 +352,7 @@ def test_all_layers_in_one_kernel_are_those_kernel_by_kernel(bits):
             session.length.fill_(fed)
             launch_emulated(shape, ops.arguments_for(*whole[:3], *whole[4:14]))
             gained, stats = buffers.gained[:1].clone(), whole[1].sum(-1)
-            engine._logits_by_kernels(rows, buffers)
+            engine._layers_by_kernels(rows, buffers)
             torch.testing.assert_close(gained, buffers.gained[:1], rtol=1e-2, atol=1e-2 * gained.abs().max().item())
             stream = buffers.stream[:1]
             torch.testing.assert_close(stats[0], stream.sum(-1), rtol=1e-2, atol=1e-2 * stream.norm().item())

@@ -429,18 +429,21 @@ class TritonEngine(EagerEngine):
         )
 
     def _logits(self, rows, buffers):
-        whole = self._whole(rows, buffers)
-        if whole is None:
-            return self._logits_by_kernels(rows, buffers)
         from .ops.decode_layers import decode_layers
         from .ops.decode_linear import STORE, decode_linear
 
-        decode_layers(*whole)
-        gained, stats, head, logits = whole[0], whole[1], self._head, buffers.logits[:1]
+        whole = self._whole(rows, buffers)
+        if whole is None:
+            stats = self._layers_by_kernels(rows, buffers)
+        else:
+            decode_layers(*whole)
+            stats = whole[1]
+        gained, logits, head = buffers.gained[: rows.count], buffers.logits[: rows.count], self._head
         decode_linear(logits, gained, *head.arguments, head.constant, STORE, 1.0, head.folded, stats, head.eps)
         return logits
 
-    def _logits_by_kernels(self, rows, buffers):
+    def _layers_by_kernels(self, rows, buffers):
+        """Embedding and layers; leaves their result times the last gain in `gained`, and returns its norm's sums."""
         from .ops.decode_attention import decode_attention
         from .ops.decode_linear import GELU, HEADS, RESIDUAL, STORE, decode_linear
         from .ops.decode_tokens import embed_newest
@@ -505,9 +508,7 @@ class TritonEngine(EagerEngine):
             stats = residual(cross_runs, layer.cross_out, layer.fc1.norm, lse=cross_logs)
             normed(hidden, layer.fc1, GELU)
             stats = residual(hidden, layer.fc2, next_norm)
-        logits = buffers.logits[:count]
-        normed(logits, self._head, STORE)
-        return logits
+        return stats
 
 
 def _pointers(layer, next_norm, no_bias, caches):

@@ -409,32 +409,34 @@ def decode_attention(
     splits = out.shape[1]
     causal = length is not None
     scaled = key_scales is not None
-    scales = [out if tensor is None else tensor for tensor in (key_scales, value_scales)]
-    plan = None
-    if splits == 1 and rows > FEW_ROWS and query.dtype != torch.float32:
+    dot = splits == 1 and rows > FEW_ROWS and query.dtype != torch.float32
+    if dot and scaled:
+        # Pairs in 16 bits, which is what the tensor cores' loads can transpose.
+        keys, values = keys.view(torch.float16), values.view(torch.float16)
+    operands = (
+        out,
+        lse,
+        query,
+        keys,
+        values,
+        length if causal else out,
+        valid.view(torch.uint8) if causal else out,
+        slots,
+        *(out if tensor is None else tensor for tensor in (key_scales, value_scales)),
+    )
+    sizes = {"HEADS": heads, "SLOTS": slots, "CAUSAL": causal, "SCALED": scaled}
+    if dot:
         plan = SELF_PLAN if causal else INT8_PLAN if scaled else CROSS_PLAN
-    if plan is not None:
         start(
             _stream_dot_kernel,
             (rows * heads,),
-            out,
-            lse,
-            query,
-            keys.view(torch.float16) if scaled else keys,
-            values.view(torch.float16) if scaled else values,
-            length if causal else out,
-            valid.view(torch.uint8) if causal else out,
-            slots,
-            *scales,
-            HEADS=heads,
-            SLOTS=slots,
+            *operands,
+            **sizes,
             WARPS=plan.warps,
             KEYS=plan.keys,
             PADDED=plan.padded,
             STAGES=plan.stages,
             LINES=plan.lines,
-            CAUSAL=causal,
-            SCALED=scaled,
             HALVES=plan.halves,
             WIDEN=interpreted(),
             **options(out.device, plan.warps),
@@ -444,22 +446,11 @@ def decode_attention(
         start(
             _stream_attention_kernel,
             (rows * heads,),
-            out,
-            lse,
-            query,
-            keys,
-            values,
-            length if causal else out,
-            valid.view(torch.uint8) if causal else out,
-            slots,
-            *scales,
-            HEADS=heads,
-            SLOTS=slots,
+            *operands,
+            **sizes,
             TILE=STREAM_TILE,
             STAGES=STREAM_STAGES,
             LINES=128 if causal else 256,
-            CAUSAL=causal,
-            SCALED=scaled,
             **options(out.device, 4),
         )
         return
@@ -469,22 +460,11 @@ def decode_attention(
     start(
         _decode_attention_kernel,
         (rows * heads, splits),
-        out,
-        lse,
-        query,
-        keys,
-        values,
-        length if causal else out,
-        valid.view(torch.uint8) if causal else out,
-        slots,
-        *scales,
-        HEADS=heads,
-        SLOTS=slots,
+        *operands,
+        **sizes,
         SPLITS=splits,
         TILES=split_size // tile,
         TILE=tile,
-        CAUSAL=causal,
-        SCALED=scaled,
         **options(out.device, num_warps),
     )
 
