@@ -13,7 +13,7 @@ demo: .venv/.demo
 	$(BIN)/python -m whisper_static_cache demo $(if $(AUDIO),--audio "$(AUDIO)") $(if $(MODEL),--model "$(MODEL)")
 
 test: lint checkpoints
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: .venv/.test
 	$(BIN)/ruff check

@@ -1,6 +1,8 @@
 """Tiny random models and shared skips. Nothing here needs a network, a GPU or a checkpoint."""
 
+import dataclasses
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,15 @@ torch.set_num_threads(int(os.environ.get("WSC_TEST_THREADS", "1")))
 # Where there is no GPU the Triton kernels run in its interpreter, which has to be known before anything imports it.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_without_idle_work():
+    """Triton's interpreter works out a check of every integer sum, and then, without `debug`, does not look at it."""
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is not None and os.environ.get("TRITON_INTERPRET") == "1":
+        builder = interpreter.interpreter_builder
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
 
 
 def pytest_collection_modifyitems(items):

@@ -284,13 +284,16 @@ def test_few_rows_pad_a_batch(batch, rows):
 
 
 @pytest.mark.usefixtures("eager_is_next")
-def test_large_batches_go_to_the_next_engine():
+def test_large_batches_go_to_the_next_engine(monkeypatch):
+    assert TritonEngine.max_batch_size == 32
+    # So large that the interpreter need not run a window of as many rows.
+    monkeypatch.setattr(TritonEngine, "max_batch_size", 2)
     model = served_model()
-    features = tiny_features(33, config=model.config).to(DEVICE)
+    features = tiny_features(3, config=model.config).to(DEVICE)
     expected, actual, report = both(model, features, language="en", max_new_tokens=3)
     assert torch.equal(actual, expected)
     # A window of one row, if there is one, is this engine's again.
-    assert "a batch of 33" in report.reason
+    assert "a batch of 3; the triton engine takes up to 2" in report.reason
 
 
 @pytest.mark.usefixtures("eager_is_next")

@@ -125,7 +125,7 @@ def _decode_linear_kernel(
     BASE: tl.constexpr, DIGITS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, HIGH: tl.constexpr,
     LEVEL_BITS: tl.constexpr, STRIDE: tl.constexpr, SOURCE: tl.constexpr, EPILOGUE: tl.constexpr,
     SPLITS: tl.constexpr, SPLIT_SIZE: tl.constexpr, SLOTS: tl.constexpr, STATS: tl.constexpr,
-    STATS_BLOCKS: tl.constexpr, OVERLAP: tl.constexpr,
+    STATS_BLOCKS: tl.constexpr, UNROLL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     let_successor_start(OVERLAP)
     # A tile is LANES * VECTOR elements, VECTOR to a thread, of GROUP_ROWS output features. Whatever is combined with a
@@ -206,85 +206,87 @@ def _decode_linear_kernel(
                     offsets = offsets + (s * (z + (1 << LEVEL_BITS)),)
 
     wait_for_predecessor(OVERLAP)
-    for row in tl.static_range(ROWS):
-        old = ()
-        if EPILOGUE == 2:
-            for group in tl.static_range(GROUPS):
-                n = first_row + group + feature
-                old = old + (tl.load(out_ptr + row * WIDE + n, mask=n < N, other=0.0),)
-        totals = ()
-        for _group in tl.static_range(GROUPS):
-            if BASE == 0:
-                totals = totals + (tl.zeros([LANES, GROUP_ROWS, VECTOR], tl.float32),)
-            else:
-                totals = totals + (tl.zeros([LANES, GROUP_ROWS, 1], tl.float32),)
-        for step in tl.static_range(STEPS):
-            for place in tl.static_range(DIGITS):
-                first = place * WIDTH + step * CHUNK
-                if SOURCE == 2:
-                    x = _merged(x_ptr, lse_ptr, row, first, index, lane, K, SPLITS, splits)
-                elif DIGITS * WIDTH > K:
-                    x = tl.load(x_ptr + row * K + first + index, mask=first + index < K, other=0.0).to(tl.float32)
-                else:
-                    x = tl.load(x_ptr + row * K + first + index).to(tl.float32)
-                if BASE != 0:
-                    x_sum = tl.sum(x, axis=2, keep_dims=True)
-                grown = ()
+    for above in tl.range(0, ROWS, UNROLL):
+        for below in tl.static_range(UNROLL):
+            row = above + below
+            old = ()
+            if EPILOGUE == 2:
                 for group in tl.static_range(GROUPS):
-                    tile = tiles[(group * STEPS + step) * DIGITS + place]
-                    if BASE == 0:
-                        grown = grown + (totals[group] + tile.to(tl.float32) * x,)
-                    else:
-                        dot = tl.sum(tile * x, axis=2, keep_dims=True)
-                        factor = factors[(group * STEPS + step) * DIGITS + place]
-                        offset = offsets[(group * STEPS + step) * DIGITS + place]
-                        grown = grown + (totals[group] + (factor * dot - offset * x_sum),)
-                totals = grown
-        if SOURCE == 0:
-            sums = tl.zeros([LANES, GROUP_ROWS, 1], tl.float32)
-            squares = sums
-            for block in tl.static_range(STATS_BLOCKS):
-                entry = block * LANES + lane // VECTOR
-                sums += tl.load(stats_ptr + row * STATS + entry, mask=entry < STATS, other=0.0)
-                squares += tl.load(stats_ptr + (ROWS + row) * STATS + entry, mask=entry < STATS, other=0.0)
-            mean = tl.sum(sums, axis=0, keep_dims=True) / K
-            variance = tl.sum(squares, axis=0, keep_dims=True) / K - mean * mean
-            inverse = tl.rsqrt(tl.maximum(variance, 0.0) + eps)
-        written = tl.zeros([LANES, GROUP_ROWS, 1], tl.float32)
-        written_squares = written
-        for group in tl.static_range(GROUPS):
-            n = first_row + group + feature
-            n_in_part = n - part * N
-            stores = (n_in_part < N) & (lane == 0)
-            y = tl.sum(tl.sum(totals[group], axis=2, keep_dims=True), axis=0, keep_dims=True)
-            if SOURCE == 0:
-                y = (y - mean * folds[group]) * inverse
-            y += constants[group]
-            if EPILOGUE == 3:
-                if part == 0:
-                    tl.store(out_ptr + row * WIDE + n_in_part, y * scale, mask=stores)
+                    to = first_row + group + feature
+                    old = old + (tl.load(out_ptr + row * WIDE + to, mask=to < N, other=0.0),)
+            totals = ()
+            for _group in tl.static_range(GROUPS):
+                if BASE == 0:
+                    totals = totals + (tl.zeros([LANES, GROUP_ROWS, VECTOR], tl.float32),)
                 else:
-                    heads: tl.constexpr = N // 64
-                    at = ((row * heads + n_in_part // 64) * SLOTS + slot) * 64 + n_in_part % 64
-                    if part == 1:
-                        tl.store(keys_ptr + at, y.to(keys_ptr.dtype.element_ty), mask=stores)
+                    totals = totals + (tl.zeros([LANES, GROUP_ROWS, 1], tl.float32),)
+            for step in tl.static_range(STEPS):
+                for place in tl.static_range(DIGITS):
+                    begin = place * WIDTH + step * CHUNK
+                    if SOURCE == 2:
+                        x = _merged(x_ptr, lse_ptr, row, begin, index, lane, K, SPLITS, splits)
+                    elif DIGITS * WIDTH > K:
+                        x = tl.load(x_ptr + row * K + begin + index, mask=begin + index < K, other=0.0).to(tl.float32)
                     else:
-                        tl.store(values_ptr + at, y.to(values_ptr.dtype.element_ty), mask=stores)
-            elif EPILOGUE == 2:
-                y += old[group]
-                tl.store(out_ptr + row * WIDE + n, y, mask=stores)
-                tl.store(gained_ptr + row * WIDE + n, y * next_gains[group], mask=stores)
-                y = tl.where(stores, y, 0.0)
-                written += y
-                written_squares += y * y
-            elif EPILOGUE == 1:
-                tl.store(out_ptr + row * WIDE + n, gelu(y).to(out_ptr.dtype.element_ty), mask=stores)
-            else:
-                tl.store(out_ptr + row * WIDE + n, (y * scale).to(out_ptr.dtype.element_ty), mask=stores)
-        if EPILOGUE == 2:
-            programs = tl.num_programs(0)
-            tl.store(next_stats_ptr + row * programs + tl.program_id(0), tl.sum(written))
-            tl.store(next_stats_ptr + (ROWS + row) * programs + tl.program_id(0), tl.sum(written_squares))
+                        x = tl.load(x_ptr + row * K + begin + index).to(tl.float32)
+                    if BASE != 0:
+                        x_sum = tl.sum(x, axis=2, keep_dims=True)
+                    grown = ()
+                    for group in tl.static_range(GROUPS):
+                        tile = tiles[(group * STEPS + step) * DIGITS + place]
+                        if BASE == 0:
+                            grown = grown + (totals[group] + tile.to(tl.float32) * x,)
+                        else:
+                            dot = tl.sum(tile * x, axis=2, keep_dims=True)
+                            factor = factors[(group * STEPS + step) * DIGITS + place]
+                            offset = offsets[(group * STEPS + step) * DIGITS + place]
+                            grown = grown + (totals[group] + (factor * dot - offset * x_sum),)
+                    totals = grown
+            if SOURCE == 0:
+                sums = tl.zeros([LANES, GROUP_ROWS, 1], tl.float32)
+                squares = sums
+                for block in tl.static_range(STATS_BLOCKS):
+                    entry = block * LANES + lane // VECTOR
+                    sums += tl.load(stats_ptr + row * STATS + entry, mask=entry < STATS, other=0.0)
+                    squares += tl.load(stats_ptr + (ROWS + row) * STATS + entry, mask=entry < STATS, other=0.0)
+                mean = tl.sum(sums, axis=0, keep_dims=True) / K
+                variance = tl.sum(squares, axis=0, keep_dims=True) / K - mean * mean
+                inverse = tl.rsqrt(tl.maximum(variance, 0.0) + eps)
+            written = tl.zeros([LANES, GROUP_ROWS, 1], tl.float32)
+            written_squares = written
+            for group in tl.static_range(GROUPS):
+                to = first_row + group + feature
+                to_in_part = to - part * N
+                stores = (to_in_part < N) & (lane == 0)
+                y = tl.sum(tl.sum(totals[group], axis=2, keep_dims=True), axis=0, keep_dims=True)
+                if SOURCE == 0:
+                    y = (y - mean * folds[group]) * inverse
+                y += constants[group]
+                if EPILOGUE == 3:
+                    if part == 0:
+                        tl.store(out_ptr + row * WIDE + to_in_part, y * scale, mask=stores)
+                    else:
+                        heads: tl.constexpr = N // 64
+                        at = ((row * heads + to_in_part // 64) * SLOTS + slot) * 64 + to_in_part % 64
+                        if part == 1:
+                            tl.store(keys_ptr + at, y.to(keys_ptr.dtype.element_ty), mask=stores)
+                        else:
+                            tl.store(values_ptr + at, y.to(values_ptr.dtype.element_ty), mask=stores)
+                elif EPILOGUE == 2:
+                    y += old[group]
+                    tl.store(out_ptr + row * WIDE + to, y, mask=stores)
+                    tl.store(gained_ptr + row * WIDE + to, y * next_gains[group], mask=stores)
+                    y = tl.where(stores, y, 0.0)
+                    written += y
+                    written_squares += y * y
+                elif EPILOGUE == 1:
+                    tl.store(out_ptr + row * WIDE + to, gelu(y).to(out_ptr.dtype.element_ty), mask=stores)
+                else:
+                    tl.store(out_ptr + row * WIDE + to, (y * scale).to(out_ptr.dtype.element_ty), mask=stores)
+            if EPILOGUE == 2:
+                programs = tl.num_programs(0)
+                tl.store(next_stats_ptr + row * programs + tl.program_id(0), tl.sum(written))
+                tl.store(next_stats_ptr + (ROWS + row) * programs + tl.program_id(0), tl.sum(written_squares))
 
 
 class Plan(NamedTuple):
@@ -329,6 +331,9 @@ def plan_for(weight, parts=1, splits=0, rows=1, normed=False):
     held = 160 if weight.out_features >= 4 * k else 96
     groups = max(1, min(4, held * 32 * num_warps // (group_rows * k)))
     groups = 1 << (groups.bit_length() - 1)
+    if weight.scales is not None and rows > 2:
+        # What a thread unpacked stays in its registers, with its scales and zero points, for all rows.
+        groups = min(groups, 2)
     while parts > 1 and weight.out_features % (group_rows * groups):
         if groups > 1:
             groups //= 2
@@ -446,6 +451,14 @@ def _launch_decode_linear(
     parts, rows = len(weights), out.shape[0]
     n, k = weight.out_features, weight.in_features
     plan = plan_for(weight, parts, 0 if lse is None else x.shape[1], rows, normed=folded is not None)
+    unroll = rows
+    if scales and rows <= FEW_ROWS:
+        # Compiling takes time with the square of the loads, and packed weights have scales and zero points to load for
+        # every few of them: rows go in a loop, and what is made once a window, by `fold_norms`, in small programs.
+        unroll = 1 if rows % 2 else 2
+        if epilogue == STORE and folded is None:
+            plan, unroll = plan._replace(groups=1), 1
+    programs = plan.programs(weight, parts)
     if scales:
         plane = PLANES[bits][0]
         packing = {
@@ -466,7 +479,6 @@ def _launch_decode_linear(
     def given(tensor):
         return out if tensor is None else tensor
 
-    programs = plan.programs(weight, parts)
     read = (out, x, *map(given, (lse, stats, folded)), constant)
     written = map(given, (keys, values, length, gained, next_gain, next_stats))
     matrices = (*three(weights), *three(scales), *three(zeros), scale, eps)
@@ -556,6 +568,7 @@ def _launch_decode_linear(
         VECTOR=plan.vector,
         LEVEL_BITS=math.ceil(bits) if scales else 0,
         STATS_BLOCKS=triton.cdiv(stats_count, plan.lanes),
+        UNROLL=unroll,
         **sizes,
     )
 
