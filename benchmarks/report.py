@@ -21,6 +21,11 @@ def rows(pattern):
     return [json.loads(line) for path in sorted(RESULTS.glob(pattern)) for line in path.read_text().splitlines()]
 
 
+def commits_of(found):
+    """The commits that rows were measured at."""
+    return "commit " + ", ".join(dict.fromkeys(row.get("commit") or "not recorded" for row in found))
+
+
 def table(header, lines):
     """A Markdown table."""
     return "\n".join(["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines)])
@@ -57,7 +62,7 @@ def decode_table(found):
                 "" if agree is None else f"{agree:.0%}",
                 f"{row['percent_of_copy_bandwidth']:.0f}%",
                 f"{row['peak_memory_gib']:.2f} GiB",
-                f"{row['first_call_s']} s",
+                f"{row['first_call_s']} s" if "first_call_s" in row else "not measured",
                 row["commit"],
             ]
         )
@@ -100,7 +105,8 @@ def transcription_section():
         lines.append([f"{model}, {what}", *seconds, *ours, same])
     first = found[0]
     machine = (
-        f"{first['cpu']}, {first['threads']} threads, torch {first['torch']}, transformers {first['transformers']}"
+        f"{first['cpu']}, {first['threads']} threads, torch {first['torch']}, transformers {first['transformers']}, "
+        f"{commits_of(found)}"
     )
     header = ["model", "stock dynamic", "stock static", "patched eager", "patched compile", "tokens identical"]
     return (
@@ -141,7 +147,8 @@ def wer_section():
     ]
     return (
         "Word error rate of quantised decoders, plain HQQ, greedy, on 50 utterances of LibriSpeech test-other, by "
-        f"themselves and joined by chapter (fp32 arithmetic, on {machines}; benchmarks/results/wer_*.jsonl):\n\n"
+        f"themselves and joined by chapter (fp32 arithmetic, on {machines}, {commits_of(found)} and not since; "
+        f"benchmarks/results/wer_*.jsonl):\n\n"
         f"{table(header, lines)}\n\n"
         "![Word error rate against speed](benchmarks/results/wer.png)\n\n"
         "`benchmarks/results/wer.html` is the same with the facts of each point on hover.\n"
@@ -185,7 +192,8 @@ def cpu_quantized_section():
         f"`{first['engine']}`. The speed is from samples to text, with the encoder, which is float32 here and int8 "
         "there; the decoder's alone is without. The process, weighed apart from the timing, loads the checkpoint, "
         f"quantises, compiles and transcribes once ({first['cpu']}, {first['threads']} threads, torch "
-        f"{first['torch']}, transformers {first['transformers']}; `{first['command']}`):\n\n{table(header, lines)}\n"
+        f"{first['torch']}, transformers {first['transformers']}, {commits_of(found)} and not since; "
+        f"`{first['command']}`):\n\n{table(header, lines)}\n"
     )
 
 
@@ -256,11 +264,10 @@ def quantising_section():
     first = found[0]
     commands = ", ".join(dict.fromkeys(f"`{row['command']}`" for row in found))
     versions = f"torch {first['torch']}, transformers {first['transformers']}"
-    commits = ", ".join(dict.fromkeys(str(row["commit"]) for row in found))
     header = ["decoder", "quantised in", "peak above the model", "one layer", "model before", "after"]
     return (
-        f"Quantising with hqq's solver on a GPU, random weights at the real shape ({first['gpu']}, {versions}, commit "
-        f"{commits}; {commands}):\n\n"
+        f"Quantising with hqq's solver on a GPU, random weights at the real shape ({first['gpu']}, {versions}, "
+        f"{commits_of(found)} and not since; {commands}):\n\n"
         f"{table(header, lines)}\n"
     )
 
