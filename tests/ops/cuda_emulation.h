@@ -554,12 +554,13 @@ static inline float round_to_odd(double value) {
     if (double(near) == value || value != value) return near;
     return bits<float>((bits<u32>(near) - (fabs(double(near)) > fabs(value))) | 1);
 }
-template <class Operation> static inline u32 each_half(u32 a, u32 b, Operation operation) {
+static inline u32 half_fma(u32 a, u32 b, u32 c) {
     u32 result = 0;
     for (int shift = 0; shift < 32; shift += 16) {
-        const u16 x = a >> shift, y = b >> shift;
-        result |= u32(BF16 ? narrow_bf16(round_to_odd(operation(widen_bf16(x), widen_bf16(y))))
-                           : narrow_f16(round_to_odd(operation(f16.of[x], f16.of[y])))) << shift;
+        const u16 x = a >> shift, y = b >> shift, z = c >> shift;
+        const double exact = BF16 ? double(widen_bf16(x)) * widen_bf16(y) + widen_bf16(z)
+                                  : double(f16.of[x]) * f16.of[y] + f16.of[z];
+        result |= u32(BF16 ? narrow_bf16(round_to_odd(exact)) : narrow_f16(round_to_odd(exact))) << shift;
     }
     return result;
 }
@@ -737,15 +738,7 @@ static inline u32 pack(float low, float high) {
     return BF16 ? emulation::narrow_bf16(low) | u32(emulation::narrow_bf16(high)) << 16 : pack_f16(low, high);
 }
 static inline float widen(u16 half) { return BF16 ? emulation::widen_bf16(half) : widen_f16(half); }
-static inline u32 half_add(u32 a, u32 b) {
-    return emulation::each_half(a, b, [](double x, double y) { return x + y; });
-}
-static inline u32 half_sub(u32 a, u32 b) {
-    return emulation::each_half(a, b, [](double x, double y) { return x - y; });
-}
-static inline u32 half_mul(u32 a, u32 b) {
-    return emulation::each_half(a, b, [](double x, double y) { return x * y; });
-}
+static inline u32 half_fma(u32 a, u32 b, u32 c) { return emulation::half_fma(a, b, c); }
 
 static inline u32 byte_permute(u32 a, u32 b, u32 selector) {
     const u64 from = u64(b) << 32 | a;

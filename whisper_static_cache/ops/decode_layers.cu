@@ -175,20 +175,10 @@ __device__ __forceinline__ float widen(u16 x) {
   return y;
 #endif
 }
-__device__ __forceinline__ u32 half_add(u32 a, u32 b) {
-  u32 c;
-  asm("add.rn." HALF "x2 %0,%1,%2;" : "=r"(c) : "r"(a), "r"(b));
-  return c;
-}
-__device__ __forceinline__ u32 half_sub(u32 a, u32 b) {
-  u32 c;
-  asm("sub.rn." HALF "x2 %0,%1,%2;" : "=r"(c) : "r"(a), "r"(b));
-  return c;
-}
-__device__ __forceinline__ u32 half_mul(u32 a, u32 b) {
-  u32 c;
-  asm("mul.rn." HALF "x2 %0,%1,%2;" : "=r"(c) : "r"(a), "r"(b));
-  return c;
+__device__ __forceinline__ u32 half_fma(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("fma.rn." HALF "x2 %0,%1,%2,%3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
 }
 
 #else
@@ -296,8 +286,9 @@ constexpr int RINGS = 16;  // Chunks in shared memory, at most.
 // On their way at a time, or a chunk at least; pieces that keys and values come in.
 constexpr int FLIGHT_BYTES = 28 * 1024, PIECES = 5;
 static_assert(finishers(QKV) <= FINISHERS && finishers(FC1) <= FINISHERS, "");
-// Named barriers: one for each product and attention, of those that multiply with those that finish.
-enum { TABLES = 1, STEP_DONE = 2 };
+// Named barriers: one for each product and attention, of those that multiply with those that finish; and one for the
+// way back.
+enum { TABLES = 1, STEP_DONE = 2, PUBLISHED = STEP_DONE + STEPS };
 constexpr int HIDDEN_BLOCKS = turns(FFN) * DIGITS;
 struct Shared {
   alignas(16) float sums[2][MOST_ROWS][WARPS];
@@ -490,8 +481,14 @@ __device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory
 
 // -- Low-bit integers ----------------------------------------------------------------------------------------------
 
-// The bytes of two words as eight halves that count from `ORIGIN` on: a digit in the trailing mantissa bits.
-constexpr u32 MAGIC = BF16 ? 0x43434343 : 0x64646464, ORIGIN = BF16 ? 0x43004300 : 0x64006400;
+// Integers become halves by sitting in the mantissa of `ORIGIN`, 1024 or 128, from which they are taken by one
+// instruction. A digit stays where it lies in its byte if the mantissa has room for it there, and is else moved down.
+constexpr u32 ORIGIN = BF16 ? 0x43004300 : 0x64006400;
+constexpr int MANTISSA = BF16 ? 7 : 10, EXPONENT_OF_ONE = BF16 ? 127 : 15;
+constexpr int LOW_BITS = BITS == 3 ? 2 : BITS == 158 ? 8 : BITS;  // That a byte of the first plane holds of a digit.
+constexpr bool stays(int digit) { return BITS != 158 && LOW_BITS * digit + BITS <= MANTISSA; }
+constexpr int place_of(int digit) { return stays(digit) ? LOW_BITS * digit : 0; }
+constexpr u32 twice(u32 half) { return half * 0x10001u; }
 
 // Two bytes in 16-bit halves, divided by 3 ** power: by multiplication, exact below 256.
 __device__ __forceinline__ u32 third(u32 pair, int power) {
@@ -500,49 +497,41 @@ __device__ __forceinline__ u32 third(u32 pair, int power) {
   return (pair * factor >> shift) & (0xFFFFu >> shift) * 0x10001u;
 }
 
-// Digit `digit` of eight packed bytes (and, in 3 bits, of the eight that hold the high bits, shifted in place already).
-__device__ __forceinline__ void integers(u32 (&q)[4], const u32 (&raw)[2], const u32 (&high)[2], int digit) {
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    u32 w = raw[i];
-    if (BITS == 158) {
-#pragma unroll
-      for (int j = 0; j < 2; j++) {
-        u32 pair = byte_permute(w, 0, j ? 0x4342 : 0x4140);
-        u32 low = third(pair, digit);
-        if (digit < 4) low -= 3 * third(pair, digit + 1);
-        q[2 * i + j] = low | ORIGIN;
-      }
-      continue;
-    }
-    if (BITS == 4) w = (w >> 4 * digit) & 0x0F0F0F0F;
-    if (BITS == 3 || BITS == 2) w = (w >> 2 * digit) & 0x03030303;
-    if (BITS == 3) w |= high[i];
-    if (BITS == 8 && BF16) {
-      // Beyond bfloat16's mantissa: through float32's, where the same trick takes 23 bits.
-#pragma unroll
-      for (int j = 0; j < 2; j++) {
-        float f0 = __uint_as_float(byte_permute(w, 0x4B000000, j ? 0x7442 : 0x7440)) - 8388608.0f;
-        float f1 = __uint_as_float(byte_permute(w, 0x4B000000, j ? 0x7443 : 0x7441)) - 8388608.0f;
-        q[2 * i + j] = pack(f0, f1);
-      }
-      continue;
-    }
-    q[2 * i] = byte_permute(w, MAGIC, 0x4140);
-    q[2 * i + 1] = byte_permute(w, MAGIC, 0x4342);
-  }
-}
+// What a lane holds of a run: eight packed bytes and, in 3 bits, the eight that hold the high bits, of the even bytes
+// and of the odd ones, moved to where they belong if a digit stays.
+struct Packed {
+  u32 raw[2], high[2][2];
+};
 
-// Eight weights, (q - zero) * scale with both steps rounded, as `QuantizedLinear.dequantize` has them.
-__device__ __forceinline__ void dequantize(u32 (&w)[4], const u32 (&raw)[2], const u32 (&high)[2], u32 scale,
-                                           u32 zero, int digit) {
-  integers(w, raw, high, digit);
-  scale *= 0x10001u, zero *= 0x10001u;
+// Digit `digit` of eight packed bytes as halves: pairs of the first and third byte of a word, of the second and fourth.
+__device__ __forceinline__ void integers(u32 (&q)[4], const Packed& packed, int digit) {
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    u32 q = BITS == 8 && BF16 ? w[i] : half_sub(w[i], ORIGIN);
-    w[i] = half_mul(half_sub(q, zero), scale);
-  }
+  for (int i = 0; i < 2; i++)
+#pragma unroll
+    for (int odd = 0; odd < 2; odd++) {
+      u32& to = q[2 * i + odd];
+      const u32 word = packed.raw[i];
+      if (BITS == 8 && BF16) {
+        // Beyond bfloat16's mantissa: through float32's, where the same trick takes 23 bits.
+        const float low = __uint_as_float(byte_permute(word, 0x4B000000, odd ? 0x7441 : 0x7440));
+        const float high = __uint_as_float(byte_permute(word, 0x4B000000, odd ? 0x7443 : 0x7442));
+        to = pack(low - 8388608.0f, high - 8388608.0f);
+        continue;
+      }
+      const int place = place_of(digit);
+      if (BITS == 158) {
+        const u32 pair = word >> 8 * odd & 0x00FF00FF;
+        to = third(pair, digit);
+        if (digit < 4) to -= 3 * third(pair, digit + 1);
+        to |= ORIGIN;
+      } else {
+        to = word >> (8 * odd + LOW_BITS * digit - place) & twice(((1 << LOW_BITS) - 1) << place) | ORIGIN;
+        if (BITS == 3) to |= packed.high[i][odd] >> (2 * digit - place) & twice(4 << place);
+      }
+      // Times 2 ** -place, less the origin: exact.
+      to = half_fma(to, twice(EXPONENT_OF_ONE - place << MANTISSA),
+                    twice(0x8000 | EXPONENT_OF_ONE + MANTISSA - place << MANTISSA));
+    }
 }
 
 // -- A product -----------------------------------------------------------------------------------------------------
@@ -575,20 +564,19 @@ __device__ __forceinline__ void publish_split(u16* halves, int total, int copies
 // layer for the head, which is a kernel of its own.
 __device__ __forceinline__ void publish_stream(const Arguments& a, int n, float x, float gain, bool there, u32 tag,
                                                bool last) {
-  if (!last) publish_split(a.stream, WIDTH, COPIES, n, x * gain * SHRINK, there, tag);
+  // Of the two lanes of a feature, one adds up the values and the other their squares.
   const int lane = thread() % 32;
-  float sum = there && lane % 2 == 0 ? x : 0, squares = sum * sum;
+  float sum = !there ? 0 : lane % 2 ? x * x : x;
 #pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    sum += __shfl_xor_sync(~0u, sum, step);
-    squares += __shfl_xor_sync(~0u, squares, step);
-  }
+  for (int step = 2; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
   if (last) {
     if (there && lane % 2 == 0) a.gained[n] = x * gain;
-    if (there && lane == 0) a.last_stats[program()] = sum, a.last_stats[GIVERS + program()] = squares;
-  } else if (there && lane < COPIES) {
-    poke8(a.stats + lane * GIVERS + program(), {tagged(__float_as_uint(sum), tag), __float_as_uint(squares)});
+    if (there && lane < 2) a.last_stats[lane * GIVERS + program()] = sum;
+    return;
   }
+  publish_split(a.stream, WIDTH, COPIES, n, x * gain * SHRINK, there, tag);
+  if (__shfl_sync(~0u, (int)there, 0) && lane < 2 * COPIES)
+    poke4((float*)(a.stats + lane / 2 * GIVERS + program()) + lane % 2, tagged(__float_as_uint(sum), tag));
 }
 
 // The next `chunks` chunks are there; the place of the first.
@@ -615,27 +603,40 @@ __device__ __forceinline__ u32 base_of(u32 place, u32 chunk) {
   return (at < IN_RING ? at : at - IN_RING) * CHUNK;
 }
 
-// Eight weights of one row: `row` and `meta` are where the row and its scales begin, `at` the bytes of the lane's part
-// of the run behind the former, `element` the first of the eight.
+// A lane's part of a run, `at` bytes behind the beginning of its row, of which the lane has elements from `in_plane` on.
 template <int DEPTH>
-__device__ __forceinline__ void load_block(u32 (&w)[4], u32 row, u32 meta, int at, int element, int digit) {
-  constexpr int PLANE = plane(DEPTH), HIGH = most(high_plane(DEPTH), 1);
+__device__ __forceinline__ void load_packed(Packed& packed, u32 row, int at, int in_plane) {
   const u8* memory = dynamic_shared();
-  if (BITS == 16) {
-    load16(w, memory + row + at);
-  } else {
-    u32 raw[2], high[2] = {};
-    load8(raw, memory + row + at);
-    if (BITS == 3) {
-      load8(high, memory + row + PLANE + element % HIGH);
-      const int bit = element / HIGH;
+  load8(packed.raw, memory + row + at);
+  if (BITS == 3) {
+    // A high plane's byte holds the bits of two elements of each byte of the first plane, those of its second half
+    // in the upper place.
+    constexpr int PLANE = plane(DEPTH), HIGH = most(high_plane(DEPTH), 1);
+    const int upper = in_plane >= HIGH;
+    u32 high[2];
+    load8(high, memory + row + PLANE + in_plane - upper * HIGH);
 #pragma unroll
-      for (int i = 0; i < 2; i++) high[i] = (high[i] >> bit & 0x01010101) << 2;
-    }
-    const int group = (even(DEPTH) ? element : least(element, DEPTH - 1)) / most(GROUP, 1);
-    const u16* both = (const u16*)(memory + meta) + group;
-    dequantize(w, raw, high, both[0], both[meta_bytes(DEPTH) / 2], digit);
+    for (int i = 0; i < 2; i++) packed.high[i][0] = high[i] << (2 - upper), packed.high[i][1] = high[i] >> (6 + upper);
   }
+}
+
+// Scale (in the low half) and zero point of a lane's row and block. Sixteen elements are of one group, a block of 32
+// may be of two: the lanes with an even `t` answer for its first half, the others for its second. `lane_part` is where
+// the lane's half lies in the blocks of turn 0.
+template <int DEPTH>
+__device__ __forceinline__ u32 load_steps(u32 meta, int lane_part, int turn, int digit) {
+  constexpr int PLANE = plane(DEPTH), EACH = most(GROUP, 1), TURN = WARPS * 32;
+  const u16* from = (const u16*)(dynamic_shared() + meta);
+  if (even(DEPTH) && PLANE % EACH == 0 && TURN % EACH == 0)
+    from += lane_part / EACH + (turn * (TURN / EACH) + digit * (PLANE / EACH));
+  else
+    from += least(digit * PLANE + turn * TURN + lane_part, DEPTH - 1) / EACH;
+  return from[0] | (u32)from[meta_bytes(DEPTH) / 2] << 16;
+}
+
+// The sum of (q - zero) * scale * x, where `c` has those of q * x and `total` that of x.
+__device__ __forceinline__ float scaled(float sum, u32 steps, float total, float before) {
+  return before + low_of(steps) * (sum - high_of(steps) * total);
 }
 
 // A lane's eight elements of a row are all four registers of a tensor-core operand: the instruction takes the first and
@@ -647,12 +648,33 @@ __device__ __forceinline__ void multiply_row(float (&c)[4], const u32 (&w)[4], u
 __device__ __forceinline__ void multiply_row(float (&c)[4], const uint4& w, u32 x0, u32 x1) {
   multiply(c, w.x, w.y, w.z, w.w, x0, x1);
 }
+// The product of a row of ones: the sum of the activations.
+__device__ __forceinline__ float total_of(u32 x0, u32 x1) {
+  const u32 one = twice(EXPONENT_OF_ONE << MANTISSA);
+  float c[4] = {};
+  multiply(c, one, one, one, one, x0, x1);
+  return c[0] + c[3];
+}
+// What column `g` takes of eight activations: the first and third pair or the others, in the order of the weights'.
+__device__ __forceinline__ void operands(u32 (&y)[2], const uint4& unit, bool odd) {
+  if (BITS == 16) {
+    y[0] = odd ? unit.y : unit.x, y[1] = odd ? unit.w : unit.z;
+  } else {
+    const u32 bytes = odd ? 0x7632 : 0x5410;
+    y[0] = byte_permute(unit.x, unit.y, bytes), y[1] = byte_permute(unit.z, unit.w, bytes);
+  }
+}
 
 // What is multiplied with `WIDTH` elements. A warp takes `TURNS` runs, and of each row a block for each digit of them.
 constexpr int TURNS = turns(WIDTH), BLOCKS = TURNS * DIGITS;
 constexpr int MOST_HALVES = ratio(most(3, FFN_CHUNKS) * ROWS, 8);  // Eights of rows.
-// Eights that are held in registers while their activations are waited for. The others are unpacked afterwards.
-constexpr int HALVES = least(MOST_HALVES, most(128 / (4 * BLOCKS), 2));
+// Registers for weights: what is left of a thread's when everything else has what it needs without spilling.
+constexpr int FOR_WEIGHTS = BITS == 16 ? 128 : 150, FOR_HIDDEN_WEIGHTS = 140, PACKED_WORDS = BITS == 3 ? 6 : 2;
+// Eights whose weights are held in registers while their activations are waited for. The others are held packed, or in
+// 16 bits left where they are.
+constexpr int OF_EIGHT = BITS == 16 ? 4 * BLOCKS : 5 * BLOCKS, OF_PACKED = BITS == 16 ? 0 : BLOCKS + PACKED_WORDS * TURNS;
+constexpr int HALVES =
+    least(MOST_HALVES, most((FOR_WEIGHTS - MOST_HALVES * OF_PACKED) / (OF_EIGHT - OF_PACKED), 2));
 static_assert(ROWS <= 8 * HALVES, "");
 
 // A product with the stream or with attention's result. This warp's share of every sum goes to shared memory.
@@ -667,6 +689,7 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
   int in_plane[TURNS];
 #pragma unroll
   for (int turn = 0; turn < TURNS; turn++) in_plane[turn] = (turn * WARPS + first_run) * 32 + t * 8;
+  const int lane_part = first_run * 32 + t % 2 * 16;
 
   // The weights, from the ring into registers, in the shape that the tensor cores take. Rows behind the last one give
   // sums that nobody reads.
@@ -679,33 +702,59 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
     const int first = misplaced + (step == FC1 ? chunk * (ROWS * groups(WIDTH) * 2) : 0);
     meta = base + scales_at(WIDTH) + first % 16 + in_chunk * (groups(WIDTH) * 2);
   };
-  auto load_row = [&](u32(&w)[BLOCKS][4], u32 row, u32 meta) {
+  // Even what is multiplied by zero must be a number.
+  auto load_row = [&](u32(&w)[BLOCKS][4], u32 row) {
 #pragma unroll
-    for (int b = 0; b < BLOCKS; b++) {
-      // Even what is multiplied by zero must be a number.
-      w[b][0] = w[b][1] = w[b][2] = w[b][3] = 0;
-      const int turn = b / DIGITS, digit = b % DIGITS;
+    for (int turn = 0; turn < TURNS; turn++) {
+      w[turn][0] = w[turn][1] = w[turn][2] = w[turn][3] = 0;
       if (runs(WIDTH) % WARPS == 0 || turn * WARPS + warp < runs(WIDTH))
-        load_block<WIDTH>(w[b], row, meta, in_plane[turn] * (RUN_BYTES / 32), digit * plane(WIDTH) + in_plane[turn],
-                          digit);
+        load16(w[turn], dynamic_shared() + row + in_plane[turn] * 2);
     }
   };
-  u32 kept[HALVES][BLOCKS][4];
+  auto load_packed_row = [&](Packed(&packed)[TURNS], u32(&steps)[BLOCKS], u32 row, u32 meta) {
 #pragma unroll
-  for (int h = 0; h < HALVES; h++) {
+    for (int turn = 0; turn < TURNS; turn++)
+      if (runs(WIDTH) % WARPS == 0 || turn * WARPS + warp < runs(WIDTH)) {
+        load_packed<WIDTH>(packed[turn], row, in_plane[turn], in_plane[turn]);
+#pragma unroll
+        for (int digit = 0; digit < DIGITS; digit++)
+          steps[turn * DIGITS + digit] = load_steps<WIDTH>(meta, lane_part, turn, digit);
+      }
+  };
+  auto unpack = [&](u32(&w)[BLOCKS][4], const Packed(&packed)[TURNS]) {
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) integers(w[b], packed[b / DIGITS], b % DIGITS);
+  };
+  constexpr int PACKED = BITS == 16 ? 0 : MOST_HALVES - HALVES;
+  u32 kept[HALVES][BLOCKS][4], steps[HALVES + PACKED][BLOCKS];
+  Packed packed[PACKED + 1][TURNS] = {};
+#pragma unroll
+  for (int h = 0; h < HALVES + PACKED; h++) {
     // Written whatever the step, or the registers would be thought in use through all the others.
 #pragma unroll
-    for (int b = 0; b < BLOCKS; b++) kept[h][b][0] = kept[h][b][1] = kept[h][b][2] = kept[h][b][3] = 0;
+    for (int b = 0; b < BLOCKS; b++) {
+      steps[h][b] = 0;
+      if (h < HALVES) kept[h][b][0] = kept[h][b][1] = kept[h][b][2] = kept[h][b][3] = 0;
+    }
+    // Attention's second eight stays packed as well where others do: its activations take more registers.
+    Packed(&to)[TURNS] = packed[most(h - HALVES, -1) + 1];
     if (h < halves) {
+      keep_order();
       u32 row, meta;
       row_of(h, row, meta);
-      load_row(kept[h], row, meta);
+      if (BITS == 16) {
+        load_row(kept[h], row);
+      } else {
+        load_packed_row(to, steps[h], row, meta);
+        if (h < HALVES && !(PACKED && h == 1 && !from_stream(step))) unpack(kept[least(h, HALVES - 1)], to);
+      }
     }
   }
-  if (halves <= HALVES) release(sh, place, chunks);
+  if (BITS != 16 || halves <= HALVES) release(sh, place, chunks);
 
-  // The activations. A lane holds those of column g: of the stream the halves in the first two and the remainders in
-  // the next two columns, of attention a run in two columns each.
+  // The activations. A lane holds those of column g. Of the stream, the halves are in the first two and the remainders
+  // in the next two columns; with packed weights, the halves of each block's first and second half in two each, and
+  // likewise the remainders, as the halves of a block may differ in scale. Of attention, a run is in two columns.
   const int copy = program() % COPIES;
   const int side = side_of(step);
   if (from_stream(step)) {
@@ -714,14 +763,15 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
     const float2* stats = a.stats + copy * GIVERS + giver;
     uint2 both = {};
     bool waits = lane < EACH && giver < GIVERS;
-    const u16* stream = a.stream + (2 * copy + (g >> 1 & 1)) * WIDTH;
+    const u16* stream = a.stream + (2 * copy + (BITS == 16 ? g >> 1 & 1 : g >> 2)) * WIDTH;
+    const bool has_units = BITS == 16 ? g < 4 : t >> 1 == (g >> 1 & 1);
     uint4 units[BLOCKS];
     u32 missing = 0;
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) {
       const int in = in_plane[b / DIGITS], element = b % DIGITS * plane(WIDTH) + in;
       units[b] = {};
-      if (g < 4 && in < plane(WIDTH) && element < WIDTH) missing |= 1u << b;
+      if (has_units && in < plane(WIDTH) && element < WIDTH) missing |= 1u << b;
     }
     Patience patience;
     do {
@@ -732,40 +782,56 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
 #pragma unroll
       for (int b = 0; b < BLOCKS; b++)
         if (all_fresh(units[b], s.stream_tag)) missing &= ~(1u << b);
-      if (fresh(both.x, s.stream_tag)) waits = false;
+      if (fresh(both.x, s.stream_tag) && fresh(both.y, s.stream_tag)) waits = false;
       patience.spend();
     } while (__any_sync(~0u, missing));
     u32 y[BLOCKS][2];
+    float totals[BLOCKS];
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) {
-      y[b][0] = g & 1 ? units[b].y : units[b].x;
-      y[b][1] = g & 1 ? units[b].w : units[b].z;
+      operands(y[b], units[b], g & 1);
+      if (BITS != 16) totals[b] = total_of(y[b][0], y[b][1]);
     }
-    auto sum_up = [&](int half, const u32(&w)[BLOCKS][4]) {
-      float c[4] = {};
+    auto sum_up = [&](int half, const u32(&w)[BLOCKS][4], const u32(&steps)[BLOCKS]) {
+      float c[4] = {}, sum = 0;
 #pragma unroll
-      for (int b = 0; b < BLOCKS; b++) multiply_row(c, w[b], y[b][0], y[b][1]);
-      // Halves in the first lane of four, remainders in the second.
-      const float sum = c[0] + c[3], rest = __shfl_down_sync(~0u, sum, 1);
-      if (t == 0) sh.sums[side][8 * half + g][warp] = sum + rest;
+      for (int b = 0; b < BLOCKS; b++) {
+        multiply_row(c, w[b], y[b][0], y[b][1]);
+        if (BITS != 16) {
+          sum = scaled(c[0] + c[3], steps[b], totals[b], sum);
+          c[0] = c[1] = c[2] = c[3] = 0;
+        }
+      }
+      // Of four lanes, each has the sum of its pair of columns; in 16 bits the first two.
+      if (BITS == 16) sum = c[0] + c[3];
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      if (BITS != 16) sum += __shfl_xor_sync(~0u, sum, 2);
+      if (t == 0) sh.sums[side][8 * half + g][warp] = sum;
     };
 #pragma unroll
     for (int h = 0; h < HALVES; h++)
-      if (h < halves) sum_up(h, kept[h]);
-    if (halves > HALVES) {
+      if (h < halves) sum_up(h, kept[h], steps[h]);
+    if (BITS == 16 && halves > HALVES) {
 #pragma unroll 1
       for (int h = HALVES; h < halves; h++) {
         u32 row, meta, late[BLOCKS][4];
         row_of(h, row, meta);
-        load_row(late, row, meta);
-        sum_up(h, late);
+        load_row(late, row);
+        sum_up(h, late, steps[0]);
       }
       release(sh, place, chunks);
     }
+#pragma unroll
+    for (int h = HALVES; h < HALVES + PACKED; h++)
+      if (h < halves) {
+        u32 late[BLOCKS][4];
+        unpack(late, packed[h - HALVES + 1]);
+        sum_up(h, late, steps[h]);
+      }
     // The moments come a little later than the stream, and must be there only now.
     while (__any_sync(~0u, waits)) {
       if (waits) both = peek8(stats);
-      if (fresh(both.x, s.stream_tag)) waits = false;
+      if (fresh(both.x, s.stream_tag) && fresh(both.y, s.stream_tag)) waits = false;
       patience.spend();
     }
     float2 moments = {__uint_as_float(both.x), __uint_as_float(both.y)};
@@ -780,6 +846,21 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
     const int splits = own ? SELF_SPLITS : CROSS_SPLITS;
     const u16* runs_from = (own ? a.own_runs : a.cross_runs) + copy * (HEADS * 8 * 64);
     const float* logs_from = (own ? a.own_logs : a.cross_logs) + copy * (HEADS * 8) + t;
+    // Heads lie 8 runs apart. Where a plane ends with a head, what lies between two blocks is known beforehand.
+    constexpr bool WHOLE = plane(WIDTH) % 64 == 0;
+    const int first_head = in_plane[0] / 64;
+    const u16* const first_unit = runs_from + (first_head * 8 + g / 2) * 64 + in_plane[0] % 64;
+    const float* const first_log = logs_from + first_head * 8;
+    auto unit_at = [&](int b, int set) {
+      const int element = b % DIGITS * plane(WIDTH) + in_plane[b / DIGITS];
+      if (!WHOLE) return runs_from + (element / 64 * 8 + 4 * set + g / 2) * 64 + element % 64;
+      return first_unit + ((b / DIGITS * WARPS * 32 + b % DIGITS * plane(WIDTH)) / 64 * 8 + 4 * set) * 64;
+    };
+    auto log_at = [&](int b, int set) {
+      const int element = b % DIGITS * plane(WIDTH) + in_plane[b / DIGITS];
+      if (!WHOLE) return logs_from + element / 64 * 8 + 4 * set;
+      return first_log + (b / DIGITS * WARPS * 32 + b % DIGITS * plane(WIDTH)) / 64 * 8 + 4 * set;
+    };
     // Two columns to a run: the first four in one product, the others in a second. A lane gets the sums of run t and of
     // run t + 4.
     constexpr int SETS = most(SELF_SPLITS, CROSS_SPLITS) > 4 ? 2 : 1;
@@ -802,12 +883,10 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
     do {
 #pragma unroll
       for (int b = 0; b < BLOCKS; b++) {
-        const int element = b % DIGITS * plane(WIDTH) + in_plane[b / DIGITS], head = element / 64;
 #pragma unroll
         for (int set = 0; set < SETS; set++) {
-          if (missing >> (2 * b + set) & 1)
-            units[b][set] = peek16(runs_from + (head * 8 + 4 * set + g / 2) * 64 + element % 64);
-          if (missing >> (16 + 2 * b + set) & 1) logs[b][set] = peek4(logs_from + head * 8 + 4 * set);
+          if (missing >> (2 * b + set) & 1) units[b][set] = peek16(unit_at(b, set));
+          if (missing >> (16 + 2 * b + set) & 1) logs[b][set] = peek4(log_at(b, set));
         }
       }
 #pragma unroll
@@ -837,13 +916,34 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
       const float inverse = __fdividef(1.0f, fmaxf(all, 1e-30f));
 #pragma unroll
       for (int set = 0; set < SETS; set++) {
-        const uint4& unit = units[b][set];
-        const u32 x0 = g & 1 ? unit.y : unit.x, x1 = g & 1 ? unit.w : unit.z;
+        u32 y[2];
+        operands(y, units[b][set], g & 1);
+        // All columns are taken: where the halves of a block differ in scale, one after the other.
+        constexpr int SPLITS = BITS != 16 && GROUP % 32 ? 2 : 1;
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-          float c[4] = {};
-          multiply_row(c, kept[half][b], x0, x1);
-          sums[half] += (c[0] + c[3]) * (share[set] * inverse);
+        for (int split = 0; split < SPLITS; split++) {
+          const bool mine = SPLITS == 1 || t >> 1 == split;
+          const u32 x0 = mine ? y[0] : 0, x1 = mine ? y[1] : 0;
+          const float total = BITS == 16 ? 0 : total_of(x0, x1);
+#pragma unroll
+          for (int half = 0; half < 2; half++) {
+            float c[4] = {};
+            if (PACKED && half == 1) {
+              u32 late[4];
+              integers(late, packed[0][b / DIGITS], b % DIGITS);
+              multiply_row(c, late, x0, x1);
+            } else {
+              multiply_row(c, kept[half][b], x0, x1);
+            }
+            const float weight = share[set] * inverse;
+            if (BITS == 16) {
+              sums[half] += (c[0] + c[3]) * weight;
+            } else {
+              u32 of = steps[half][b];
+              if (SPLITS == 2) of = __shfl_sync(~0u, of, lane & ~1 | split);
+              sums[half] += scaled(c[0] + c[3], of, total, 0) * weight;
+            }
+          }
         }
       }
     }
@@ -856,39 +956,66 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
   }
   __syncwarp();
   bar_arrive(STEP_DONE + step, 32 * (WARPS + finishers(step)));
+  bar_sync(PUBLISHED, 32 * (WARPS + finishers(step)));
 }
 
 // The product with the hidden layer: many elements, few rows.
 __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, Shared& sh) {
   constexpr int TURNS = turns(FFN), BLOCKS = TURNS * DIGITS, UNITS = ratio(BLOCKS * 4, 32), PLANE = plane(FFN);
-  // Blocks held in registers.
-  constexpr int KEEP = least(BLOCKS, 18);
+  // Turns whose weights are held in registers as they are multiplied. The others are held as they are packed, or in 16
+  // bits left where they are.
+  constexpr int OF_TURN = 8 * DIGITS, OF_PACKED = 2 * PACKED_WORDS;
+  constexpr int KEEP =
+      least(TURNS, BITS == 16 ? 18 : (FOR_HIDDEN_WEIGHTS - 2 * BLOCKS - TURNS * OF_PACKED) / (OF_TURN - OF_PACKED));
+  static_assert(KEEP > 0, "");
   const u32 id = thread();
   const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4;
   const bool idle = runs(FFN) < WARPS && warp >= runs(FFN);
   const int place = take(sh, s.cursor, chunks_of(FC2));
-  auto load = [&](u32(&w)[2][4], int b) {
-    const int turn = b / DIGITS, digit = b % DIGITS, part = turn / PART, run = turn * WARPS + warp;
-    const u32 base = base_of(place, part);
-    const u32 metas = base_of(place, 0) + scales_at(FFN) + program() * ROWS * (groups(FFN) * 2) % 16;
+  auto row_of = [&](int half) { return least(8 * half + g, ROWS - 1); };
+  auto there = [&](int turn) { return runs(FFN) % WARPS == 0 || turn * WARPS + warp < runs(FFN); };
+  auto at = [&](int turn, int half, int& in_part) {
+    const int part = turn / PART;
+    in_part = ((turn - part * PART) * WARPS + warp) * RUN_BYTES + t * (RUN_BYTES / 4);
+    return base_of(place, part) + row_of(half) * stride(FFN);
+  };
+  auto load_packed_turn = [&](Packed& packed, int turn, int half) {
+    packed = {};
+    int in_part;
+    const u32 row = at(turn, half, in_part);
+    if (there(turn)) load_packed<FFN>(packed, row, in_part, (turn * WARPS + warp) * 32 + t * 8);
+  };
+  auto load = [&](u32(&w)[4], int turn, int half) {
+    w[0] = w[1] = w[2] = w[3] = 0;
+    int in_part;
+    const u32 row = at(turn, half, in_part);
+    if (there(turn)) load16(w, dynamic_shared() + row + in_part);
+  };
+  u32 kept[KEEP * DIGITS][2][4], steps[BLOCKS][2];
+  Packed packed[TURNS - KEEP + 1][2];
+#pragma unroll
+  for (int turn = 0; turn < TURNS; turn++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      w[half][0] = w[half][1] = w[half][2] = w[half][3] = 0;
-      const int row = least(8 * half + g, ROWS - 1);
-      if (runs(FFN) % WARPS == 0 || run < runs(FFN))
-        load_block<FFN>(w[half], base + row * stride(FFN),
-                        metas + row * (groups(FFN) * 2),
-                        ((turn - part * PART) * WARPS + warp) * RUN_BYTES + t * (RUN_BYTES / 4),
-                        digit * PLANE + run * 32 + t * 8, digit);
-    }
-  };
-  u32 kept[KEEP][2][4];
+      if (BITS == 16) {
+        if (turn < KEEP) load(kept[least(turn, KEEP - 1)][half], turn, half);
+        continue;
+      }
+      Packed& from = packed[most(turn - KEEP, -1) + 1][half];
+      load_packed_turn(from, turn, half);
+      const u32 meta = base_of(place, 0) + scales_at(FFN) + program() * ROWS * (groups(FFN) * 2) % 16 +
+                       row_of(half) * (groups(FFN) * 2);
 #pragma unroll
-  for (int b = 0; b < KEEP; b++) load(kept[b], b);
-  if (KEEP == BLOCKS) release(sh, place, chunks_of(FC2));
+      for (int digit = 0; digit < DIGITS; digit++) {
+        const int b = turn * DIGITS + digit;
+        steps[b][half] = there(turn) ? load_steps<FFN>(meta, warp * 32 + t % 2 * 16, turn, digit) : 0;
+        if (turn < KEEP) integers(kept[least(b, KEEP * DIGITS - 1)][half], from, digit);
+      }
+    }
+  if (BITS != 16 || KEEP == TURNS) release(sh, place, chunks_of(FC2));
 
-  // The activations fill one column: they pass through shared memory, so that the lanes of the other columns need not
-  // hold them.
+  // The activations fill one column, or two where the halves of a block may differ in scale: they pass through shared
+  // memory, so that the lanes of the other columns need not hold them.
   uint4 units[UNITS];
   u32 missing = 0;
   auto element_of = [&](int b, int& in_plane) {
@@ -918,30 +1045,53 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
   u16* staged = sh.hidden[warp];
 #pragma unroll
   for (int i = 0; i < UNITS; i++)
-    // Pairs in the order of the columns: the first and third, then the others.
-    if (i * 32 + lane < BLOCKS * 4)
-      *(uint4*)&staged[(i * 32 + lane) * 8] = {units[i].x, units[i].z, units[i].y, units[i].w};
+    if (i * 32 + lane < BLOCKS * 4) {
+      // In the order of the columns.
+      u32 even[2], odd[2];
+      operands(even, units[i], false);
+      operands(odd, units[i], true);
+      *(uint4*)&staged[(i * 32 + lane) * 8] = {even[0], even[1], odd[0], odd[1]};
+    }
   __syncwarp();
-  float c[2][4] = {};
+  float c[2][4] = {}, sums[2] = {};
 #pragma unroll
-  for (int b = 0; b < BLOCKS; b++) {
-    u32 late[2][4];
-    keep_order();
-    uint2 x = {};
-    if (g < 2) x = *(const uint2*)&staged[b * 32 + t * 8 + g * 4];
-    if (b >= KEEP) load(late, b);
+  for (int turn = 0; turn < TURNS; turn++)
 #pragma unroll
-    for (int half = 0; half < 2; half++)
-      multiply_row(c[half], b < KEEP ? kept[least(b, KEEP - 1)][half] : late[half], x.x, x.y);
-  }
-  if (KEEP < BLOCKS) release(sh, place, chunks_of(FC2));
-  if (t == 0) {
-    sh.sums[side_of(FC2)][g][warp] = c[0][0] + c[0][3];
-    sh.sums[side_of(FC2)][8 + g][warp] = c[1][0] + c[1][3];
+    for (int digit = 0; digit < DIGITS; digit++) {
+      const int b = turn * DIGITS + digit;
+      keep_order();
+      uint2 x = {};
+      if (BITS == 16 ? g < 2 : g < 4 && t >> 1 == g >> 1) x = *(const uint2*)&staged[b * 32 + t * 8 + g % 2 * 4];
+      const float total = BITS == 16 ? 0 : total_of(x.x, x.y);
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        u32 late[4];
+        if (turn >= KEEP) {
+          if (BITS == 16)
+            load(late, turn, half);
+          else
+            integers(late, packed[most(turn - KEEP, -1) + 1][half], digit);
+        }
+        multiply_row(c[half], turn < KEEP ? kept[least(b, KEEP * DIGITS - 1)][half] : late, x.x, x.y);
+        if (BITS != 16) {
+          sums[half] = scaled(c[half][0] + c[half][3], steps[b][half], total, sums[half]);
+          c[half][0] = c[half][1] = c[half][2] = c[half][3] = 0;
+        }
+      }
+    }
+  if (BITS == 16 && KEEP < TURNS) release(sh, place, chunks_of(FC2));
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    if (BITS == 16)
+      sums[half] = c[half][0] + c[half][3];
+    else
+      sums[half] += __shfl_down_sync(~0u, sums[half], 1);
+    if (t == 0) sh.sums[side_of(FC2)][8 * half + g][warp] = sums[half];
   }
   s.stream_tag ^= 1;
   __syncwarp();
   bar_arrive(STEP_DONE + FC2, 32 * (WARPS + finishers(FC2)));
+  bar_sync(PUBLISHED, 32 * (WARPS + finishers(FC2)));
 }
 
 // What becomes of a product's sums: two lanes of a finishing warp to a feature.
@@ -1010,6 +1160,8 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
       publish_stream(a, n, s.residual, second, finishes && real, s.stream_tag, step == FC2 && layer == LAYERS - 1);
     }
   }
+  __syncwarp();
+  bar_arrive(PUBLISHED, 32 * (WARPS + finishers(step)));
 }
 
 // -- Attention -----------------------------------------------------------------------------------------------------
@@ -1128,6 +1280,7 @@ __device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& 
   if (lane == 0) sh.tops[warp] = best, sh.totals[warp] = total;
   __syncwarp();
   bar_arrive(STEP_DONE + (own ? OWN_ATTENTION : CROSS_ATTENTION), 32 * (WARPS + 1));
+  bar_sync(PUBLISHED, 32 * (WARPS + 1));
 }
 
 // The run of all warps' keys, by the first finishing warp.
@@ -1204,6 +1357,8 @@ __device__ __forceinline__ void finish_attention(const Arguments& a, State& s, S
     const float log = total > 0 ? best + log2_fast(total) : NOTHING;
     if (real && lane < COPIES) poke4(log_to, tagged(__float_as_uint(log), s.tag));
   }
+  __syncwarp();
+  bar_arrive(PUBLISHED, 32 * (WARPS + 1));
 }
 
 // -- The kernel ----------------------------------------------------------------------------------------------------
