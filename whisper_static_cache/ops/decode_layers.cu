@@ -148,6 +148,12 @@ __device__ __forceinline__ float log2_fast(float x) {
 }
 __device__ __forceinline__ float rsqrt_fast(float x) { return rsqrtf(x); }
 __device__ __forceinline__ u32 byte_permute(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
+// a & b | c, of which the compiler makes two instructions where both b and c are constants.
+__device__ __forceinline__ u32 and_or(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("lop3.b32 %0,%1,%2,%3,0xEA;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
 
 #if BF16
 #define HALF "bf16"
@@ -282,9 +288,10 @@ constexpr int SELF_RUN = 256, SELF_SPLITS = ratio(SLOTS, SELF_RUN);
 constexpr int CROSS_RUN = ratio(SOURCE, CROSS_SPLITS);
 static_assert(HEADS * SELF_SPLITS <= GIVERS && SELF_SPLITS <= 8 && (CROSS_SPLITS - 1) * CROSS_RUN < SOURCE, "");
 
-constexpr int RINGS = 16;  // Chunks in shared memory, at most.
-// On their way at a time, or a chunk at least; pieces that keys and values come in.
-constexpr int FLIGHT_BYTES = 28 * 1024, PIECES = 5;
+// Cross-attention's keys and values come through the ring as well: a chunk has those of so many keys, one after the other.
+constexpr int CHUNK_KEYS = CHUNK / 256 / 8 * 8, KEY_CHUNKS = ratio(CROSS_RUN, CHUNK_KEYS);
+constexpr int RINGS = 32;  // Chunks in shared memory, at most.
+constexpr int FLIGHT_BYTES = 28 * 1024;  // On their way at a time, or a chunk at least.
 static_assert(finishers(QKV) <= FINISHERS && finishers(FC1) <= FINISHERS, "");
 // Named barriers: one for each product and attention, of those that multiply with those that finish; and one for the
 // way back.
@@ -305,7 +312,7 @@ struct Shared {
 };
 constexpr int IN_RING = least((MEMORY - (int)sizeof(Shared)) / CHUNK, RINGS);
 constexpr int IN_FLIGHT = most(least(FLIGHT_BYTES / CHUNK, IN_RING - 1), 1);
-static_assert(IN_RING >= most(FFN_CHUNKS, most(parts(FFN), 3)) + 1, "a product exceeds the shared memory");
+static_assert(IN_RING >= most(most(FFN_CHUNKS, KEY_CHUNKS), most(parts(FFN), 3)) + 1, "a step exceeds the shared memory");
 
 // What all programs read is there four times: a line that all of them ask for at once keeps its part of the L2 cache
 // busy for longer than the way there takes.
@@ -367,6 +374,11 @@ __device__ __forceinline__ Span keys_of(bool own, int slot) {
   return {first, least(each, total - first)};
 }
 
+// Whether this program has a run of self-attention's keys or of cross-attention's.
+__device__ __forceinline__ bool attends(bool own) {
+  return program() < HEADS * (own ? SELF_SPLITS : CROSS_SPLITS);
+}
+
 struct Cursor {
   int place = 0;
   u32 phase = 0;
@@ -389,6 +401,21 @@ struct Pointers {
     return (const u8*)(index < 32 ? a : b);
   }
 };
+
+// Room for the next chunk, when few enough are on their way; its barrier expects `bytes`.
+__device__ __forceinline__ u32 make_room(Shared& sh, const Cursor& cursor, Cursor& landed, int& issued, u32 bytes) {
+  // Few bytes on their way keep the memory busy. More would only stand in front of what the programs exchange.
+  if (issued++ >= IN_FLIGHT) {
+    await(shared_address(&sh.full[landed.place]), landed.phase);
+    landed.next();
+  }
+  // The first round finds every place empty.
+  await(shared_address(&sh.empty[cursor.place]), cursor.phase ^ 1);
+  const u32 barrier = shared_address(&sh.full[cursor.place]);
+  if (thread() % 32 == 0) barrier_expect(barrier, bytes);
+  __syncwarp();
+  return barrier;
+}
 
 // A chunk's copies: lanes below 16 take a row each, the next four what lies behind the rows.
 __device__ __forceinline__ void fetch_chunk(const Pointers& p, Shared& sh, u32 memory, Cursor& cursor, Cursor& landed,
@@ -432,17 +459,22 @@ __device__ __forceinline__ void fetch_chunk(const Pointers& p, Shared& sh, u32 m
   u32 all = size;
 #pragma unroll
   for (int step = 16; step; step /= 2) all += __shfl_xor_sync(~0u, all, step);
-  // Few bytes on their way keep the memory busy. More would only stand in front of what the programs exchange.
-  if (issued++ >= IN_FLIGHT) {
-    await(shared_address(&sh.full[landed.place]), landed.phase);
-    landed.next();
-  }
-  // The first round finds every place empty.
-  await(shared_address(&sh.empty[cursor.place]), cursor.phase ^ 1);
-  const u32 barrier = shared_address(&sh.full[cursor.place]);
-  if (lane == 0) barrier_expect(barrier, all);
-  __syncwarp();
+  const u32 barrier = make_room(sh, cursor, landed, issued, all);
   if (size) copy_async(memory + cursor.place * CHUNK + at, base + from, size, barrier);
+  cursor.next();
+}
+
+// Keys and values of cross-attention: the first lane copies keys, the second values.
+__device__ __forceinline__ void fetch_keys(const Pointers& p, Shared& sh, u32 memory, Cursor& cursor, Cursor& landed,
+                                           int& issued, int chunk) {
+  const int lane = thread() % 32;
+  const Span keys = keys_of(false, 0);
+  const int begin = chunk * CHUNK_KEYS, size = most(least(keys.count - begin, CHUNK_KEYS), 0) * 128;
+  const u8* base = p.at(CROSS_KEYS + lane % 2);
+  const u32 barrier = make_room(sh, cursor, landed, issued, 2 * size);
+  if (lane < 2 && size)
+    copy_async(memory + cursor.place * CHUNK + lane * (CHUNK_KEYS * 128),
+               base + ((long long)(program() % HEADS) * SOURCE + keys.first + begin) * 128, size, barrier);
   cursor.next();
 }
 
@@ -457,25 +489,20 @@ __device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory
   for (int layer = 0; layer < LAYERS; layer++) {
     p = ahead;
     ahead.load(a.table, layer + 1);
-    // Keys and values are loaded into registers, when their turn comes; from the L2 cache by then. Cross-attention's
-    // come piece by piece.
-    const bool own = lane & 2, attends = program() < HEADS * (own ? SELF_SPLITS : CROSS_SPLITS);
-    const Span keys = keys_of(own, slot);
-    const u8* cache = p.at(KEYS + (own ? 0 : 2) + lane % 2);
-    cache += ((long long)(program() % HEADS) * (own ? SLOTS : SOURCE) + keys.first) * 128;
-    if ((lane == 2 || lane == 3) && attends && keys.count > 0) prefetch(cache, keys.count * 128);
-    int piece = 0;
+    // Self-attention's keys and values are loaded into registers when their turn comes, from the L2 cache by then.
+    const Span own = keys_of(true, slot);
+    const u8* cache = p.at(KEYS + lane % 2) + ((long long)(program() % HEADS) * SLOTS + own.first) * 128;
+    if (lane < 2 && attends(true) && own.count > 0) prefetch(cache, own.count * 128);
 #pragma unroll 1
-    for (int step = 0; step < STEPS; step++)
+    for (int step = 0; step < STEPS; step++) {
+      if (step == CROSS_ATTENTION && attends(false))
+#pragma unroll 1
+        for (int chunk = 0; chunk < KEY_CHUNKS; chunk++) fetch_keys(p, sh, memory, cursor, landed, issued, chunk);
       if (!is_attention(step))
 #pragma unroll 1
-        for (int chunk = 0; chunk < chunks_of(step); chunk++) {
-          constexpr int EACH = ratio(CROSS_RUN, PIECES);
-          const int count = least(EACH, keys.count - piece * EACH);
-          if (lane < 2 && attends && piece < PIECES && count > 0) prefetch(cache + piece * (EACH * 128), count * 128);
-          piece++;
+        for (int chunk = 0; chunk < chunks_of(step); chunk++)
           fetch_chunk(p, sh, memory, cursor, landed, issued, step, chunk);
-        }
+    }
   }
 }
 
@@ -525,8 +552,8 @@ __device__ __forceinline__ void integers(u32 (&q)[4], const Packed& packed, int 
         if (digit < 4) to -= 3 * third(pair, digit + 1);
         to |= ORIGIN;
       } else {
-        to = word >> (8 * odd + LOW_BITS * digit - place) & twice(((1 << LOW_BITS) - 1) << place) | ORIGIN;
-        if (BITS == 3) to |= packed.high[i][odd] >> (2 * digit - place) & twice(4 << place);
+        to = and_or(word >> (8 * odd + LOW_BITS * digit - place), twice(((1 << LOW_BITS) - 1) << place), ORIGIN);
+        if (BITS == 3) to = and_or(packed.high[i][odd] >> (2 * digit - place), twice(4 << place), to);
       }
       // Times 2 ** -place, less the origin: exact.
       to = half_fma(to, twice(EXPONENT_OF_ONE - place << MANTISSA),
@@ -667,21 +694,25 @@ __device__ __forceinline__ void operands(u32 (&y)[2], const uint4& unit, bool od
 
 // What is multiplied with `WIDTH` elements. A warp takes `TURNS` runs, and of each row a block for each digit of them.
 constexpr int TURNS = turns(WIDTH), BLOCKS = TURNS * DIGITS;
-constexpr int MOST_HALVES = ratio(most(3, FFN_CHUNKS) * ROWS, 8);  // Eights of rows.
+constexpr bool is_large(int product) { return product == QKV || product == FC1; }
 // Registers for weights: what is left of a thread's when everything else has what it needs without spilling.
-constexpr int FOR_WEIGHTS = BITS == 16 ? 128 : 150, FOR_HIDDEN_WEIGHTS = 140, PACKED_WORDS = BITS == 3 ? 6 : 2;
-// Eights whose weights are held in registers while their activations are waited for. The others are held packed, or in
-// 16 bits left where they are.
+constexpr int FOR_WEIGHTS = BITS == 16 ? 128 : 150, FOR_HIDDEN_WEIGHTS = 132, PACKED_WORDS = BITS == 3 ? 6 : 2;
+// Eights of rows of the large products, of both or of one of them; the others have two. Some are held in registers as
+// they are multiplied while their activations are waited for. The others are held packed, or in 16 bits left where they
+// are.
+constexpr int MOST_EIGHTS = ratio(most(3, FFN_CHUNKS) * ROWS, 8), LEAST_EIGHTS = ratio(least(3, FFN_CHUNKS) * ROWS, 8);
 constexpr int OF_EIGHT = BITS == 16 ? 4 * BLOCKS : 5 * BLOCKS, OF_PACKED = BITS == 16 ? 0 : BLOCKS + PACKED_WORDS * TURNS;
-constexpr int HALVES =
-    least(MOST_HALVES, most((FOR_WEIGHTS - MOST_HALVES * OF_PACKED) / (OF_EIGHT - OF_PACKED), 2));
-static_assert(ROWS <= 8 * HALVES, "");
+constexpr int KEPT_EIGHTS = most((FOR_WEIGHTS - MOST_EIGHTS * OF_PACKED) / (OF_EIGHT - OF_PACKED), 2);
+static_assert(ROWS <= 16, "");
 
 // A product with the stream or with attention's result. This warp's share of every sum goes to shared memory.
+template <bool LARGE>
 __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh, int step) {
   const u32 id = thread();
   const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4;
-  const int chunks = chunks_of(step), rows_there = chunks * ROWS, halves = (rows_there + 7) / 8;
+  constexpr int EIGHTS = LARGE ? MOST_EIGHTS : 2, ALWAYS = LARGE ? LEAST_EIGHTS : 2;
+  constexpr int KEPT = LARGE ? least(KEPT_EIGHTS, EIGHTS) : 2, PACKED = BITS == 16 ? 0 : EIGHTS - KEPT;
+  const int chunks = LARGE ? chunks_of(step) : 1, rows_there = chunks * ROWS, eights = (rows_there + 7) / 8;
   // A warp that has no run in its first turn waits for the first run's activations all the same, and multiplies them
   // by zeros: it would run ahead of the barriers otherwise.
   const bool idle = runs(WIDTH) < WARPS && warp >= runs(WIDTH);
@@ -725,45 +756,49 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) integers(w[b], packed[b / DIGITS], b % DIGITS);
   };
-  constexpr int PACKED = BITS == 16 ? 0 : MOST_HALVES - HALVES;
-  u32 kept[HALVES][BLOCKS][4], steps[HALVES + PACKED][BLOCKS];
-  Packed packed[PACKED + 1][TURNS] = {};
+  // Attention's second eight stays packed where others do: its activations take more registers.
+  constexpr bool PACK_SECOND = BITS != 16 && KEPT_EIGHTS < MOST_EIGHTS;
+  u32 kept[KEPT][BLOCKS][4], steps[KEPT + PACKED][BLOCKS];
+  Packed packed[PACKED + 1][TURNS];
 #pragma unroll
-  for (int h = 0; h < HALVES + PACKED; h++) {
+  for (int h = 0; h < KEPT + PACKED; h++) {
+    Packed(&to)[TURNS] = packed[most(h - KEPT, -1) + 1];
     // Written whatever the step, or the registers would be thought in use through all the others.
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) {
-      steps[h][b] = 0;
-      if (h < HALVES) kept[h][b][0] = kept[h][b][1] = kept[h][b][2] = kept[h][b][3] = 0;
+      if (BITS == 16 || h >= ALWAYS || runs(WIDTH) % WARPS) steps[h][b] = 0;
+      if (h < KEPT && (h >= ALWAYS || PACK_SECOND && !LARGE))
+        kept[h][b][0] = kept[h][b][1] = kept[h][b][2] = kept[h][b][3] = 0;
     }
-    // Attention's second eight stays packed as well where others do: its activations take more registers.
-    Packed(&to)[TURNS] = packed[most(h - HALVES, -1) + 1];
-    if (h < halves) {
-      keep_order();
+    if (h >= ALWAYS || h == 0 || runs(WIDTH) % WARPS)
+#pragma unroll
+      for (int turn = 0; turn < TURNS; turn++) to[turn] = {};
+    if (h < ALWAYS || h < eights) {
       u32 row, meta;
       row_of(h, row, meta);
       if (BITS == 16) {
         load_row(kept[h], row);
       } else {
         load_packed_row(to, steps[h], row, meta);
-        if (h < HALVES && !(PACKED && h == 1 && !from_stream(step))) unpack(kept[least(h, HALVES - 1)], to);
+        if (h < KEPT && !(PACK_SECOND && h == 1 && !LARGE && !from_stream(step)))
+          unpack(kept[least(h, KEPT - 1)], to);
       }
     }
   }
-  if (BITS != 16 || halves <= HALVES) release(sh, place, chunks);
+  if (BITS != 16 || eights <= KEPT) release(sh, place, chunks);
 
   // The activations. A lane holds those of column g. Of the stream, the halves are in the first two and the remainders
   // in the next two columns; with packed weights, the halves of each block's first and second half in two each, and
   // likewise the remainders, as the halves of a block may differ in scale. Of attention, a run is in two columns.
   const int copy = program() % COPIES;
   const int side = side_of(step);
-  if (from_stream(step)) {
+  if (LARGE || from_stream(step)) {
     constexpr int EACH = ratio(GIVERS, WARPS);
     const int giver = warp * EACH + lane;
     const float2* stats = a.stats + copy * GIVERS + giver;
     uint2 both = {};
     bool waits = lane < EACH && giver < GIVERS;
-    const u16* stream = a.stream + (2 * copy + (BITS == 16 ? g >> 1 & 1 : g >> 2)) * WIDTH;
+    const u16* stream = a.stream + (2 * copy + (BITS == 16 ? g >> 1 & 1 : g >> 2)) * WIDTH + in_plane[0];
     const bool has_units = BITS == 16 ? g < 4 : t >> 1 == (g >> 1 & 1);
     uint4 units[BLOCKS];
     u32 missing = 0;
@@ -777,7 +812,7 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
     do {
 #pragma unroll
       for (int b = 0; b < BLOCKS; b++)
-        if (missing >> b & 1) units[b] = peek16(stream + b % DIGITS * plane(WIDTH) + in_plane[b / DIGITS]);
+        if (missing >> b & 1) units[b] = peek16(stream + (b % DIGITS * plane(WIDTH) + b / DIGITS * (WARPS * 32)));
       if (waits) both = peek8(stats);
 #pragma unroll
       for (int b = 0; b < BLOCKS; b++)
@@ -809,11 +844,19 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
       if (t == 0) sh.sums[side][8 * half + g][warp] = sum;
     };
 #pragma unroll
-    for (int h = 0; h < HALVES; h++)
-      if (h < halves) sum_up(h, kept[h], steps[h]);
-    if (BITS == 16 && halves > HALVES) {
+    for (int h = 0; h < KEPT + PACKED; h++)
+      if (h < ALWAYS || h < eights) {
+        if (h < KEPT) {
+          sum_up(h, kept[least(h, KEPT - 1)], steps[h]);
+        } else {
+          u32 late[BLOCKS][4];
+          unpack(late, packed[most(h - KEPT, -1) + 1]);
+          sum_up(h, late, steps[h]);
+        }
+      }
+    if (BITS == 16 && eights > KEPT) {
 #pragma unroll 1
-      for (int h = HALVES; h < halves; h++) {
+      for (int h = KEPT; h < eights; h++) {
         u32 row, meta, late[BLOCKS][4];
         row_of(h, row, meta);
         load_row(late, row);
@@ -821,13 +864,6 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
       }
       release(sh, place, chunks);
     }
-#pragma unroll
-    for (int h = HALVES; h < HALVES + PACKED; h++)
-      if (h < halves) {
-        u32 late[BLOCKS][4];
-        unpack(late, packed[h - HALVES + 1]);
-        sum_up(h, late, steps[h]);
-      }
     // The moments come a little later than the stream, and must be there only now.
     while (__any_sync(~0u, waits)) {
       if (waits) both = peek8(stats);
@@ -928,7 +964,7 @@ __device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh
 #pragma unroll
           for (int half = 0; half < 2; half++) {
             float c[4] = {};
-            if (PACKED && half == 1) {
+            if (PACK_SECOND && half == 1) {
               u32 late[4];
               integers(late, packed[0][b / DIGITS], b % DIGITS);
               multiply_row(c, late, x0, x1);
@@ -1187,46 +1223,76 @@ __device__ __forceinline__ bool has_run(int slot) { return slot >= (int)(program
 // A warp's tiles of the keys of this program's head that the cache holds.
 __device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& sh, int layer, bool own) {
   constexpr int TILES = ratio(most(least(SELF_RUN, SLOTS), CROSS_RUN), 16 * WARPS);
-  if (program() >= HEADS * (own ? SELF_SPLITS : CROSS_SPLITS) || (own && !has_run(s.slot))) return;
+  if (!attends(own) || (own && !has_run(s.slot))) return;
   const u32 id = thread();
   const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4;
   const int head = program() % HEADS;
   const Span span = keys_of(own, s.slot);
-  const u16* keys = (const u16*)sh.caches[layer][own ? 0 : 2] + (long long)head * (own ? SLOTS : SOURCE) * 64;
-  const u16* values = (const u16*)sh.caches[layer][own ? 1 : 3] + (long long)head * (own ? SLOTS : SOURCE) * 64;
+  const int piece = g & 1;
 
-  // Keys as the tensor cores take them, a lane two rows of a tile; values as vectors of eight, a lane four rows.
+  // Keys as the tensor cores take them, a lane two rows of a tile; values as vectors of eight, a lane four rows. Rows
+  // that lie next to each other take their halves in turn, so that lanes served together meet different banks.
   uint4 k[TILES][2][2], v[TILES][4];
   bool seen[TILES][2];
+  if (own) {
+    const u16* keys = (const u16*)sh.caches[layer][0] + (long long)head * SLOTS * 64;
+    const u16* values = (const u16*)sh.caches[layer][1] + (long long)head * SLOTS * 64;
 #pragma unroll
-  for (int tile = 0; tile < TILES; tile++) {
-    const int begin = (tile * WARPS + warp) * 16;
+    for (int tile = 0; tile < TILES; tile++) {
+      const int begin = (tile * WARPS + warp) * 16;
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const int key = begin + 8 * half + g, at = span.first + most(least(key, span.count - 1), 0);
-      seen[tile][half] = key < span.count && (!own || sh.valid[at]);
+      for (int half = 0; half < 2; half++) {
+        const int key = begin + 8 * half + g, at = span.first + most(least(key, span.count - 1), 0);
+        seen[tile][half] = key < span.count && sh.valid[at];
 #pragma unroll
-      for (int i = 0; i < 2; i++) k[tile][half][i] = fetch16(keys + at * 64 + 32 * i + 8 * t);
+        for (int i = 0; i < 2; i++) k[tile][half][i] = fetch16(keys + at * 64 + 32 * (i ^ piece) + 8 * t);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int key = begin + 4 * i + lane / 8, at = span.first + most(least(key, span.count - 1), 0);
+        // A weight of zero does not hide what was never written.
+        v[tile][i] = {};
+        if (key < span.count) v[tile][i] = fetch16(values + at * 64 + lane % 8 * 8);
+      }
     }
+  } else {
+    const int place = take(sh, s.cursor, KEY_CHUNKS);
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int key = begin + 4 * i + lane / 8, at = span.first + most(least(key, span.count - 1), 0);
-      // A weight of zero does not hide what was never written.
-      v[tile][i] = {};
-      if (key < span.count) v[tile][i] = fetch16(values + at * 64 + lane % 8 * 8);
+    for (int tile = 0; tile < TILES; tile++) {
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int begin = (tile * WARPS + warp) * 16 + 8 * half, chunk = begin / CHUNK_KEYS;
+        seen[tile][half] = begin + g < span.count;
+#pragma unroll
+        for (int i = 0; i < 2; i++) k[tile][half][i] = v[tile][2 * half + i] = {};
+        if (begin < CROSS_RUN) {
+          const u8* rows = dynamic_shared() + base_of(place, chunk) + (begin - chunk * CHUNK_KEYS) * 128;
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            // What lies behind the last key may be no number.
+            if (begin + g < span.count) k[tile][half][i] = *(const uint4*)(rows + g * 128 + 64 * (i ^ piece) + 16 * t);
+            const int row = 4 * i + lane / 8;
+            if (begin + row < span.count)
+              v[tile][2 * half + i] = *(const uint4*)(rows + CHUNK_KEYS * 128 + row * 128 + lane % 8 * 16);
+          }
+        }
+      }
     }
+    release(sh, place, KEY_CHUNKS);
   }
 
-  // The query: halves in the first two columns, remainders in the next two.
-  uint4 q[2] = {};
+  // The query: halves in the first two columns, remainders in the next two, for the rows that take their first half
+  // first; in the other columns for the others.
+  uint4 q[2];
   {
     const u16* from = (own ? a.heads + (g >> 1 & 1) * (3 * WIDTH) : a.query + (g >> 1 & 1) * WIDTH) + head * 64 + 8 * t;
-    u32 missing = g < 4 ? 3 : 0;
+    const int swapped = g >> 2;
+    u32 missing = 3;
     Patience patience;
     do {
 #pragma unroll
       for (int i = 0; i < 2; i++)
-        if (missing >> i & 1) q[i] = peek16(from + 32 * i);
+        if (missing >> i & 1) q[i] = peek16(from + 32 * (i ^ swapped));
 #pragma unroll
       for (int i = 0; i < 2; i++)
         if (all_fresh(q[i], s.tag)) missing &= ~(1u << i);
@@ -1243,8 +1309,8 @@ __device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& 
 #pragma unroll
       for (int i = 0; i < 2; i++)
         multiply_row(c, k[tile][half][i], g & 1 ? q[i].y : q[i].x, g & 1 ? q[i].w : q[i].z);
-      // The first two of four lanes have the columns.
-      float dot = t < 2 ? c[0] + c[3] : 0;
+      // Two of four lanes have the row's columns.
+      float dot = t >> 1 == piece ? c[0] + c[3] : 0;
       dot += __shfl_xor_sync(~0u, dot, 1);
       dot += __shfl_xor_sync(~0u, dot, 2);
       score[tile][half] = seen[tile][half] ? dot : __int_as_float(0xFF800000);
@@ -1286,7 +1352,12 @@ __device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& 
 // The run of all warps' keys, by the first finishing warp.
 __device__ __forceinline__ void finish_attention(const Arguments& a, State& s, Shared& sh, bool own) {
   const int lane = thread() % 32;
-  if (program() >= HEADS * (own ? SELF_SPLITS : CROSS_SPLITS) || thread() / 32 != FIRST_FINISHER) return;
+  if (!attends(own)) return;
+  if (!own) {
+    const int place = take(sh, s.cursor, KEY_CHUNKS);
+    release(sh, place, KEY_CHUNKS);
+  }
+  if (thread() / 32 != FIRST_FINISHER) return;
   const int head = program() % HEADS, split = program() / HEADS;
   u16* to = (own ? a.own_runs : a.cross_runs) + ((lane / 8 * HEADS + head) * 8 + split) * 64 + lane % 8 * 8;
   float* log_to = (own ? a.own_logs : a.cross_logs) + (lane * HEADS + head) * 8 + split;
@@ -1373,8 +1444,10 @@ __device__ __forceinline__ void multiply_layers(const Arguments& a, State& s, Sh
         attention(a, s, sh, layer, step == OWN_ATTENTION);
       else if (step == FC2)
         product_of_hidden(a, s, sh);
+      else if (is_large(step))
+        product<true>(a, s, sh, step);
       else
-        product(a, s, sh, step);
+        product<false>(a, s, sh, step);
 }
 
 __device__ __forceinline__ void finish_layers(const Arguments& a, State& s, Shared& sh) {
