@@ -299,7 +299,6 @@ enum { TABLES = 1, STEP_DONE = 2, PUBLISHED = STEP_DONE + STEPS };
 constexpr int HIDDEN_BLOCKS = turns(FFN) * DIGITS;
 struct Shared {
   alignas(16) float sums[2][MOST_ROWS][WARPS];
-  alignas(16) float moments[2][WARPS];
   union {
     alignas(16) float runs[WARPS][64 + 4];
     alignas(16) u16 hidden[WARPS][HIDDEN_BLOCKS * 32];
@@ -591,19 +590,53 @@ __device__ __forceinline__ void publish_split(u16* halves, int total, int copies
 // layer for the head, which is a kernel of its own.
 __device__ __forceinline__ void publish_stream(const Arguments& a, int n, float x, float gain, bool there, u32 tag,
                                                bool last) {
+  if (!last) publish_split(a.stream, WIDTH, COPIES, n, x * gain * SHRINK, there, tag);
   // Of the two lanes of a feature, one adds up the values and the other their squares.
   const int lane = thread() % 32;
   float sum = !there ? 0 : lane % 2 ? x * x : x;
 #pragma unroll
   for (int step = 2; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  const bool gives = __shfl_sync(~0u, (int)there, 0);
   if (last) {
     if (there && lane % 2 == 0) a.gained[n] = x * gain;
-    if (there && lane < 2) a.last_stats[lane * GIVERS + program()] = sum;
-    return;
-  }
-  publish_split(a.stream, WIDTH, COPIES, n, x * gain * SHRINK, there, tag);
-  if (__shfl_sync(~0u, (int)there, 0) && lane < 2 * COPIES)
+    if (gives && lane < 2) a.last_stats[lane * GIVERS + program()] = sum;
+  } else if (gives && lane < 2 * COPIES) {
     poke4((float*)(a.stats + lane / 2 * GIVERS + program()) + lane % 2, tagged(__float_as_uint(sum), tag));
+  }
+}
+
+// The other end: a warp's mean and reciprocal deviation of the stream.
+__device__ __forceinline__ float2 read_moments(const Arguments& a, u32 tag, float eps) {
+  constexpr int EACH = ratio(GIVERS, 32);
+  const int lane = thread() % 32;
+  const float2* stats = a.stats + program() % COPIES * GIVERS + lane;
+  uint2 both[EACH];
+  u32 missing = 0;
+#pragma unroll
+  for (int i = 0; i < EACH; i++) {
+    both[i] = {};
+    if (32 * i + lane < GIVERS) missing |= 1u << i;
+  }
+  Patience patience;
+  while (__any_sync(~0u, missing)) {
+#pragma unroll
+    for (int i = 0; i < EACH; i++)
+      if (missing >> i & 1) both[i] = peek8(stats + 32 * i);
+#pragma unroll
+    for (int i = 0; i < EACH; i++)
+      if (fresh(both[i].x, tag) && fresh(both[i].y, tag)) missing &= ~(1u << i);
+    patience.spend();
+  }
+  float sum = 0, squares = 0;
+#pragma unroll
+  for (int i = 0; i < EACH; i++) sum += __uint_as_float(both[i].x), squares += __uint_as_float(both[i].y);
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    sum += __shfl_xor_sync(~0u, sum, step);
+    squares += __shfl_xor_sync(~0u, squares, step);
+  }
+  const float mean = sum * (1.0f / WIDTH), variance = fmaxf(squares * (1.0f / WIDTH) - mean * mean, 0.0f);
+  return {mean, rsqrt_fast(variance + eps)};
 }
 
 // The next `chunks` chunks are there; the place of the first.
@@ -703,296 +736,278 @@ constexpr int FOR_WEIGHTS = BITS == 16 ? 128 : 150, FOR_HIDDEN_WEIGHTS = 132, PA
 constexpr int MOST_EIGHTS = ratio(most(3, FFN_CHUNKS) * ROWS, 8), LEAST_EIGHTS = ratio(least(3, FFN_CHUNKS) * ROWS, 8);
 constexpr int OF_EIGHT = BITS == 16 ? 4 * BLOCKS : 5 * BLOCKS, OF_PACKED = BITS == 16 ? 0 : BLOCKS + PACKED_WORDS * TURNS;
 constexpr int KEPT_EIGHTS = most((FOR_WEIGHTS - MOST_EIGHTS * OF_PACKED) / (OF_EIGHT - OF_PACKED), 2);
-static_assert(ROWS <= 16, "");
+static_assert(ROWS <= 16 && (BITS != 16 || KEPT_EIGHTS >= MOST_EIGHTS), "");
+// Whoever waits for the stream publishes some of it, and is thus never two of its uses behind.
+static_assert(ratio(FFN, ROWS_FFN) <= GIVERS, "");
 
-// A product with the stream or with attention's result. This warp's share of every sum goes to shared memory.
+// The weights of a product with `WIDTH` elements, from the ring into registers: `EIGHTS` eights of rows, of which the
+// step has `ALWAYS` at least, `KEPT` of them in the shape that the tensor cores take and the others packed. Rows behind
+// the last one give sums that nobody reads.
+template <int EIGHTS, int ALWAYS, int KEPT>
+struct Weights {
+  u32 kept[KEPT][BLOCKS][4], steps[EIGHTS][BLOCKS];
+  Packed packed[EIGHTS - KEPT + 1][TURNS];
+
+  __device__ __forceinline__ void load(State& s, Shared& sh, int step) {
+    const u32 id = thread();
+    const int warp = id / 32, g = id / 4 % 8, t = id % 4;
+    const int chunks = chunks_of(step), rows_there = chunks * ROWS;
+    const int place = take(sh, s.cursor, chunks);
+    const int misplaced = program() * (step == FC1 ? ROWS_FFN : ROWS) * (groups(WIDTH) * 2);
+    const int in_plane = warp * 32 + t * 8, lane_part = warp * 32 + t % 2 * 16;
+#pragma unroll
+    for (int h = 0; h < EIGHTS; h++) {
+      // Written whatever the step, or the registers would be thought in use through all the others.
+      Packed(&to)[TURNS] = packed[most(h - KEPT, -1) + 1];
+      const bool sometimes = h >= ALWAYS;
+#pragma unroll
+      for (int b = 0; b < BLOCKS; b++) {
+        const bool outside = runs(WIDTH) % WARPS && b / DIGITS == TURNS - 1;
+        if (BITS == 16 || sometimes || outside) steps[h][b] = 0;
+        if (h < KEPT && (sometimes || BITS == 16 && outside))
+          kept[h][b][0] = kept[h][b][1] = kept[h][b][2] = kept[h][b][3] = 0;
+      }
+#pragma unroll
+      for (int turn = 0; turn < TURNS; turn++)
+        if (sometimes || runs(WIDTH) % WARPS && turn == TURNS - 1) to[turn] = {};
+      if (h >= ALWAYS && 8 * h >= rows_there) continue;
+      const u32 of = least(8 * h + g, rows_there - 1), chunk = of / ROWS, in_chunk = of - chunk * ROWS;
+      const u32 base = base_of(place, chunk), row = base + in_chunk * stride(WIDTH);
+      const int first = misplaced + (step == FC1 ? chunk * (ROWS * groups(WIDTH) * 2) : 0);
+      const u32 meta = base + scales_at(WIDTH) + first % 16 + in_chunk * (groups(WIDTH) * 2);
+#pragma unroll
+      for (int turn = 0; turn < TURNS; turn++) {
+        if (runs(WIDTH) % WARPS && turn == TURNS - 1 && turn * WARPS + warp >= runs(WIDTH)) continue;
+        const int in = turn * (WARPS * 32) + in_plane;
+        if (BITS == 16) {
+          load16(kept[least(h, KEPT - 1)][turn], dynamic_shared() + row + 2 * in);
+        } else {
+          load_packed<WIDTH>(to[turn], row, in, in);
+#pragma unroll
+          for (int digit = 0; digit < DIGITS; digit++)
+            steps[h][turn * DIGITS + digit] = load_steps<WIDTH>(meta, lane_part, turn, digit);
+        }
+      }
+      if (BITS != 16 && h < KEPT) unpack(kept[least(h, KEPT - 1)], to);
+    }
+    release(sh, place, chunks);
+  }
+  __device__ __forceinline__ static void unpack(u32 (&w)[BLOCKS][4], const Packed (&from)[TURNS]) {
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) integers(w[b], from[b / DIGITS], b % DIGITS);
+  }
+  // A block of an eight that is known when the program is compiled.
+  __device__ __forceinline__ void get(u32 (&w)[4], int h, int b) const {
+    if (h < KEPT)
+#pragma unroll
+      for (int i = 0; i < 4; i++) w[i] = kept[least(h, KEPT - 1)][b][i];
+    else
+      integers(w, packed[most(h - KEPT, -1) + 1][b / DIGITS], b % DIGITS);
+  }
+};
+
+// Where a warp's activations are. One that has no run in its first turn waits for the first run's all the same, and
+// multiplies them by zeros: it would run ahead of the barriers otherwise.
+__device__ __forceinline__ int first_in_plane() {
+  const int warp = thread() / 32;
+  return (runs(WIDTH) < WARPS && warp >= runs(WIDTH) ? 0 : warp) * 32 + thread() % 4 * 8;
+}
+constexpr int block_at(int b) { return b / DIGITS * (WARPS * 32) + b % DIGITS * plane(WIDTH); }
+__device__ __forceinline__ bool is_inside(int first, int b) {
+  const int in = b / DIGITS * (WARPS * 32) + first;
+  return in < plane(WIDTH) && b % DIGITS * plane(WIDTH) + in < WIDTH;
+}
+
+// This warp's share of every sum is in shared memory: the finishing warps go on. The shared memory is theirs, until they
+// have published what comes of it.
+__device__ __forceinline__ void hand_over(int step) {
+  __syncwarp();
+  bar_arrive(STEP_DONE + step, 32 * (WARPS + finishers(step)));
+  bar_sync(PUBLISHED, 32 * (WARPS + finishers(step)));
+}
+
+// A product with the stream.
 template <bool LARGE>
-__device__ __forceinline__ void product(const Arguments& a, State& s, Shared& sh, int step) {
-  const u32 id = thread();
-  const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4;
+__device__ __forceinline__ void product_of_stream(const Arguments& a, State& s, Shared& sh, int step) {
   constexpr int EIGHTS = LARGE ? MOST_EIGHTS : 2, ALWAYS = LARGE ? LEAST_EIGHTS : 2;
-  constexpr int KEPT = LARGE ? least(KEPT_EIGHTS, EIGHTS) : 2, PACKED = BITS == 16 ? 0 : EIGHTS - KEPT;
-  const int chunks = LARGE ? chunks_of(step) : 1, rows_there = chunks * ROWS, eights = (rows_there + 7) / 8;
-  // A warp that has no run in its first turn waits for the first run's activations all the same, and multiplies them
-  // by zeros: it would run ahead of the barriers otherwise.
-  const bool idle = runs(WIDTH) < WARPS && warp >= runs(WIDTH);
-  const int first_run = idle ? 0 : warp;
-  int in_plane[TURNS];
-#pragma unroll
-  for (int turn = 0; turn < TURNS; turn++) in_plane[turn] = (turn * WARPS + first_run) * 32 + t * 8;
-  const int lane_part = first_run * 32 + t % 2 * 16;
+  const u32 id = thread();
+  const int warp = id / 32, g = id / 4 % 8, t = id % 4, first = first_in_plane();
 
-  // The weights, from the ring into registers, in the shape that the tensor cores take. Rows behind the last one give
-  // sums that nobody reads.
-  const int place = take(sh, s.cursor, chunks);
-  const int misplaced = program() * (step == FC1 ? ROWS_FFN : ROWS) * (groups(WIDTH) * 2);
-  auto row_of = [&](int half, u32& row, u32& meta) {
-    const u32 of = least(8 * half + g, rows_there - 1), chunk = of / ROWS, in_chunk = of - chunk * ROWS;
-    const u32 base = base_of(place, chunk);
-    row = base + in_chunk * stride(WIDTH);
-    const int first = misplaced + (step == FC1 ? chunk * (ROWS * groups(WIDTH) * 2) : 0);
-    meta = base + scales_at(WIDTH) + first % 16 + in_chunk * (groups(WIDTH) * 2);
-  };
-  // Even what is multiplied by zero must be a number.
-  auto load_row = [&](u32(&w)[BLOCKS][4], u32 row) {
+  // The activations. A lane holds those of column g: the halves are in the first two and the remainders in the next two
+  // columns; with packed weights, the halves of each block's first and second half in two each, and likewise the
+  // remainders, as the halves of a block may differ in scale.
+  const int part = BITS == 16 ? g >> 1 & 1 : g >> 2;
+  const bool has_units = BITS == 16 ? g < 4 : t >> 1 == (g >> 1 & 1);
+  const u16* stream = a.stream + (2 * (program() % COPIES) + part) * WIDTH + first;
+  uint4 units[BLOCKS];
+  u32 missing = 0;
+  // Looked at a first time before the weights are loaded: the way to them and back takes longer than that.
 #pragma unroll
-    for (int turn = 0; turn < TURNS; turn++) {
-      w[turn][0] = w[turn][1] = w[turn][2] = w[turn][3] = 0;
-      if (runs(WIDTH) % WARPS == 0 || turn * WARPS + warp < runs(WIDTH))
-        load16(w[turn], dynamic_shared() + row + in_plane[turn] * 2);
-    }
-  };
-  auto load_packed_row = [&](Packed(&packed)[TURNS], u32(&steps)[BLOCKS], u32 row, u32 meta) {
-#pragma unroll
-    for (int turn = 0; turn < TURNS; turn++)
-      if (runs(WIDTH) % WARPS == 0 || turn * WARPS + warp < runs(WIDTH)) {
-        load_packed<WIDTH>(packed[turn], row, in_plane[turn], in_plane[turn]);
-#pragma unroll
-        for (int digit = 0; digit < DIGITS; digit++)
-          steps[turn * DIGITS + digit] = load_steps<WIDTH>(meta, lane_part, turn, digit);
-      }
-  };
-  auto unpack = [&](u32(&w)[BLOCKS][4], const Packed(&packed)[TURNS]) {
-#pragma unroll
-    for (int b = 0; b < BLOCKS; b++) integers(w[b], packed[b / DIGITS], b % DIGITS);
-  };
-  // Attention's second eight stays packed where others do: its activations take more registers.
-  constexpr bool PACK_SECOND = BITS != 16 && KEPT_EIGHTS < MOST_EIGHTS;
-  u32 kept[KEPT][BLOCKS][4], steps[KEPT + PACKED][BLOCKS];
-  Packed packed[PACKED + 1][TURNS];
-#pragma unroll
-  for (int h = 0; h < KEPT + PACKED; h++) {
-    Packed(&to)[TURNS] = packed[most(h - KEPT, -1) + 1];
-    // Written whatever the step, or the registers would be thought in use through all the others.
-#pragma unroll
-    for (int b = 0; b < BLOCKS; b++) {
-      if (BITS == 16 || h >= ALWAYS || runs(WIDTH) % WARPS) steps[h][b] = 0;
-      if (h < KEPT && (h >= ALWAYS || PACK_SECOND && !LARGE))
-        kept[h][b][0] = kept[h][b][1] = kept[h][b][2] = kept[h][b][3] = 0;
-    }
-    if (h >= ALWAYS || h == 0 || runs(WIDTH) % WARPS)
-#pragma unroll
-      for (int turn = 0; turn < TURNS; turn++) to[turn] = {};
-    if (h < ALWAYS || h < eights) {
-      u32 row, meta;
-      row_of(h, row, meta);
-      if (BITS == 16) {
-        load_row(kept[h], row);
-      } else {
-        load_packed_row(to, steps[h], row, meta);
-        if (h < KEPT && !(PACK_SECOND && h == 1 && !LARGE && !from_stream(step)))
-          unpack(kept[least(h, KEPT - 1)], to);
-      }
+  for (int b = 0; b < BLOCKS; b++) {
+    units[b] = {};
+    if (has_units && is_inside(first, b)) {
+      missing |= 1u << b;
+      units[b] = peek16(stream + block_at(b));
     }
   }
-  if (BITS != 16 || eights <= KEPT) release(sh, place, chunks);
+  Weights<EIGHTS, ALWAYS, LARGE ? least(KEPT_EIGHTS, EIGHTS) : 2> weights;
+  weights.load(s, sh, step);
+  Patience patience;
+  while (true) {
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++)
+      if (all_fresh(units[b], s.stream_tag)) missing &= ~(1u << b);
+    if (!__any_sync(~0u, missing)) break;
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++)
+      if (missing >> b & 1) units[b] = peek16(stream + block_at(b));
+    patience.spend();
+  }
+  u32 y[BLOCKS][2];
+  float totals[BLOCKS];
+#pragma unroll
+  for (int b = 0; b < BLOCKS; b++) {
+    operands(y[b], units[b], g & 1);
+    if (BITS != 16) totals[b] = total_of(y[b][0], y[b][1]);
+  }
+#pragma unroll
+  for (int h = 0; h < EIGHTS; h++) {
+    if (h >= ALWAYS && 8 * h >= chunks_of(step) * ROWS) continue;
+    float c[4] = {}, sum = 0;
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) {
+      u32 w[4];
+      weights.get(w, h, b);
+      multiply_row(c, w, y[b][0], y[b][1]);
+      if (BITS != 16) {
+        sum = scaled(c[0] + c[3], weights.steps[h][b], totals[b], sum);
+        c[0] = c[1] = c[2] = c[3] = 0;
+      }
+    }
+    // Of four lanes, each has the sum of its pair of columns; in 16 bits the first two.
+    if (BITS == 16) sum = c[0] + c[3];
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    if (BITS != 16) sum += __shfl_xor_sync(~0u, sum, 2);
+    if (t == 0) sh.sums[0][8 * h + g][warp] = sum;
+  }
+  hand_over(step);
+}
 
-  // The activations. A lane holds those of column g. Of the stream, the halves are in the first two and the remainders
-  // in the next two columns; with packed weights, the halves of each block's first and second half in two each, and
-  // likewise the remainders, as the halves of a block may differ in scale. Of attention, a run is in two columns.
-  const int copy = program() % COPIES;
-  const int side = side_of(step);
-  if (LARGE || from_stream(step)) {
-    constexpr int EACH = ratio(GIVERS, WARPS);
-    const int giver = warp * EACH + lane;
-    const float2* stats = a.stats + copy * GIVERS + giver;
-    uint2 both = {};
-    bool waits = lane < EACH && giver < GIVERS;
-    const u16* stream = a.stream + (2 * copy + (BITS == 16 ? g >> 1 & 1 : g >> 2)) * WIDTH + in_plane[0];
-    const bool has_units = BITS == 16 ? g < 4 : t >> 1 == (g >> 1 & 1);
-    uint4 units[BLOCKS];
-    u32 missing = 0;
+// A product with attention's result, of which each head is in several runs of keys, to be merged.
+__device__ __forceinline__ void product_of_runs(const Arguments& a, State& s, Shared& sh, int step) {
+  const u32 id = thread();
+  const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4, first = first_in_plane();
+  const bool own = step == OWN_OUT;
+  const int splits = own ? SELF_SPLITS : CROSS_SPLITS, copy = program() % COPIES;
+
+  // A lane holds activations of column g. Two columns to a run: the first four in one product, the others in a second. A
+  // lane gets the sums of run t and of run t + 4. Heads lie 8 runs apart; where a plane ends with a head, what lies
+  // between two blocks is known beforehand.
+  constexpr int SETS = most(SELF_SPLITS, CROSS_SPLITS) > 4 ? 2 : 1;
+  constexpr bool WHOLE = plane(WIDTH) % 64 == 0;
+  const u16* runs_from = (own ? a.own_runs : a.cross_runs) + copy * (HEADS * 8 * 64) + g / 2 * 64;
+  const float* logs_from = (own ? a.own_logs : a.cross_logs) + copy * (HEADS * 8) + t;
+  const u16* const first_unit = runs_from + first / 64 * (8 * 64) + first % 64;
+  const float* const first_log = logs_from + first / 64 * 8;
+  auto unit_at = [&](int b, int set) {
+    const int element = block_at(b) + first;
+    return (WHOLE ? first_unit + block_at(b) / 64 * (8 * 64) : runs_from + element / 64 * (8 * 64) + element % 64) +
+           set * (4 * 64);
+  };
+  auto log_at = [&](int b, int set) {
+    return (WHOLE ? first_log + block_at(b) / 64 * 8 : logs_from + (block_at(b) + first) / 64 * 8) + set * 4;
+  };
+  uint4 units[BLOCKS][SETS];
+  u32 logs[BLOCKS][SETS];
+  u32 missing = 0;
+  auto look = [&] {
 #pragma unroll
-    for (int b = 0; b < BLOCKS; b++) {
-      const int in = in_plane[b / DIGITS], element = b % DIGITS * plane(WIDTH) + in;
-      units[b] = {};
-      if (has_units && in < plane(WIDTH) && element < WIDTH) missing |= 1u << b;
-    }
-    Patience patience;
-    do {
-#pragma unroll
-      for (int b = 0; b < BLOCKS; b++)
-        if (missing >> b & 1) units[b] = peek16(stream + (b % DIGITS * plane(WIDTH) + b / DIGITS * (WARPS * 32)));
-      if (waits) both = peek8(stats);
-#pragma unroll
-      for (int b = 0; b < BLOCKS; b++)
-        if (all_fresh(units[b], s.stream_tag)) missing &= ~(1u << b);
-      if (fresh(both.x, s.stream_tag) && fresh(both.y, s.stream_tag)) waits = false;
-      patience.spend();
-    } while (__any_sync(~0u, missing));
-    u32 y[BLOCKS][2];
-    float totals[BLOCKS];
-#pragma unroll
-    for (int b = 0; b < BLOCKS; b++) {
-      operands(y[b], units[b], g & 1);
-      if (BITS != 16) totals[b] = total_of(y[b][0], y[b][1]);
-    }
-    auto sum_up = [&](int half, const u32(&w)[BLOCKS][4], const u32(&steps)[BLOCKS]) {
-      float c[4] = {}, sum = 0;
-#pragma unroll
-      for (int b = 0; b < BLOCKS; b++) {
-        multiply_row(c, w[b], y[b][0], y[b][1]);
-        if (BITS != 16) {
-          sum = scaled(c[0] + c[3], steps[b], totals[b], sum);
-          c[0] = c[1] = c[2] = c[3] = 0;
-        }
-      }
-      // Of four lanes, each has the sum of its pair of columns; in 16 bits the first two.
-      if (BITS == 16) sum = c[0] + c[3];
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      if (BITS != 16) sum += __shfl_xor_sync(~0u, sum, 2);
-      if (t == 0) sh.sums[side][8 * half + g][warp] = sum;
-    };
-#pragma unroll
-    for (int h = 0; h < KEPT + PACKED; h++)
-      if (h < ALWAYS || h < eights) {
-        if (h < KEPT) {
-          sum_up(h, kept[least(h, KEPT - 1)], steps[h]);
-        } else {
-          u32 late[BLOCKS][4];
-          unpack(late, packed[most(h - KEPT, -1) + 1]);
-          sum_up(h, late, steps[h]);
-        }
-      }
-    if (BITS == 16 && eights > KEPT) {
-#pragma unroll 1
-      for (int h = KEPT; h < eights; h++) {
-        u32 row, meta, late[BLOCKS][4];
-        row_of(h, row, meta);
-        load_row(late, row);
-        sum_up(h, late, steps[0]);
-      }
-      release(sh, place, chunks);
-    }
-    // The moments come a little later than the stream, and must be there only now.
-    while (__any_sync(~0u, waits)) {
-      if (waits) both = peek8(stats);
-      if (fresh(both.x, s.stream_tag) && fresh(both.y, s.stream_tag)) waits = false;
-      patience.spend();
-    }
-    float2 moments = {__uint_as_float(both.x), __uint_as_float(both.y)};
-#pragma unroll
-    for (int step = EACH > 16 ? 16 : EACH > 8 ? 8 : 4; step; step /= 2) {
-      moments.x += __shfl_xor_sync(~0u, moments.x, step);
-      moments.y += __shfl_xor_sync(~0u, moments.y, step);
-    }
-    if (lane == 0) sh.moments[0][warp] = moments.x, sh.moments[1][warp] = moments.y;
-  } else {
-    const bool own = step == OWN_OUT;
-    const int splits = own ? SELF_SPLITS : CROSS_SPLITS;
-    const u16* runs_from = (own ? a.own_runs : a.cross_runs) + copy * (HEADS * 8 * 64);
-    const float* logs_from = (own ? a.own_logs : a.cross_logs) + copy * (HEADS * 8) + t;
-    // Heads lie 8 runs apart. Where a plane ends with a head, what lies between two blocks is known beforehand.
-    constexpr bool WHOLE = plane(WIDTH) % 64 == 0;
-    const int first_head = in_plane[0] / 64;
-    const u16* const first_unit = runs_from + (first_head * 8 + g / 2) * 64 + in_plane[0] % 64;
-    const float* const first_log = logs_from + first_head * 8;
-    auto unit_at = [&](int b, int set) {
-      const int element = b % DIGITS * plane(WIDTH) + in_plane[b / DIGITS];
-      if (!WHOLE) return runs_from + (element / 64 * 8 + 4 * set + g / 2) * 64 + element % 64;
-      return first_unit + ((b / DIGITS * WARPS * 32 + b % DIGITS * plane(WIDTH)) / 64 * 8 + 4 * set) * 64;
-    };
-    auto log_at = [&](int b, int set) {
-      const int element = b % DIGITS * plane(WIDTH) + in_plane[b / DIGITS];
-      if (!WHOLE) return logs_from + element / 64 * 8 + 4 * set;
-      return first_log + (b / DIGITS * WARPS * 32 + b % DIGITS * plane(WIDTH)) / 64 * 8 + 4 * set;
-    };
-    // Two columns to a run: the first four in one product, the others in a second. A lane gets the sums of run t and of
-    // run t + 4.
-    constexpr int SETS = most(SELF_SPLITS, CROSS_SPLITS) > 4 ? 2 : 1;
-    uint4 units[BLOCKS][SETS];
-    u32 logs[BLOCKS][SETS];
-    u32 missing = 0;
-#pragma unroll
-    for (int b = 0; b < BLOCKS; b++) {
-      const int in = in_plane[b / DIGITS], element = b % DIGITS * plane(WIDTH) + in;
-      const bool inside = in < plane(WIDTH) && element < WIDTH;
+    for (int b = 0; b < BLOCKS; b++)
 #pragma unroll
       for (int set = 0; set < SETS; set++) {
-        units[b][set] = {};
-        logs[b][set] = __float_as_uint(NOTHING);
-        if (inside && 4 * set + g / 2 < splits) missing |= 1u << (2 * b + set);
-        if (inside && 4 * set + t < splits) missing |= 65536u << (2 * b + set);
+        if (missing >> (2 * b + set) & 1) units[b][set] = peek16(unit_at(b, set));
+        if (missing >> (16 + 2 * b + set) & 1) logs[b][set] = peek4(log_at(b, set));
       }
+  };
+#pragma unroll
+  for (int b = 0; b < BLOCKS; b++) {
+#pragma unroll
+    for (int set = 0; set < SETS; set++) {
+      units[b][set] = {};
+      logs[b][set] = __float_as_uint(NOTHING);
+      if (is_inside(first, b) && 4 * set + g / 2 < splits) missing |= 1u << (2 * b + set);
+      if (is_inside(first, b) && 4 * set + t < splits) missing |= 65536u << (2 * b + set);
     }
-    Patience patience;
-    do {
+  }
+  look();
+  // The second eight stays packed where others do: the activations take more registers.
+  Weights<2, 2, KEPT_EIGHTS < MOST_EIGHTS ? 1 : 2> weights;
+  weights.load(s, sh, step);
+  Patience patience;
+  while (true) {
 #pragma unroll
-      for (int b = 0; b < BLOCKS; b++) {
-#pragma unroll
-        for (int set = 0; set < SETS; set++) {
-          if (missing >> (2 * b + set) & 1) units[b][set] = peek16(unit_at(b, set));
-          if (missing >> (16 + 2 * b + set) & 1) logs[b][set] = peek4(log_at(b, set));
-        }
-      }
-#pragma unroll
-      for (int b = 0; b < BLOCKS; b++)
-#pragma unroll
-        for (int set = 0; set < SETS; set++) {
-          if (fresh(units[b][set].x, s.tag)) missing &= ~(1u << (2 * b + set));
-          if (fresh(logs[b][set], s.tag)) missing &= ~(65536u << (2 * b + set));
-        }
-      patience.spend();
-    } while (__any_sync(~0u, missing));
-    float sums[2] = {};
-#pragma unroll
-    for (int b = 0; b < BLOCKS; b++) {
-      // Each run's share of the head that the block belongs to.
-      float best = __uint_as_float(logs[b][0]), share[SETS], all = 0;
-      if (SETS == 2) best = fmaxf(best, __uint_as_float(logs[b][SETS - 1]));
-      best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
-      best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
+    for (int b = 0; b < BLOCKS; b++)
 #pragma unroll
       for (int set = 0; set < SETS; set++) {
-        share[set] = exp2_fast(__uint_as_float(logs[b][set]) - best);
-        all += share[set];
+        if (fresh(units[b][set].x, s.tag)) missing &= ~(1u << (2 * b + set));
+        if (fresh(logs[b][set], s.tag)) missing &= ~(65536u << (2 * b + set));
       }
-      all += __shfl_xor_sync(~0u, all, 1);
-      all += __shfl_xor_sync(~0u, all, 2);
-      const float inverse = __fdividef(1.0f, fmaxf(all, 1e-30f));
+    if (!__any_sync(~0u, missing)) break;
+    look();
+    patience.spend();
+  }
+  float sums[2] = {};
 #pragma unroll
-      for (int set = 0; set < SETS; set++) {
-        u32 y[2];
-        operands(y, units[b][set], g & 1);
-        // All columns are taken: where the halves of a block differ in scale, one after the other.
-        constexpr int SPLITS = BITS != 16 && GROUP % 32 ? 2 : 1;
+  for (int b = 0; b < BLOCKS; b++) {
+    // Each run's share of the head that the block belongs to.
+    float best = __uint_as_float(logs[b][0]), share[SETS], all = 0;
+    if (SETS == 2) best = fmaxf(best, __uint_as_float(logs[b][SETS - 1]));
+    best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
+    best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
 #pragma unroll
-        for (int split = 0; split < SPLITS; split++) {
-          const bool mine = SPLITS == 1 || t >> 1 == split;
-          const u32 x0 = mine ? y[0] : 0, x1 = mine ? y[1] : 0;
-          const float total = BITS == 16 ? 0 : total_of(x0, x1);
+    for (int set = 0; set < SETS; set++) {
+      share[set] = exp2_fast(__uint_as_float(logs[b][set]) - best);
+      all += share[set];
+    }
+    all += __shfl_xor_sync(~0u, all, 1);
+    all += __shfl_xor_sync(~0u, all, 2);
+    const float inverse = __fdividef(1.0f, fmaxf(all, 1e-30f));
 #pragma unroll
-          for (int half = 0; half < 2; half++) {
-            float c[4] = {};
-            if (PACK_SECOND && half == 1) {
-              u32 late[4];
-              integers(late, packed[0][b / DIGITS], b % DIGITS);
-              multiply_row(c, late, x0, x1);
-            } else {
-              multiply_row(c, kept[half][b], x0, x1);
-            }
-            const float weight = share[set] * inverse;
-            if (BITS == 16) {
-              sums[half] += (c[0] + c[3]) * weight;
-            } else {
-              u32 of = steps[half][b];
-              if (SPLITS == 2) of = __shfl_sync(~0u, of, lane & ~1 | split);
-              sums[half] += scaled(c[0] + c[3], of, total, 0) * weight;
-            }
+    for (int set = 0; set < SETS; set++) {
+      u32 y[2];
+      operands(y, units[b][set], g & 1);
+      // All columns are taken: where the halves of a block differ in scale, one after the other.
+      constexpr int SPLITS = BITS != 16 && GROUP % 32 ? 2 : 1;
+#pragma unroll
+      for (int split = 0; split < SPLITS; split++) {
+        const bool mine = SPLITS == 1 || t >> 1 == split;
+        const u32 x0 = mine ? y[0] : 0, x1 = mine ? y[1] : 0;
+        const float total = BITS == 16 ? 0 : total_of(x0, x1);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          float c[4] = {};
+          u32 w[4];
+          weights.get(w, half, b);
+          multiply_row(c, w, x0, x1);
+          const float weight = share[set] * inverse;
+          if (BITS == 16) {
+            sums[half] += (c[0] + c[3]) * weight;
+          } else {
+            u32 of = weights.steps[half][b];
+            if (SPLITS == 2) of = __shfl_sync(~0u, of, lane & ~1 | split);
+            sums[half] += scaled(c[0] + c[3], of, total, 0) * weight;
           }
         }
       }
     }
-#pragma unroll
-    for (int step = 1; step < 4; step *= 2)
-#pragma unroll
-      for (int half = 0; half < 2; half++) sums[half] += __shfl_xor_sync(~0u, sums[half], step);
-    if (t == 0) sh.sums[side][g][warp] = sums[0], sh.sums[side][8 + g][warp] = sums[1];
-    s.stream_tag ^= 1;
   }
-  __syncwarp();
-  bar_arrive(STEP_DONE + step, 32 * (WARPS + finishers(step)));
-  bar_sync(PUBLISHED, 32 * (WARPS + finishers(step)));
+#pragma unroll
+  for (int step = 1; step < 4; step *= 2)
+#pragma unroll
+    for (int half = 0; half < 2; half++) sums[half] += __shfl_xor_sync(~0u, sums[half], step);
+  if (t == 0) sh.sums[1][g][warp] = sums[0], sh.sums[1][8 + g][warp] = sums[1];
+  s.stream_tag ^= 1;
+  hand_over(step);
 }
 
 // The product with the hidden layer: many elements, few rows.
@@ -1007,6 +1022,27 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
   const u32 id = thread();
   const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4;
   const bool idle = runs(FFN) < WARPS && warp >= runs(FFN);
+  // The activations fill one column, or two where the halves of a block may differ in scale: they pass through shared
+  // memory, so that the lanes of the other columns need not hold them. Looked at a first time before the weights are.
+  uint4 units[UNITS];
+  u32 missing = 0;
+  auto unit_at = [&](int i, bool& there) {
+    const int b = (i * 32 + lane) / 4, in_plane = (b / DIGITS * WARPS + (idle ? 0 : warp)) * 32 + t * 8;
+    const int element = b % DIGITS * PLANE + in_plane;
+    there = b < BLOCKS && in_plane < PLANE && element < FFN;
+    return a.hidden + program() % COPIES * FFN + element;
+  };
+#pragma unroll
+  for (int i = 0; i < UNITS; i++) {
+    bool there;
+    const u16* at = unit_at(i, there);
+    units[i] = {};
+    if (there) {
+      missing |= 1u << i;
+      units[i] = peek16(at);
+    }
+  }
+
   const int place = take(sh, s.cursor, chunks_of(FC2));
   auto row_of = [&](int half) { return least(8 * half + g, ROWS - 1); };
   auto there = [&](int turn) { return runs(FFN) % WARPS == 0 || turn * WARPS + warp < runs(FFN); };
@@ -1050,34 +1086,20 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
     }
   if (BITS != 16 || KEEP == TURNS) release(sh, place, chunks_of(FC2));
 
-  // The activations fill one column, or two where the halves of a block may differ in scale: they pass through shared
-  // memory, so that the lanes of the other columns need not hold them.
-  uint4 units[UNITS];
-  u32 missing = 0;
-  auto element_of = [&](int b, int& in_plane) {
-    in_plane = (b / DIGITS * WARPS + (idle ? 0 : warp)) * 32 + t * 8;
-    return b % DIGITS * PLANE + in_plane;
-  };
-#pragma unroll
-  for (int i = 0; i < UNITS; i++) {
-    int in_plane;
-    const int b = (i * 32 + lane) / 4, element = element_of(b, in_plane);
-    units[i] = {};
-    if (b < BLOCKS && in_plane < PLANE && element < FFN) missing |= 1u << i;
-  }
   Patience patience;
-  do {
-#pragma unroll
-    for (int i = 0; i < UNITS; i++) {
-      int in_plane;
-      const int element = element_of((i * 32 + lane) / 4, in_plane);
-      if (missing >> i & 1) units[i] = peek16(a.hidden + program() % COPIES * FFN + element);
-    }
+  while (true) {
 #pragma unroll
     for (int i = 0; i < UNITS; i++)
       if (fresh(units[i].x, s.tag)) missing &= ~(1u << i);
+    if (!__any_sync(~0u, missing)) break;
+#pragma unroll
+    for (int i = 0; i < UNITS; i++) {
+      bool there;
+      const u16* at = unit_at(i, there);
+      if (missing >> i & 1) units[i] = peek16(at);
+    }
     patience.spend();
-  } while (__any_sync(~0u, missing));
+  }
   u16* staged = sh.hidden[warp];
 #pragma unroll
   for (int i = 0; i < UNITS; i++)
@@ -1089,7 +1111,8 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
       *(uint4*)&staged[(i * 32 + lane) * 8] = {even[0], even[1], odd[0], odd[1]};
     }
   __syncwarp();
-  float c[2][4] = {}, sums[2] = {};
+  // Two chains of products to each eight of rows.
+  float c[2][2][4] = {}, sums[2] = {};
 #pragma unroll
   for (int turn = 0; turn < TURNS; turn++)
 #pragma unroll
@@ -1108,10 +1131,11 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
           else
             integers(late, packed[most(turn - KEEP, -1) + 1][half], digit);
         }
-        multiply_row(c[half], turn < KEEP ? kept[least(b, KEEP * DIGITS - 1)][half] : late, x.x, x.y);
+        float(&to)[4] = c[half][b % 2];
+        multiply_row(to, turn < KEEP ? kept[least(b, KEEP * DIGITS - 1)][half] : late, x.x, x.y);
         if (BITS != 16) {
-          sums[half] = scaled(c[half][0] + c[half][3], steps[b][half], total, sums[half]);
-          c[half][0] = c[half][1] = c[half][2] = c[half][3] = 0;
+          sums[half] = scaled(to[0] + to[3], steps[b][half], total, sums[half]);
+          to[0] = to[1] = to[2] = to[3] = 0;
         }
       }
     }
@@ -1119,15 +1143,13 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     if (BITS == 16)
-      sums[half] = c[half][0] + c[half][3];
+      sums[half] = c[half][0][0] + c[half][0][3] + (c[half][1][0] + c[half][1][3]);
     else
       sums[half] += __shfl_down_sync(~0u, sums[half], 1);
     if (t == 0) sh.sums[side_of(FC2)][8 * half + g][warp] = sums[half];
   }
   s.stream_tag ^= 1;
-  __syncwarp();
-  bar_arrive(STEP_DONE + FC2, 32 * (WARPS + finishers(FC2)));
-  bar_sync(PUBLISHED, 32 * (WARPS + finishers(FC2)));
+  hand_over(FC2);
 }
 
 // What becomes of a product's sums: two lanes of a finishing warp to a feature.
@@ -1152,23 +1174,22 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
     }
   }
   release(sh, place, chunks);
+  if (!from_stream(step)) s.stream_tag ^= 1;
+  // Every warp reads every use of the stream's moments, or it could take those before the last for new.
+  float2 moments = {};
+  if (from_stream(step)) moments = read_moments(a, s.stream_tag, sh.eps[layer][norm]);
   if (warp >= finishers(step)) return;
+  const float constant = first - moments.x * moments.y * second, factor = moments.y * GROW;
   // Once in vain before the sums are there: the instructions are then in the cache, when every one of them counts.
 #pragma unroll 1
   for (int pass = 0; pass < 2; pass++) {
     const bool real = pass == 1;
     if (real) bar_sync(STEP_DONE + step, 32 * (WARPS + finishers(step)));
-    const int side = side_of(step);
-    const float4 four = *(const float4*)&sh.sums[side][row][4 * half];
-    const float4 m = *(const float4*)&sh.moments[0][4 * half], q = *(const float4*)&sh.moments[1][4 * half];
+    const float4 four = *(const float4*)&sh.sums[side_of(step)][row][4 * half];
     float total = four.x + four.y + (four.z + four.w);
-    float sum = m.x + m.y + (m.z + m.w), squares = q.x + q.y + (q.z + q.w);
     total += __shfl_xor_sync(~0u, total, 1);
     if (from_stream(step)) {
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      squares += __shfl_xor_sync(~0u, squares, 1);
-      const float mean = sum * (1.0f / WIDTH), variance = fmaxf(squares * (1.0f / WIDTH) - mean * mean, 0.0f);
-      total = (total * GROW - mean * second) * rsqrt_fast(variance + sh.eps[layer][norm]) + first;
+      total = total * factor + constant;
       if (step == FC1) {
         const float y = 0.5f * total * (1.0f + erff(total * 0.7071067811865476f));
         // Eight features, sixteen lanes, one unit.
@@ -1189,10 +1210,7 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
         }
       }
     } else {
-      if (real) {
-        s.residual += total + first;
-        s.stream_tag ^= 1;
-      }
+      if (real) s.residual += total + first;
       publish_stream(a, n, s.residual, second, finishes && real, s.stream_tag, step == FC2 && layer == LAYERS - 1);
     }
   }
@@ -1445,9 +1463,11 @@ __device__ __forceinline__ void multiply_layers(const Arguments& a, State& s, Sh
       else if (step == FC2)
         product_of_hidden(a, s, sh);
       else if (is_large(step))
-        product<true>(a, s, sh, step);
+        product_of_stream<true>(a, s, sh, step);
+      else if (from_stream(step))
+        product_of_stream<false>(a, s, sh, step);
       else
-        product<false>(a, s, sh, step);
+        product_of_runs(a, s, sh, step);
 }
 
 __device__ __forceinline__ void finish_layers(const Arguments& a, State& s, Shared& sh) {
