@@ -209,6 +209,9 @@ __device__ __forceinline__ float high_of(u32 pair) { return widen((u16)(pair >> 
 static_assert(LAYERS % 2 == 0, "tags would differ from launch to launch");
 constexpr float NOTHING = -1e30f, LOG2E = 1.4426950408889634f;
 constexpr float SHRINK = 1.0f / 16, GROW = 16.0f;  // Keeps activations times gains far from float16's largest number.
+#ifndef LOOK
+#define LOOK 1
+#endif
 constexpr int WARPS = 8;
 // Warps that multiply, one that fetches, and those that finish what is multiplied, sixteen features each.
 constexpr int FETCHER = WARPS, FIRST_FINISHER = WARPS + 1, FINISHERS = 3, THREADS = 32 * (WARPS + 4);
@@ -221,6 +224,7 @@ constexpr int ratio(int a, int b) { return (a + b - 1) / b; }
 // Output features of a program: pairs of them stay together, of the feed-forward layer eight.
 constexpr int ROWS = up(ratio(WIDTH, PROGRAMS), 2), ROWS_FFN = up(ratio(FFN, PROGRAMS), 8);
 constexpr int GIVERS = ratio(WIDTH, ROWS);  // Programs that have some of `WIDTH` features.
+constexpr int STATS = up(GIVERS, 2);
 static_assert(ROWS <= 16 && HEADS * CROSS_SPLITS <= GIVERS && CROSS_SPLITS <= 8, "");
 static_assert(ratio(GIVERS, WARPS) <= 32, "");
 
@@ -296,12 +300,20 @@ static_assert(finishers(QKV) <= FINISHERS && finishers(FC1) <= FINISHERS, "");
 // Named barriers: one for each product and attention, of those that multiply with those that finish; and one for the
 // way back.
 enum { TABLES = 1, STEP_DONE = 2, PUBLISHED = STEP_DONE + STEPS };
+constexpr int TURNS = turns(WIDTH), BLOCKS = TURNS * DIGITS;  // Of a warp, in a product with `WIDTH` elements.
 constexpr int HIDDEN_BLOCKS = turns(FFN) * DIGITS;
 struct Shared {
   alignas(16) float sums[2][MOST_ROWS][WARPS];
   union {
     alignas(16) float runs[WARPS][64 + 4];
-    alignas(16) u16 hidden[WARPS][HIDDEN_BLOCKS * 32];
+    // A warp's activations on their way to the lanes that multiply them: blocks of the hidden layer; of the stream, each
+    // block's halves and remainders; of attention, each block of eight runs, and the runs' shares.
+    alignas(16) u16 hidden[WARPS][HIDDEN_BLOCKS][32];
+    alignas(16) u16 stream[WARPS][BLOCKS][2][32];
+    struct {
+      alignas(16) u16 units[BLOCKS][8][32];
+      float2 shares[BLOCKS][4];
+    } merged[WARPS];
   };
   alignas(16) float tops[WARPS], totals[WARPS];
   u64 caches[LAYERS][4];
@@ -320,7 +332,7 @@ struct Arguments {
   const u64* table;
   u16 *stream;           // [COPIES][2][WIDTH]: halves, then their remainders.
   u16 *heads, *query;    // [2][3 WIDTH], [2][WIDTH], likewise.
-  float2* stats;         // [COPIES][GIVERS]: of the rows of each, sum and sum of squares.
+  float2* stats;         // [COPIES][STATS]: of the rows of each giver, sum and sum of squares.
   u16 *own_runs, *cross_runs;     // [COPIES][HEADS][8][64]
   float *own_logs, *cross_logs;   // [COPIES][HEADS][8]: the logarithms (of base 2) of the sums of exponentials.
   u16* hidden;           // [COPIES][FFN]
@@ -572,9 +584,8 @@ struct State {
 // Float32 values as halves and remainders, of which both carry the tag, for features `n` and `n + 1`: two lanes finish
 // a feature, and of the four lanes of a pair each publishes a copy. The tag costs the half a bit that the remainder
 // makes good.
-__device__ __forceinline__ void publish_split(u16* halves, int total, int copies, int n, float value, bool there,
-                                              u32 tag) {
-  const float other = __shfl_xor_sync(~0u, value, 2);
+__device__ __forceinline__ void publish_split(u16* halves, int total, int copies, int n, float value, float other,
+                                              bool there, u32 tag) {
   const int copy = thread() % 4;
   const float first = copy & 2 ? other : value, second = copy & 2 ? value : other;
   if (there && copy < copies) {
@@ -588,48 +599,61 @@ __device__ __forceinline__ void publish_split(u16* halves, int total, int copies
 
 // The residual stream times the gain of the layer norm that reads it, and what that norm's moments need. Of the last
 // layer for the head, which is a kernel of its own.
-__device__ __forceinline__ void publish_stream(const Arguments& a, int n, float x, float gain, bool there, u32 tag,
-                                               bool last) {
-  if (!last) publish_split(a.stream, WIDTH, COPIES, n, x * gain * SHRINK, there, tag);
-  // Of the two lanes of a feature, one adds up the values and the other their squares.
+__device__ __forceinline__ void publish_stream(const Arguments& a, int n, float x, float gain, bool finishes, bool real,
+                                               u32 tag, bool last) {
+  const bool there = finishes && real;
   const int lane = thread() % 32;
-  float sum = !there ? 0 : lane % 2 ? x * x : x;
-#pragma unroll
-  for (int step = 2; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
-  const bool gives = __shfl_sync(~0u, (int)there, 0);
+  const float value = x * gain * SHRINK, other = __shfl_xor_sync(~0u, value, 2);
+  // Of the two lanes of a feature, one adds up the values and the other their squares. The stream is published while
+  // the shuffles are on their way.
+  float sum = !finishes ? 0 : lane % 2 ? x * x : x;
+  sum += __shfl_xor_sync(~0u, sum, 2);
+  const float next = __shfl_xor_sync(~0u, sum, 4);
+  if (!last) publish_split(a.stream, WIDTH, COPIES, n, value, other, there, tag);
+  sum += next;
+  sum += __shfl_xor_sync(~0u, sum, 8);
+  sum += __shfl_xor_sync(~0u, sum, 16);
+  // A program's first feature is there if any is.
+  const bool gives = share(WIDTH, ROWS).count > 0;
   if (last) {
     if (there && lane % 2 == 0) a.gained[n] = x * gain;
-    if (gives && lane < 2) a.last_stats[lane * GIVERS + program()] = sum;
-  } else if (gives && lane < 2 * COPIES) {
-    poke4((float*)(a.stats + lane / 2 * GIVERS + program()) + lane % 2, tagged(__float_as_uint(sum), tag));
+    if (there && lane < 2) a.last_stats[lane * GIVERS + program()] = sum;
+  } else if (real && gives && lane < 2 * COPIES) {
+    poke4((float*)(a.stats + lane / 2 * STATS + program()) + lane % 2, tagged(__float_as_uint(sum), tag));
   }
 }
 
 // The other end: a warp's mean and reciprocal deviation of the stream.
 __device__ __forceinline__ float2 read_moments(const Arguments& a, u32 tag, float eps) {
-  constexpr int EACH = ratio(GIVERS, 32);
+  constexpr int EACH = ratio(GIVERS, 64);
   const int lane = thread() % 32;
-  const float2* stats = a.stats + program() % COPIES * GIVERS + lane;
-  uint2 both[EACH];
+  const float2* stats = a.stats + program() % COPIES * STATS + 2 * lane;
+  uint4 two[EACH];
   u32 missing = 0;
 #pragma unroll
   for (int i = 0; i < EACH; i++) {
-    both[i] = {};
-    if (32 * i + lane < GIVERS) missing |= 1u << i;
+    two[i] = {};
+    if (64 * i + 2 * lane < GIVERS) missing |= 1u << i;
   }
   Patience patience;
   while (__any_sync(~0u, missing)) {
 #pragma unroll
     for (int i = 0; i < EACH; i++)
-      if (missing >> i & 1) both[i] = peek8(stats + 32 * i);
+      if (missing >> i & 1) two[i] = peek16(stats + 64 * i);
 #pragma unroll
-    for (int i = 0; i < EACH; i++)
-      if (fresh(both[i].x, tag) && fresh(both[i].y, tag)) missing &= ~(1u << i);
+    for (int i = 0; i < EACH; i++) {
+      // Behind an odd number of programs nobody writes.
+      if (GIVERS % 2 && 64 * i + 2 * lane + 1 == GIVERS) two[i].z = two[i].w = tag ? 0x80000001 : 0;
+      if (all_fresh(two[i], tag)) missing &= ~(1u << i);
+    }
     patience.spend();
   }
   float sum = 0, squares = 0;
 #pragma unroll
-  for (int i = 0; i < EACH; i++) sum += __uint_as_float(both[i].x), squares += __uint_as_float(both[i].y);
+  for (int i = 0; i < EACH; i++) {
+    sum += __uint_as_float(two[i].x) + __uint_as_float(two[i].z);
+    squares += __uint_as_float(two[i].y) + __uint_as_float(two[i].w);
+  }
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
     sum += __shfl_xor_sync(~0u, sum, step);
@@ -726,7 +750,6 @@ __device__ __forceinline__ void operands(u32 (&y)[2], const uint4& unit, bool od
 }
 
 // What is multiplied with `WIDTH` elements. A warp takes `TURNS` runs, and of each row a block for each digit of them.
-constexpr int TURNS = turns(WIDTH), BLOCKS = TURNS * DIGITS;
 constexpr bool is_large(int product) { return product == QKV || product == FC1; }
 // Registers for weights: what is left of a thread's when everything else has what it needs without spilling.
 constexpr int FOR_WEIGHTS = BITS == 16 ? 128 : 150, FOR_HIDDEN_WEIGHTS = 132, PACKED_WORDS = BITS == 3 ? 6 : 2;
@@ -826,50 +849,67 @@ __device__ __forceinline__ void hand_over(int step) {
   bar_sync(PUBLISHED, 32 * (WARPS + finishers(step)));
 }
 
+// Activations in the order of the columns.
+__device__ __forceinline__ void stage(u16* to, const uint4& unit) {
+  u32 even[2], odd[2];
+  operands(even, unit, false);
+  operands(odd, unit, true);
+  *(uint4*)to = {even[0], even[1], odd[0], odd[1]};
+}
+__device__ __forceinline__ uint2 staged(const u16* from) { return *(const uint2*)from; }
+
 // A product with the stream.
 template <bool LARGE>
 __device__ __forceinline__ void product_of_stream(const Arguments& a, State& s, Shared& sh, int step) {
-  constexpr int EIGHTS = LARGE ? MOST_EIGHTS : 2, ALWAYS = LARGE ? LEAST_EIGHTS : 2;
+  constexpr int EIGHTS = LARGE ? MOST_EIGHTS : 2, ALWAYS = LARGE ? LEAST_EIGHTS : 2, UNITS = ratio(BLOCKS, 4);
   const u32 id = thread();
-  const int warp = id / 32, g = id / 4 % 8, t = id % 4, first = first_in_plane();
+  const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4, first = first_in_plane();
 
-  // The activations. A lane holds those of column g: the halves are in the first two and the remainders in the next two
-  // columns; with packed weights, the halves of each block's first and second half in two each, and likewise the
-  // remainders, as the halves of a block may differ in scale.
-  const int part = BITS == 16 ? g >> 1 & 1 : g >> 2;
-  const bool has_units = BITS == 16 ? g < 4 : t >> 1 == (g >> 1 & 1);
-  const u16* stream = a.stream + (2 * (program() % COPIES) + part) * WIDTH + first;
-  uint4 units[BLOCKS];
+  // The activations: a lane asks for halves or remainders of one block in four. Looked at a first time before the weights
+  // are loaded: the way there and back takes longer than that.
+  uint4 units[UNITS];
   u32 missing = 0;
-  // Looked at a first time before the weights are loaded: the way to them and back takes longer than that.
+  const u16* const stream = a.stream + (2 * (program() % COPIES) + lane / 4 % 2) * WIDTH + first;
+  auto look = [&] {
 #pragma unroll
-  for (int b = 0; b < BLOCKS; b++) {
-    units[b] = {};
-    if (has_units && is_inside(first, b)) {
-      missing |= 1u << b;
-      units[b] = peek16(stream + block_at(b));
-    }
+    for (int i = 0; i < UNITS; i++)
+      if (missing >> i & 1) units[i] = peek16(stream + block_at(4 * i + lane / 8));
+  };
+#pragma unroll
+  for (int i = 0; i < UNITS; i++) {
+    units[i] = {};
+    if (4 * i + lane / 8 < BLOCKS && is_inside(first, 4 * i + lane / 8)) missing |= 1u << i;
   }
+  if (LOOK) look();
   Weights<EIGHTS, ALWAYS, LARGE ? least(KEPT_EIGHTS, EIGHTS) : 2> weights;
   weights.load(s, sh, step);
   Patience patience;
   while (true) {
 #pragma unroll
-    for (int b = 0; b < BLOCKS; b++)
-      if (all_fresh(units[b], s.stream_tag)) missing &= ~(1u << b);
+    for (int i = 0; i < UNITS; i++)
+      if (all_fresh(units[i], s.stream_tag)) missing &= ~(1u << i);
     if (!__any_sync(~0u, missing)) break;
-#pragma unroll
-    for (int b = 0; b < BLOCKS; b++)
-      if (missing >> b & 1) units[b] = peek16(stream + block_at(b));
+    look();
     patience.spend();
   }
-  u32 y[BLOCKS][2];
+#pragma unroll
+  for (int i = 0; i < UNITS; i++)
+    if (4 * i + lane / 8 < BLOCKS) stage(&sh.stream[warp][4 * i + lane / 8][lane / 4 % 2][t * 8], units[i]);
+  __syncwarp();
+  // A lane has those of column g: the halves are in the first two and the remainders in the next two columns; with packed
+  // weights, the halves of each block's first and second half in two each, and likewise the remainders, as the halves of
+  // a block may differ in scale.
+  const bool has_units = BITS == 16 ? g < 4 : t >> 1 == (g >> 1 & 1);
+  const int part = BITS == 16 ? g >> 1 & 1 : g >> 2;
+  uint2 y[BLOCKS];
   float totals[BLOCKS];
 #pragma unroll
   for (int b = 0; b < BLOCKS; b++) {
-    operands(y[b], units[b], g & 1);
-    if (BITS != 16) totals[b] = total_of(y[b][0], y[b][1]);
+    y[b] = {};
+    if (has_units) y[b] = staged(&sh.stream[warp][b][part][t * 8 + g % 2 * 4]);
   }
+#pragma unroll
+  for (int b = 0; b < BLOCKS; b++) totals[b] = BITS == 16 ? 0 : total_of(y[b].x, y[b].y);
 #pragma unroll
   for (int h = 0; h < EIGHTS; h++) {
     if (h >= ALWAYS && 8 * h >= chunks_of(step) * ROWS) continue;
@@ -878,7 +918,7 @@ __device__ __forceinline__ void product_of_stream(const Arguments& a, State& s, 
     for (int b = 0; b < BLOCKS; b++) {
       u32 w[4];
       weights.get(w, h, b);
-      multiply_row(c, w, y[b][0], y[b][1]);
+      multiply_row(c, w, y[b].x, y[b].y);
       if (BITS != 16) {
         sum = scaled(c[0] + c[3], weights.steps[h][b], totals[b], sum);
         c[0] = c[1] = c[2] = c[3] = 0;
@@ -900,88 +940,90 @@ __device__ __forceinline__ void product_of_runs(const Arguments& a, State& s, Sh
   const bool own = step == OWN_OUT;
   const int splits = own ? SELF_SPLITS : CROSS_SPLITS, copy = program() % COPIES;
 
-  // A lane holds activations of column g. Two columns to a run: the first four in one product, the others in a second. A
-  // lane gets the sums of run t and of run t + 4. Heads lie 8 runs apart; where a plane ends with a head, what lies
-  // between two blocks is known beforehand.
-  constexpr int SETS = most(SELF_SPLITS, CROSS_SPLITS) > 4 ? 2 : 1;
+  // A lane asks for its eighth of every block, of one run, and for the logarithms of one run of one block in four.
+  constexpr int LOGS = ratio(BLOCKS, 4);
+  // Heads lie 8 runs apart; where a plane ends with a head, what lies between two blocks is known beforehand.
   constexpr bool WHOLE = plane(WIDTH) % 64 == 0;
-  const u16* runs_from = (own ? a.own_runs : a.cross_runs) + copy * (HEADS * 8 * 64) + g / 2 * 64;
-  const float* logs_from = (own ? a.own_logs : a.cross_logs) + copy * (HEADS * 8) + t;
+  const u16* const runs_from = (own ? a.own_runs : a.cross_runs) + copy * (HEADS * 8 * 64) + lane / 4 * 64;
+  const float* const logs_from = (own ? a.own_logs : a.cross_logs) + copy * (HEADS * 8) + lane % 8;
   const u16* const first_unit = runs_from + first / 64 * (8 * 64) + first % 64;
-  const float* const first_log = logs_from + first / 64 * 8;
-  auto unit_at = [&](int b, int set) {
-    const int element = block_at(b) + first;
-    return (WHOLE ? first_unit + block_at(b) / 64 * (8 * 64) : runs_from + element / 64 * (8 * 64) + element % 64) +
-           set * (4 * 64);
-  };
-  auto log_at = [&](int b, int set) {
-    return (WHOLE ? first_log + block_at(b) / 64 * 8 : logs_from + (block_at(b) + first) / 64 * 8) + set * 4;
-  };
-  uint4 units[BLOCKS][SETS];
-  u32 logs[BLOCKS][SETS];
+  uint4 units[BLOCKS];
+  u32 logs[LOGS];
   u32 missing = 0;
   auto look = [&] {
 #pragma unroll
-    for (int b = 0; b < BLOCKS; b++)
+    for (int b = 0; b < BLOCKS; b++) {
+      const int element = block_at(b) + first;
+      if (missing >> b & 1)
+        units[b] = peek16(WHOLE ? first_unit + block_at(b) / 64 * (8 * 64)
+                                : runs_from + element / 64 * (8 * 64) + element % 64);
+    }
 #pragma unroll
-      for (int set = 0; set < SETS; set++) {
-        if (missing >> (2 * b + set) & 1) units[b][set] = peek16(unit_at(b, set));
-        if (missing >> (16 + 2 * b + set) & 1) logs[b][set] = peek4(log_at(b, set));
-      }
+    for (int i = 0; i < LOGS; i++)
+      if (missing >> (16 + i) & 1) logs[i] = peek4(logs_from + (block_at(4 * i + lane / 8) + first) / 64 * 8);
   };
 #pragma unroll
   for (int b = 0; b < BLOCKS; b++) {
-#pragma unroll
-    for (int set = 0; set < SETS; set++) {
-      units[b][set] = {};
-      logs[b][set] = __float_as_uint(NOTHING);
-      if (is_inside(first, b) && 4 * set + g / 2 < splits) missing |= 1u << (2 * b + set);
-      if (is_inside(first, b) && 4 * set + t < splits) missing |= 65536u << (2 * b + set);
-    }
+    units[b] = {};
+    if (is_inside(first, b) && lane / 4 < splits) missing |= 1u << b;
   }
-  look();
-  // The second eight stays packed where others do: the activations take more registers.
+#pragma unroll
+  for (int i = 0; i < LOGS; i++) {
+    logs[i] = __float_as_uint(NOTHING);
+    const int b = 4 * i + lane / 8;
+    if (b < BLOCKS && is_inside(first, b) && lane % 8 < splits) missing |= 65536u << i;
+  }
+  if (LOOK) look();
+  // The second eight stays packed where others do.
   Weights<2, 2, KEPT_EIGHTS < MOST_EIGHTS ? 1 : 2> weights;
   weights.load(s, sh, step);
   Patience patience;
   while (true) {
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++)
+      if (fresh(units[b].x, s.tag)) missing &= ~(1u << b);
 #pragma unroll
-      for (int set = 0; set < SETS; set++) {
-        if (fresh(units[b][set].x, s.tag)) missing &= ~(1u << (2 * b + set));
-        if (fresh(logs[b][set], s.tag)) missing &= ~(65536u << (2 * b + set));
-      }
+    for (int i = 0; i < LOGS; i++)
+      if (fresh(logs[i], s.tag)) missing &= ~(65536u << i);
     if (!__any_sync(~0u, missing)) break;
     look();
     patience.spend();
   }
+#pragma unroll
+  for (int b = 0; b < BLOCKS; b++) stage(&sh.merged[warp].units[b][lane / 4][t * 8], units[b]);
+#pragma unroll
+  for (int i = 0; i < LOGS; i++) {
+    // Each run's share of the head that the block belongs to: of eight lanes, the lane of the run has it.
+    const float log = __uint_as_float(logs[i]);
+    float best = log;
+#pragma unroll
+    for (int step = 1; step < 8; step *= 2) best = fmaxf(best, __shfl_xor_sync(~0u, best, step));
+    const float mine = exp2_fast(log - best);
+    float all = mine;
+#pragma unroll
+    for (int step = 1; step < 8; step *= 2) all += __shfl_xor_sync(~0u, all, step);
+    const int b = 4 * i + lane / 8;
+    if (b < BLOCKS)
+      ((float*)&sh.merged[warp].shares[b][lane % 4])[lane / 4 % 2] = mine * __fdividef(1.0f, fmaxf(all, 1e-30f));
+  }
+  __syncwarp();
+  // A lane has activations of column g. Two columns to a run: the first four in one product, the others in a second. A
+  // lane gets the sums of run t and of run t + 4.
+  constexpr int SETS = most(SELF_SPLITS, CROSS_SPLITS) > 4 ? 2 : 1;
   float sums[2] = {};
 #pragma unroll
   for (int b = 0; b < BLOCKS; b++) {
-    // Each run's share of the head that the block belongs to.
-    float best = __uint_as_float(logs[b][0]), share[SETS], all = 0;
-    if (SETS == 2) best = fmaxf(best, __uint_as_float(logs[b][SETS - 1]));
-    best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
-    best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
+    const float2 shares = sh.merged[warp].shares[b][t];
 #pragma unroll
     for (int set = 0; set < SETS; set++) {
-      share[set] = exp2_fast(__uint_as_float(logs[b][set]) - best);
-      all += share[set];
-    }
-    all += __shfl_xor_sync(~0u, all, 1);
-    all += __shfl_xor_sync(~0u, all, 2);
-    const float inverse = __fdividef(1.0f, fmaxf(all, 1e-30f));
-#pragma unroll
-    for (int set = 0; set < SETS; set++) {
-      u32 y[2];
-      operands(y, units[b][set], g & 1);
+      const uint2 y = staged(&sh.merged[warp].units[b][4 * set + g / 2][t * 8 + g % 2 * 4]);
+      const float weight = set ? shares.y : shares.x;
       // All columns are taken: where the halves of a block differ in scale, one after the other.
       constexpr int SPLITS = BITS != 16 && GROUP % 32 ? 2 : 1;
 #pragma unroll
       for (int split = 0; split < SPLITS; split++) {
         const bool mine = SPLITS == 1 || t >> 1 == split;
-        const u32 x0 = mine ? y[0] : 0, x1 = mine ? y[1] : 0;
+        const u32 x0 = mine ? y.x : 0, x1 = mine ? y.y : 0;
         const float total = BITS == 16 ? 0 : total_of(x0, x1);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -989,7 +1031,6 @@ __device__ __forceinline__ void product_of_runs(const Arguments& a, State& s, Sh
           u32 w[4];
           weights.get(w, half, b);
           multiply_row(c, w, x0, x1);
-          const float weight = share[set] * inverse;
           if (BITS == 16) {
             sums[half] += (c[0] + c[3]) * weight;
           } else {
@@ -1039,7 +1080,7 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
     units[i] = {};
     if (there) {
       missing |= 1u << i;
-      units[i] = peek16(at);
+      if (LOOK) units[i] = peek16(at);
     }
   }
 
@@ -1100,16 +1141,9 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
     }
     patience.spend();
   }
-  u16* staged = sh.hidden[warp];
 #pragma unroll
   for (int i = 0; i < UNITS; i++)
-    if (i * 32 + lane < BLOCKS * 4) {
-      // In the order of the columns.
-      u32 even[2], odd[2];
-      operands(even, units[i], false);
-      operands(odd, units[i], true);
-      *(uint4*)&staged[(i * 32 + lane) * 8] = {even[0], even[1], odd[0], odd[1]};
-    }
+    if (i * 32 + lane < BLOCKS * 4) stage(&sh.hidden[warp][(i * 32 + lane) / 4][t * 8], units[i]);
   __syncwarp();
   // Two chains of products to each eight of rows.
   float c[2][2][4] = {}, sums[2] = {};
@@ -1120,7 +1154,7 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
       const int b = turn * DIGITS + digit;
       keep_order();
       uint2 x = {};
-      if (BITS == 16 ? g < 2 : g < 4 && t >> 1 == g >> 1) x = *(const uint2*)&staged[b * 32 + t * 8 + g % 2 * 4];
+      if (BITS == 16 ? g < 2 : g < 4 && t >> 1 == g >> 1) x = staged(&sh.hidden[warp][b][t * 8 + g % 2 * 4]);
       const float total = BITS == 16 ? 0 : total_of(x.x, x.y);
 #pragma unroll
       for (int half = 0; half < 2; half++) {
@@ -1203,7 +1237,8 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
         const bool query = step == QUERY || chunk == 0;
         total = query ? total * (a.scale * LOG2E) : low_of(pack(total, 0));
         publish_split(step == QUERY ? a.query : a.heads, step == QUERY ? WIDTH : 3 * WIDTH, 1,
-                      (step == QUERY ? 0 : chunk * WIDTH) + n, total, finishes && real, s.tag);
+                      (step == QUERY ? 0 : chunk * WIDTH) + n, total, __shfl_xor_sync(~0u, total, 2), finishes && real,
+                      s.tag);
         if (finishes && real && !query && half == 0) {
           u16* cache = (u16*)sh.caches[layer][chunk - 1];
           cache[((long long)(n / 64) * SLOTS + s.slot) * 64 + n % 64] = (u16)pack(total, 0);
@@ -1211,7 +1246,7 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
       }
     } else {
       if (real) s.residual += total + first;
-      publish_stream(a, n, s.residual, second, finishes && real, s.stream_tag, step == FC2 && layer == LAYERS - 1);
+      publish_stream(a, n, s.residual, second, finishes, real, s.stream_tag, step == FC2 && layer == LAYERS - 1);
     }
   }
   __syncwarp();
@@ -1483,7 +1518,7 @@ __device__ __forceinline__ void finish_layers(const Arguments& a, State& s, Shar
       s.residual = widen(a.embedding[token * WIDTH + n]) + widen(a.positions[position * WIDTH + n]);
       gain = widen(a.first_gain[n]);
     }
-    publish_stream(a, n, s.residual, gain, finishes, s.stream_tag, false);
+    publish_stream(a, n, s.residual, gain, finishes, true, s.stream_tag, false);
   }
 #pragma unroll 1
   for (int layer = 0; layer < LAYERS; layer++, s.tag ^= 1)

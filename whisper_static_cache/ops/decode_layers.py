@@ -282,7 +282,7 @@ def work_space(shape, device):
     A session has its own; two launches with one of them must not overlap.
     """
     runs, logs = shape.heads * MAX_SPLITS * HEAD_DIM, shape.heads * MAX_SPLITS * 2
-    copied = 2 * shape.width, 4 * shape.givers, runs, runs, logs, logs, shape.ffn
+    copied = 2 * shape.width, 4 * (shape.givers + shape.givers % 2), runs, runs, logs, logs, shape.ffn
     stream, stats, *others = (_COPIES * size for size in copied)
     sizes = stream, 6 * shape.width, 2 * shape.width, stats, *others
     return [torch.zeros(size, dtype=torch.int16, device=device) for size in sizes]
