@@ -209,8 +209,11 @@ __device__ __forceinline__ float high_of(u32 pair) { return widen((u16)(pair >> 
 static_assert(LAYERS % 2 == 0, "tags would differ from launch to launch");
 constexpr float NOTHING = -1e30f, LOG2E = 1.4426950408889634f;
 constexpr float SHRINK = 1.0f / 16, GROW = 16.0f;  // Keeps activations times gains far from float16's largest number.
-#ifndef LOOK
-#define LOOK 1
+#ifndef L2AHEAD
+#define L2AHEAD 1
+#endif
+#ifndef GATE
+#define GATE 1
 #endif
 constexpr int WARPS = 8;
 // Warps that multiply, one that fetches, and those that finish what is multiplied, sixteen features each.
@@ -414,13 +417,16 @@ struct Pointers {
 };
 
 // Room for the next chunk, when few enough are on their way; its barrier expects `bytes`.
-__device__ __forceinline__ u32 make_room(Shared& sh, const Cursor& cursor, Cursor& landed, int& issued, u32 bytes) {
+template <class Prefetch>
+__device__ __forceinline__ u32 make_room(Shared& sh, const Cursor& cursor, Cursor& landed, int& issued, u32 bytes,
+                                         Prefetch prefetch_it) {
   // Few bytes on their way keep the memory busy. More would only stand in front of what the programs exchange.
   if (issued++ >= IN_FLIGHT) {
     await(shared_address(&sh.full[landed.place]), landed.phase);
     landed.next();
   }
-  // The first round finds every place empty.
+  // The first round finds every place empty. What has to wait for room goes as far as the L2 cache meanwhile.
+  if (L2AHEAD && !barrier_try(shared_address(&sh.empty[cursor.place]), cursor.phase ^ 1)) prefetch_it();
   await(shared_address(&sh.empty[cursor.place]), cursor.phase ^ 1);
   const u32 barrier = shared_address(&sh.full[cursor.place]);
   if (thread() % 32 == 0) barrier_expect(barrier, bytes);
@@ -470,7 +476,9 @@ __device__ __forceinline__ void fetch_chunk(const Pointers& p, Shared& sh, u32 m
   u32 all = size;
 #pragma unroll
   for (int step = 16; step; step /= 2) all += __shfl_xor_sync(~0u, all, step);
-  const u32 barrier = make_room(sh, cursor, landed, issued, all);
+  const u32 barrier = make_room(sh, cursor, landed, issued, all, [&] {
+    if (size) prefetch(base + from, size);
+  });
   if (size) copy_async(memory + cursor.place * CHUNK + at, base + from, size, barrier);
   cursor.next();
 }
@@ -481,11 +489,12 @@ __device__ __forceinline__ void fetch_keys(const Pointers& p, Shared& sh, u32 me
   const int lane = thread() % 32;
   const Span keys = keys_of(false, 0);
   const int begin = chunk * CHUNK_KEYS, size = most(least(keys.count - begin, CHUNK_KEYS), 0) * 128;
-  const u8* base = p.at(CROSS_KEYS + lane % 2);
-  const u32 barrier = make_room(sh, cursor, landed, issued, 2 * size);
-  if (lane < 2 && size)
-    copy_async(memory + cursor.place * CHUNK + lane * (CHUNK_KEYS * 128),
-               base + ((long long)(program() % HEADS) * SOURCE + keys.first + begin) * 128, size, barrier);
+  const u8* from = p.at(CROSS_KEYS + lane % 2) + ((long long)(program() % HEADS) * SOURCE + keys.first + begin) * 128;
+  const bool copies = lane < 2 && size;
+  const u32 barrier = make_room(sh, cursor, landed, issued, 2 * size, [&] {
+    if (copies) prefetch(from, size);
+  });
+  if (copies) copy_async(memory + cursor.place * CHUNK + lane * (CHUNK_KEYS * 128), from, size, barrier);
   cursor.next();
 }
 
@@ -846,7 +855,7 @@ __device__ __forceinline__ bool is_inside(int first, int b) {
 __device__ __forceinline__ void hand_over(int step) {
   __syncwarp();
   bar_arrive(STEP_DONE + step, 32 * (WARPS + finishers(step)));
-  bar_sync(PUBLISHED, 32 * (WARPS + finishers(step)));
+  if (GATE) bar_sync(PUBLISHED, 32 * (WARPS + finishers(step)));
 }
 
 // Activations in the order of the columns.
@@ -865,33 +874,27 @@ __device__ __forceinline__ void product_of_stream(const Arguments& a, State& s, 
   const u32 id = thread();
   const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4, first = first_in_plane();
 
-  // The activations: a lane asks for halves or remainders of one block in four. Looked at a first time before the weights
-  // are loaded: the way there and back takes longer than that.
+  // The activations: a lane asks for halves or remainders of one block in four.
   uint4 units[UNITS];
   u32 missing = 0;
   const u16* const stream = a.stream + (2 * (program() % COPIES) + lane / 4 % 2) * WIDTH + first;
-  auto look = [&] {
-#pragma unroll
-    for (int i = 0; i < UNITS; i++)
-      if (missing >> i & 1) units[i] = peek16(stream + block_at(4 * i + lane / 8));
-  };
 #pragma unroll
   for (int i = 0; i < UNITS; i++) {
     units[i] = {};
     if (4 * i + lane / 8 < BLOCKS && is_inside(first, 4 * i + lane / 8)) missing |= 1u << i;
   }
-  if (LOOK) look();
   Weights<EIGHTS, ALWAYS, LARGE ? least(KEPT_EIGHTS, EIGHTS) : 2> weights;
   weights.load(s, sh, step);
   Patience patience;
-  while (true) {
+  do {
+#pragma unroll
+    for (int i = 0; i < UNITS; i++)
+      if (missing >> i & 1) units[i] = peek16(stream + block_at(4 * i + lane / 8));
 #pragma unroll
     for (int i = 0; i < UNITS; i++)
       if (all_fresh(units[i], s.stream_tag)) missing &= ~(1u << i);
-    if (!__any_sync(~0u, missing)) break;
-    look();
     patience.spend();
-  }
+  } while (__any_sync(~0u, missing));
 #pragma unroll
   for (int i = 0; i < UNITS; i++)
     if (4 * i + lane / 8 < BLOCKS) stage(&sh.stream[warp][4 * i + lane / 8][lane / 4 % 2][t * 8], units[i]);
@@ -950,18 +953,6 @@ __device__ __forceinline__ void product_of_runs(const Arguments& a, State& s, Sh
   uint4 units[BLOCKS];
   u32 logs[LOGS];
   u32 missing = 0;
-  auto look = [&] {
-#pragma unroll
-    for (int b = 0; b < BLOCKS; b++) {
-      const int element = block_at(b) + first;
-      if (missing >> b & 1)
-        units[b] = peek16(WHOLE ? first_unit + block_at(b) / 64 * (8 * 64)
-                                : runs_from + element / 64 * (8 * 64) + element % 64);
-    }
-#pragma unroll
-    for (int i = 0; i < LOGS; i++)
-      if (missing >> (16 + i) & 1) logs[i] = peek4(logs_from + (block_at(4 * i + lane / 8) + first) / 64 * 8);
-  };
 #pragma unroll
   for (int b = 0; b < BLOCKS; b++) {
     units[b] = {};
@@ -973,22 +964,29 @@ __device__ __forceinline__ void product_of_runs(const Arguments& a, State& s, Sh
     const int b = 4 * i + lane / 8;
     if (b < BLOCKS && is_inside(first, b) && lane % 8 < splits) missing |= 65536u << i;
   }
-  if (LOOK) look();
   // The second eight stays packed where others do.
   Weights<2, 2, KEPT_EIGHTS < MOST_EIGHTS ? 1 : 2> weights;
   weights.load(s, sh, step);
   Patience patience;
-  while (true) {
+  do {
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) {
+      const int element = block_at(b) + first;
+      if (missing >> b & 1)
+        units[b] = peek16(WHOLE ? first_unit + block_at(b) / 64 * (8 * 64)
+                                : runs_from + element / 64 * (8 * 64) + element % 64);
+    }
+#pragma unroll
+    for (int i = 0; i < LOGS; i++)
+      if (missing >> (16 + i) & 1) logs[i] = peek4(logs_from + (block_at(4 * i + lane / 8) + first) / 64 * 8);
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++)
       if (fresh(units[b].x, s.tag)) missing &= ~(1u << b);
 #pragma unroll
     for (int i = 0; i < LOGS; i++)
       if (fresh(logs[i], s.tag)) missing &= ~(65536u << i);
-    if (!__any_sync(~0u, missing)) break;
-    look();
     patience.spend();
-  }
+  } while (__any_sync(~0u, missing));
 #pragma unroll
   for (int b = 0; b < BLOCKS; b++) stage(&sh.merged[warp].units[b][lane / 4][t * 8], units[b]);
 #pragma unroll
@@ -1064,9 +1062,10 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
   const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4;
   const bool idle = runs(FFN) < WARPS && warp >= runs(FFN);
   // The activations fill one column, or two where the halves of a block may differ in scale: they pass through shared
-  // memory, so that the lanes of the other columns need not hold them. Looked at a first time before the weights are.
+  // memory, so that the lanes of the other columns need not hold them.
   uint4 units[UNITS];
   u32 missing = 0;
+  bool there;
   auto unit_at = [&](int i, bool& there) {
     const int b = (i * 32 + lane) / 4, in_plane = (b / DIGITS * WARPS + (idle ? 0 : warp)) * 32 + t * 8;
     const int element = b % DIGITS * PLANE + in_plane;
@@ -1075,18 +1074,14 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
   };
 #pragma unroll
   for (int i = 0; i < UNITS; i++) {
-    bool there;
-    const u16* at = unit_at(i, there);
     units[i] = {};
-    if (there) {
-      missing |= 1u << i;
-      if (LOOK) units[i] = peek16(at);
-    }
+    unit_at(i, there);
+    if (there) missing |= 1u << i;
   }
 
   const int place = take(sh, s.cursor, chunks_of(FC2));
   auto row_of = [&](int half) { return least(8 * half + g, ROWS - 1); };
-  auto there = [&](int turn) { return runs(FFN) % WARPS == 0 || turn * WARPS + warp < runs(FFN); };
+  auto has_turn = [&](int turn) { return runs(FFN) % WARPS == 0 || turn * WARPS + warp < runs(FFN); };
   auto at = [&](int turn, int half, int& in_part) {
     const int part = turn / PART;
     in_part = ((turn - part * PART) * WARPS + warp) * RUN_BYTES + t * (RUN_BYTES / 4);
@@ -1096,13 +1091,13 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
     packed = {};
     int in_part;
     const u32 row = at(turn, half, in_part);
-    if (there(turn)) load_packed<FFN>(packed, row, in_part, (turn * WARPS + warp) * 32 + t * 8);
+    if (has_turn(turn)) load_packed<FFN>(packed, row, in_part, (turn * WARPS + warp) * 32 + t * 8);
   };
   auto load = [&](u32(&w)[4], int turn, int half) {
     w[0] = w[1] = w[2] = w[3] = 0;
     int in_part;
     const u32 row = at(turn, half, in_part);
-    if (there(turn)) load16(w, dynamic_shared() + row + in_part);
+    if (has_turn(turn)) load16(w, dynamic_shared() + row + in_part);
   };
   u32 kept[KEEP * DIGITS][2][4], steps[BLOCKS][2];
   Packed packed[TURNS - KEEP + 1][2];
@@ -1121,26 +1116,22 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
 #pragma unroll
       for (int digit = 0; digit < DIGITS; digit++) {
         const int b = turn * DIGITS + digit;
-        steps[b][half] = there(turn) ? load_steps<FFN>(meta, warp * 32 + t % 2 * 16, turn, digit) : 0;
+        steps[b][half] = has_turn(turn) ? load_steps<FFN>(meta, warp * 32 + t % 2 * 16, turn, digit) : 0;
         if (turn < KEEP) integers(kept[least(b, KEEP * DIGITS - 1)][half], from, digit);
       }
     }
   if (BITS != 16 || KEEP == TURNS) release(sh, place, chunks_of(FC2));
 
   Patience patience;
-  while (true) {
+  do {
+#pragma unroll
+    for (int i = 0; i < UNITS; i++)
+      if (missing >> i & 1) units[i] = peek16(unit_at(i, there));
 #pragma unroll
     for (int i = 0; i < UNITS; i++)
       if (fresh(units[i].x, s.tag)) missing &= ~(1u << i);
-    if (!__any_sync(~0u, missing)) break;
-#pragma unroll
-    for (int i = 0; i < UNITS; i++) {
-      bool there;
-      const u16* at = unit_at(i, there);
-      if (missing >> i & 1) units[i] = peek16(at);
-    }
     patience.spend();
-  }
+  } while (__any_sync(~0u, missing));
 #pragma unroll
   for (int i = 0; i < UNITS; i++)
     if (i * 32 + lane < BLOCKS * 4) stage(&sh.hidden[warp][(i * 32 + lane) / 4][t * 8], units[i]);
@@ -1210,15 +1201,22 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
   release(sh, place, chunks);
   if (!from_stream(step)) s.stream_tag ^= 1;
   // Every warp reads every use of the stream's moments, or it could take those before the last for new.
-  float2 moments = {};
-  if (from_stream(step)) moments = read_moments(a, s.stream_tag, sh.eps[layer][norm]);
-  if (warp >= finishers(step)) return;
-  const float constant = first - moments.x * moments.y * second, factor = moments.y * GROW;
+  if (warp >= finishers(step)) {
+    if (from_stream(step)) read_moments(a, s.stream_tag, 0);
+    return;
+  }
+  float constant = 0, factor = 0;
   // Once in vain before the sums are there: the instructions are then in the cache, when every one of them counts.
 #pragma unroll 1
   for (int pass = 0; pass < 2; pass++) {
     const bool real = pass == 1;
-    if (real) bar_sync(STEP_DONE + step, 32 * (WARPS + finishers(step)));
+    if (real) {
+      if (from_stream(step)) {
+        const float2 moments = read_moments(a, s.stream_tag, sh.eps[layer][norm]);
+        constant = first - moments.x * moments.y * second, factor = moments.y * GROW;
+      }
+      bar_sync(STEP_DONE + step, 32 * (WARPS + finishers(step)));
+    }
     const float4 four = *(const float4*)&sh.sums[side_of(step)][row][4 * half];
     float total = four.x + four.y + (four.z + four.w);
     total += __shfl_xor_sync(~0u, total, 1);
@@ -1250,7 +1248,7 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
     }
   }
   __syncwarp();
-  bar_arrive(PUBLISHED, 32 * (WARPS + finishers(step)));
+  if (GATE) bar_arrive(PUBLISHED, 32 * (WARPS + finishers(step)));
 }
 
 // -- Attention -----------------------------------------------------------------------------------------------------
@@ -1282,6 +1280,15 @@ __device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& 
   const int head = program() % HEADS;
   const Span span = keys_of(own, s.slot);
   const int piece = g & 1;
+
+  // The query: halves in the first two columns, remainders in the next two, for the rows that take their first half
+  // first; in the other columns for the others. Looked at a first time before keys and values are loaded.
+  const u16* query = (own ? a.heads + (g >> 1 & 1) * (3 * WIDTH) : a.query + (g >> 1 & 1) * WIDTH) + head * 64 + 8 * t;
+  const int swapped = g >> 2;
+  uint4 q[2];
+  u32 missing = 3;
+#pragma unroll
+  for (int i = 0; i < 2; i++) q[i] = peek16(query + 32 * (i ^ swapped));
 
   // Keys as the tensor cores take them, a lane two rows of a tile; values as vectors of eight, a lane four rows. Rows
   // that lie next to each other take their halves in turn, so that lanes served together meet different banks.
@@ -1334,23 +1341,16 @@ __device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& 
     release(sh, place, KEY_CHUNKS);
   }
 
-  // The query: halves in the first two columns, remainders in the next two, for the rows that take their first half
-  // first; in the other columns for the others.
-  uint4 q[2];
-  {
-    const u16* from = (own ? a.heads + (g >> 1 & 1) * (3 * WIDTH) : a.query + (g >> 1 & 1) * WIDTH) + head * 64 + 8 * t;
-    const int swapped = g >> 2;
-    u32 missing = 3;
-    Patience patience;
-    do {
+  Patience patience;
+  while (true) {
 #pragma unroll
-      for (int i = 0; i < 2; i++)
-        if (missing >> i & 1) q[i] = peek16(from + 32 * (i ^ swapped));
+    for (int i = 0; i < 2; i++)
+      if (all_fresh(q[i], s.tag)) missing &= ~(1u << i);
+    if (!__any_sync(~0u, missing)) break;
 #pragma unroll
-      for (int i = 0; i < 2; i++)
-        if (all_fresh(q[i], s.tag)) missing &= ~(1u << i);
-      patience.spend();
-    } while (__any_sync(~0u, missing));
+    for (int i = 0; i < 2; i++)
+      if (missing >> i & 1) q[i] = peek16(query + 32 * (i ^ swapped));
+    patience.spend();
   }
 
   float score[TILES][2], best = NOTHING;
@@ -1399,7 +1399,7 @@ __device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& 
   if (lane == 0) sh.tops[warp] = best, sh.totals[warp] = total;
   __syncwarp();
   bar_arrive(STEP_DONE + (own ? OWN_ATTENTION : CROSS_ATTENTION), 32 * (WARPS + 1));
-  bar_sync(PUBLISHED, 32 * (WARPS + 1));
+  if (GATE) bar_sync(PUBLISHED, 32 * (WARPS + 1));
 }
 
 // The run of all warps' keys, by the first finishing warp.
@@ -1482,7 +1482,7 @@ __device__ __forceinline__ void finish_attention(const Arguments& a, State& s, S
     if (real && lane < COPIES) poke4(log_to, tagged(__float_as_uint(log), s.tag));
   }
   __syncwarp();
-  bar_arrive(PUBLISHED, 32 * (WARPS + 1));
+  if (GATE) bar_arrive(PUBLISHED, 32 * (WARPS + 1));
 }
 
 // -- The kernel ----------------------------------------------------------------------------------------------------
