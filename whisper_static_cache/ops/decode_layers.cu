@@ -209,11 +209,9 @@ __device__ __forceinline__ float high_of(u32 pair) { return widen((u16)(pair >> 
 static_assert(LAYERS % 2 == 0, "tags would differ from launch to launch");
 constexpr float NOTHING = -1e30f, LOG2E = 1.4426950408889634f;
 constexpr float SHRINK = 1.0f / 16, GROW = 16.0f;  // Keeps activations times gains far from float16's largest number.
-#ifndef L2AHEAD
-#define L2AHEAD 1
-#endif
-#ifndef GATE
-#define GATE 1
+#ifndef FW
+#define FW 150
+#define FH 132
 #endif
 constexpr int WARPS = 8;
 // Warps that multiply, one that fetches, and those that finish what is multiplied, sixteen features each.
@@ -305,6 +303,8 @@ static_assert(finishers(QKV) <= FINISHERS && finishers(FC1) <= FINISHERS, "");
 enum { TABLES = 1, STEP_DONE = 2, PUBLISHED = STEP_DONE + STEPS };
 constexpr int TURNS = turns(WIDTH), BLOCKS = TURNS * DIGITS;  // Of a warp, in a product with `WIDTH` elements.
 constexpr int HIDDEN_BLOCKS = turns(FFN) * DIGITS;
+// Whether every warp has a run in this turn.
+constexpr bool full_turn(int turn) { return (turn + 1) * WARPS <= runs(WIDTH); }
 struct Shared {
   alignas(16) float sums[2][MOST_ROWS][WARPS];
   union {
@@ -426,7 +426,7 @@ __device__ __forceinline__ u32 make_room(Shared& sh, const Cursor& cursor, Curso
     landed.next();
   }
   // The first round finds every place empty. What has to wait for room goes as far as the L2 cache meanwhile.
-  if (L2AHEAD && !barrier_try(shared_address(&sh.empty[cursor.place]), cursor.phase ^ 1)) prefetch_it();
+  if (BITS == 16 && !barrier_try(shared_address(&sh.empty[cursor.place]), cursor.phase ^ 1)) prefetch_it();
   await(shared_address(&sh.empty[cursor.place]), cursor.phase ^ 1);
   const u32 barrier = shared_address(&sh.full[cursor.place]);
   if (thread() % 32 == 0) barrier_expect(barrier, bytes);
@@ -761,7 +761,7 @@ __device__ __forceinline__ void operands(u32 (&y)[2], const uint4& unit, bool od
 // What is multiplied with `WIDTH` elements. A warp takes `TURNS` runs, and of each row a block for each digit of them.
 constexpr bool is_large(int product) { return product == QKV || product == FC1; }
 // Registers for weights: what is left of a thread's when everything else has what it needs without spilling.
-constexpr int FOR_WEIGHTS = BITS == 16 ? 128 : 150, FOR_HIDDEN_WEIGHTS = 132, PACKED_WORDS = BITS == 3 ? 6 : 2;
+constexpr int FOR_WEIGHTS = BITS == 16 ? 128 : FW, FOR_HIDDEN_WEIGHTS = FH, PACKED_WORDS = BITS == 3 ? 6 : 2;
 // Eights of rows of the large products, of both or of one of them; the others have two. Some are held in registers as
 // they are multiplied while their activations are waited for. The others are held packed, or in 16 bits left where they
 // are.
@@ -775,10 +775,16 @@ static_assert(ratio(FFN, ROWS_FFN) <= GIVERS, "");
 // The weights of a product with `WIDTH` elements, from the ring into registers: `EIGHTS` eights of rows, of which the
 // step has `ALWAYS` at least, `KEPT` of them in the shape that the tensor cores take and the others packed. Rows behind
 // the last one give sums that nobody reads.
+__device__ __forceinline__ bool has_turn(int turn) {
+  return full_turn(turn) || turn * WARPS + (int)(thread() / 32) < runs(WIDTH);
+}
 template <int EIGHTS, int ALWAYS, int KEPT>
 struct Weights {
   u32 kept[KEPT][BLOCKS][4], steps[EIGHTS][BLOCKS];
   Packed packed[EIGHTS - KEPT + 1][TURNS];
+
+  // A warp unpacks no turn that it has not; in 3 bits, the branches would cost more registers than there are.
+  static constexpr bool SKIPS = BITS != 3;
 
   __device__ __forceinline__ void load(State& s, Shared& sh, int step) {
     const u32 id = thread();
@@ -794,14 +800,13 @@ struct Weights {
       const bool sometimes = h >= ALWAYS;
 #pragma unroll
       for (int b = 0; b < BLOCKS; b++) {
-        const bool outside = runs(WIDTH) % WARPS && b / DIGITS == TURNS - 1;
-        if (BITS == 16 || sometimes || outside) steps[h][b] = 0;
-        if (h < KEPT && (sometimes || BITS == 16 && outside))
+        if (BITS == 16 || sometimes || !full_turn(b / DIGITS)) steps[h][b] = 0;
+        if (h < KEPT && (sometimes || SKIPS && !full_turn(b / DIGITS)))
           kept[h][b][0] = kept[h][b][1] = kept[h][b][2] = kept[h][b][3] = 0;
       }
 #pragma unroll
       for (int turn = 0; turn < TURNS; turn++)
-        if (sometimes || runs(WIDTH) % WARPS && turn == TURNS - 1) to[turn] = {};
+        if ((h >= KEPT || !SKIPS) && (sometimes || !full_turn(turn))) to[turn] = {};
       if (h >= ALWAYS && 8 * h >= rows_there) continue;
       const u32 of = least(8 * h + g, rows_there - 1), chunk = of / ROWS, in_chunk = of - chunk * ROWS;
       const u32 base = base_of(place, chunk), row = base + in_chunk * stride(WIDTH);
@@ -809,7 +814,7 @@ struct Weights {
       const u32 meta = base + scales_at(WIDTH) + first % 16 + in_chunk * (groups(WIDTH) * 2);
 #pragma unroll
       for (int turn = 0; turn < TURNS; turn++) {
-        if (runs(WIDTH) % WARPS && turn == TURNS - 1 && turn * WARPS + warp >= runs(WIDTH)) continue;
+        if (!has_turn(turn)) continue;
         const int in = turn * (WARPS * 32) + in_plane;
         if (BITS == 16) {
           load16(kept[least(h, KEPT - 1)][turn], dynamic_shared() + row + 2 * in);
@@ -820,13 +825,15 @@ struct Weights {
             steps[h][turn * DIGITS + digit] = load_steps<WIDTH>(meta, lane_part, turn, digit);
         }
       }
-      if (BITS != 16 && h < KEPT) unpack(kept[least(h, KEPT - 1)], to);
+      if (BITS != 16 && h < KEPT)
+#pragma unroll
+        for (int turn = 0; turn < TURNS; turn++)
+          if (!SKIPS || has_turn(turn))
+#pragma unroll
+            for (int digit = 0; digit < DIGITS; digit++)
+              integers(kept[least(h, KEPT - 1)][turn * DIGITS + digit], to[turn], digit);
     }
     release(sh, place, chunks);
-  }
-  __device__ __forceinline__ static void unpack(u32 (&w)[BLOCKS][4], const Packed (&from)[TURNS]) {
-#pragma unroll
-    for (int b = 0; b < BLOCKS; b++) integers(w[b], from[b / DIGITS], b % DIGITS);
   }
   // A block of an eight that is known when the program is compiled.
   __device__ __forceinline__ void get(u32 (&w)[4], int h, int b) const {
@@ -855,7 +862,7 @@ __device__ __forceinline__ bool is_inside(int first, int b) {
 __device__ __forceinline__ void hand_over(int step) {
   __syncwarp();
   bar_arrive(STEP_DONE + step, 32 * (WARPS + finishers(step)));
-  if (GATE) bar_sync(PUBLISHED, 32 * (WARPS + finishers(step)));
+  bar_sync(PUBLISHED, 32 * (WARPS + finishers(step)));
 }
 
 // Activations in the order of the columns.
@@ -1011,6 +1018,7 @@ __device__ __forceinline__ void product_of_runs(const Arguments& a, State& s, Sh
   float sums[2] = {};
 #pragma unroll
   for (int b = 0; b < BLOCKS; b++) {
+    if (BITS != 3 && !has_turn(b / DIGITS)) continue;
     const float2 shares = sh.merged[warp].shares[b][t];
 #pragma unroll
     for (int set = 0; set < SETS; set++) {
@@ -1081,7 +1089,7 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
 
   const int place = take(sh, s.cursor, chunks_of(FC2));
   auto row_of = [&](int half) { return least(8 * half + g, ROWS - 1); };
-  auto has_turn = [&](int turn) { return runs(FFN) % WARPS == 0 || turn * WARPS + warp < runs(FFN); };
+  auto has_hidden = [&](int turn) { return runs(FFN) % WARPS == 0 || turn * WARPS + warp < runs(FFN); };
   auto at = [&](int turn, int half, int& in_part) {
     const int part = turn / PART;
     in_part = ((turn - part * PART) * WARPS + warp) * RUN_BYTES + t * (RUN_BYTES / 4);
@@ -1091,13 +1099,13 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
     packed = {};
     int in_part;
     const u32 row = at(turn, half, in_part);
-    if (has_turn(turn)) load_packed<FFN>(packed, row, in_part, (turn * WARPS + warp) * 32 + t * 8);
+    if (has_hidden(turn)) load_packed<FFN>(packed, row, in_part, (turn * WARPS + warp) * 32 + t * 8);
   };
   auto load = [&](u32(&w)[4], int turn, int half) {
     w[0] = w[1] = w[2] = w[3] = 0;
     int in_part;
     const u32 row = at(turn, half, in_part);
-    if (has_turn(turn)) load16(w, dynamic_shared() + row + in_part);
+    if (has_hidden(turn)) load16(w, dynamic_shared() + row + in_part);
   };
   u32 kept[KEEP * DIGITS][2][4], steps[BLOCKS][2];
   Packed packed[TURNS - KEEP + 1][2];
@@ -1116,7 +1124,7 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
 #pragma unroll
       for (int digit = 0; digit < DIGITS; digit++) {
         const int b = turn * DIGITS + digit;
-        steps[b][half] = has_turn(turn) ? load_steps<FFN>(meta, warp * 32 + t % 2 * 16, turn, digit) : 0;
+        steps[b][half] = has_hidden(turn) ? load_steps<FFN>(meta, warp * 32 + t % 2 * 16, turn, digit) : 0;
         if (turn < KEEP) integers(kept[least(b, KEEP * DIGITS - 1)][half], from, digit);
       }
     }
@@ -1248,7 +1256,7 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
     }
   }
   __syncwarp();
-  if (GATE) bar_arrive(PUBLISHED, 32 * (WARPS + finishers(step)));
+  bar_arrive(PUBLISHED, 32 * (WARPS + finishers(step)));
 }
 
 // -- Attention -----------------------------------------------------------------------------------------------------
@@ -1280,15 +1288,6 @@ __device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& 
   const int head = program() % HEADS;
   const Span span = keys_of(own, s.slot);
   const int piece = g & 1;
-
-  // The query: halves in the first two columns, remainders in the next two, for the rows that take their first half
-  // first; in the other columns for the others. Looked at a first time before keys and values are loaded.
-  const u16* query = (own ? a.heads + (g >> 1 & 1) * (3 * WIDTH) : a.query + (g >> 1 & 1) * WIDTH) + head * 64 + 8 * t;
-  const int swapped = g >> 2;
-  uint4 q[2];
-  u32 missing = 3;
-#pragma unroll
-  for (int i = 0; i < 2; i++) q[i] = peek16(query + 32 * (i ^ swapped));
 
   // Keys as the tensor cores take them, a lane two rows of a tile; values as vectors of eight, a lane four rows. Rows
   // that lie next to each other take their halves in turn, so that lanes served together meet different banks.
@@ -1323,35 +1322,38 @@ __device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& 
       for (int half = 0; half < 2; half++) {
         const int begin = (tile * WARPS + warp) * 16 + 8 * half, chunk = begin / CHUNK_KEYS;
         seen[tile][half] = begin + g < span.count;
+        const u8* rows = dynamic_shared() + base_of(place, least(chunk, KEY_CHUNKS - 1)) + begin % CHUNK_KEYS * 128;
 #pragma unroll
-        for (int i = 0; i < 2; i++) k[tile][half][i] = v[tile][2 * half + i] = {};
-        if (begin < CROSS_RUN) {
-          const u8* rows = dynamic_shared() + base_of(place, chunk) + (begin - chunk * CHUNK_KEYS) * 128;
-#pragma unroll
-          for (int i = 0; i < 2; i++) {
-            // What lies behind the last key may be no number.
-            if (begin + g < span.count) k[tile][half][i] = *(const uint4*)(rows + g * 128 + 64 * (i ^ piece) + 16 * t);
-            const int row = 4 * i + lane / 8;
-            if (begin + row < span.count)
-              v[tile][2 * half + i] = *(const uint4*)(rows + CHUNK_KEYS * 128 + row * 128 + lane % 8 * 16);
-          }
+        for (int i = 0; i < 2; i++) {
+          k[tile][half][i] = *(const uint4*)(rows + g * 128 + 64 * (i ^ piece) + 16 * t);
+          v[tile][2 * half + i] = *(const uint4*)(rows + CHUNK_KEYS * 128 + (4 * i + lane / 8) * 128 + lane % 8 * 16);
         }
+        // What lies behind the last value may be no number, which a weight of zero does not hide.
+        if (begin + 8 > span.count)
+#pragma unroll
+          for (int i = 0; i < 2; i++)
+            if (begin + 4 * i + lane / 8 >= span.count) v[tile][2 * half + i] = {};
       }
     }
     release(sh, place, KEY_CHUNKS);
   }
 
+  // The query: halves in the first two columns, remainders in the next two, for the rows that take their first half
+  // first; in the other columns for the others.
+  const u16* query = (own ? a.heads + (g >> 1 & 1) * (3 * WIDTH) : a.query + (g >> 1 & 1) * WIDTH) + head * 64 + 8 * t;
+  const int swapped = g >> 2;
+  uint4 q[2];
+  u32 missing = 3;
   Patience patience;
-  while (true) {
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-      if (all_fresh(q[i], s.tag)) missing &= ~(1u << i);
-    if (!__any_sync(~0u, missing)) break;
+  do {
 #pragma unroll
     for (int i = 0; i < 2; i++)
       if (missing >> i & 1) q[i] = peek16(query + 32 * (i ^ swapped));
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+      if (all_fresh(q[i], s.tag)) missing &= ~(1u << i);
     patience.spend();
-  }
+  } while (__any_sync(~0u, missing));
 
   float score[TILES][2], best = NOTHING;
 #pragma unroll
@@ -1399,7 +1401,7 @@ __device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& 
   if (lane == 0) sh.tops[warp] = best, sh.totals[warp] = total;
   __syncwarp();
   bar_arrive(STEP_DONE + (own ? OWN_ATTENTION : CROSS_ATTENTION), 32 * (WARPS + 1));
-  if (GATE) bar_sync(PUBLISHED, 32 * (WARPS + 1));
+  bar_sync(PUBLISHED, 32 * (WARPS + 1));
 }
 
 // The run of all warps' keys, by the first finishing warp.
@@ -1482,7 +1484,7 @@ __device__ __forceinline__ void finish_attention(const Arguments& a, State& s, S
     if (real && lane < COPIES) poke4(log_to, tagged(__float_as_uint(log), s.tag));
   }
   __syncwarp();
-  if (GATE) bar_arrive(PUBLISHED, 32 * (WARPS + 1));
+  bar_arrive(PUBLISHED, 32 * (WARPS + 1));
 }
 
 // -- The kernel ----------------------------------------------------------------------------------------------------
