@@ -372,6 +372,12 @@ __device__ __forceinline__ bool all_fresh(const uint4& u, u32 tag) {
   return (((u.x ^ tag) | (u.y ^ tag) | (u.z ^ tag) | (u.w ^ tag)) & 1) == 0;
 }
 __device__ __forceinline__ bool fresh(u32 word, u32 tag) { return ((word ^ tag) & 1) == 0; }
+// The moments of the stream are read by warps that do not read every use of them, and could take an earlier one of the
+// same tag for new: they count the uses of two layers, from one to six.
+__device__ __forceinline__ u32 numbered(float value, u32 use) { return (__float_as_uint(value) & ~7u) | use; }
+__device__ __forceinline__ bool all_numbered(const uint4& u, u32 use) {
+  return (((u.x ^ use) | (u.y ^ use) | (u.z ^ use) | (u.w ^ use)) & 7) == 0;
+}
 
 // -- The ring ------------------------------------------------------------------------------------------------------
 
@@ -587,6 +593,7 @@ struct State {
   Cursor cursor;
   int slot;
   u32 stream_tag, tag;  // Of the next reading of `stream`, and of this layer's other buffers.
+  u32 use = 1;          // Of the stream's moments.
   float residual;       // Of the feature that this thread finishes.
 };
 
@@ -608,8 +615,9 @@ __device__ __forceinline__ void publish_split(u16* halves, int total, int copies
 
 // The residual stream times the gain of the layer norm that reads it, and what that norm's moments need. Of the last
 // layer for the head, which is a kernel of its own.
-__device__ __forceinline__ void publish_stream(const Arguments& a, int n, float x, float gain, bool finishes, bool real,
-                                               u32 tag, bool last) {
+__device__ __forceinline__ void publish_stream(const Arguments& a, const State& s, int n, float gain, bool finishes,
+                                               bool real, bool last) {
+  const float x = s.residual;
   const bool there = finishes && real;
   const int lane = thread() % 32;
   const float value = x * gain * SHRINK, other = __shfl_xor_sync(~0u, value, 2);
@@ -618,7 +626,7 @@ __device__ __forceinline__ void publish_stream(const Arguments& a, int n, float 
   float sum = !finishes ? 0 : lane % 2 ? x * x : x;
   sum += __shfl_xor_sync(~0u, sum, 2);
   const float next = __shfl_xor_sync(~0u, sum, 4);
-  if (!last) publish_split(a.stream, WIDTH, COPIES, n, value, other, there, tag);
+  if (!last) publish_split(a.stream, WIDTH, COPIES, n, value, other, there, s.stream_tag);
   sum += next;
   sum += __shfl_xor_sync(~0u, sum, 8);
   sum += __shfl_xor_sync(~0u, sum, 16);
@@ -628,12 +636,12 @@ __device__ __forceinline__ void publish_stream(const Arguments& a, int n, float 
     if (there && lane % 2 == 0) a.gained[n] = x * gain;
     if (there && lane < 2) a.last_stats[lane * GIVERS + program()] = sum;
   } else if (real && gives && lane < 2 * COPIES) {
-    poke4((float*)(a.stats + lane / 2 * STATS + program()) + lane % 2, tagged(__float_as_uint(sum), tag));
+    poke4((float*)(a.stats + lane / 2 * STATS + program()) + lane % 2, numbered(sum, s.use));
   }
 }
 
 // The other end: a warp's mean and reciprocal deviation of the stream.
-__device__ __forceinline__ float2 read_moments(const Arguments& a, u32 tag, float eps) {
+__device__ __forceinline__ float2 read_moments(const Arguments& a, u32 use, float eps) {
   constexpr int EACH = ratio(GIVERS, 64);
   const int lane = thread() % 32;
   const float2* stats = a.stats + program() % COPIES * STATS + 2 * lane;
@@ -652,14 +660,15 @@ __device__ __forceinline__ float2 read_moments(const Arguments& a, u32 tag, floa
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
       // Behind an odd number of programs nobody writes.
-      if (GIVERS % 2 && 64 * i + 2 * lane + 1 == GIVERS) two[i].z = two[i].w = tag ? 0x80000001 : 0;
-      if (all_fresh(two[i], tag)) missing &= ~(1u << i);
+      if (GIVERS % 2 && 64 * i + 2 * lane + 1 == GIVERS) two[i].z = two[i].w = use;
+      if (all_numbered(two[i], use)) missing &= ~(1u << i);
     }
     patience.spend();
   }
   float sum = 0, squares = 0;
 #pragma unroll
   for (int i = 0; i < EACH; i++) {
+    // Behind the last program there are zeros, or a number that is as good as zero.
     sum += __uint_as_float(two[i].x) + __uint_as_float(two[i].z);
     squares += __uint_as_float(two[i].y) + __uint_as_float(two[i].w);
   }
@@ -761,7 +770,7 @@ __device__ __forceinline__ void operands(u32 (&y)[2], const uint4& unit, bool od
 // What is multiplied with `WIDTH` elements. A warp takes `TURNS` runs, and of each row a block for each digit of them.
 constexpr bool is_large(int product) { return product == QKV || product == FC1; }
 // Registers for weights: what is left of a thread's when everything else has what it needs without spilling.
-constexpr int FOR_WEIGHTS = BITS == 16 ? 128 : FW, FOR_HIDDEN_WEIGHTS = FH, PACKED_WORDS = BITS == 3 ? 6 : 2;
+constexpr int FOR_WEIGHTS = BITS == 16 ? 128 : FW, PACKED_WORDS = BITS == 3 ? 6 : 2;
 // Eights of rows of the large products, of both or of one of them; the others have two. Some are held in registers as
 // they are multiplied while their activations are waited for. The others are held packed, or in 16 bits left where they
 // are.
@@ -1057,24 +1066,85 @@ __device__ __forceinline__ void product_of_runs(const Arguments& a, State& s, Sh
   hand_over(step);
 }
 
-// The product with the hidden layer: many elements, few rows.
+// The product with the hidden layer: many elements, few rows. Eight of them fill a tile's rows. Those of the rest take its
+// rows several times over, each time with another turn, whose activations are in columns of their own.
 __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, Shared& sh) {
   constexpr int TURNS = turns(FFN), BLOCKS = TURNS * DIGITS, UNITS = ratio(BLOCKS * 4, 32), PLANE = plane(FFN);
-  // Turns whose weights are held in registers as they are multiplied. The others are held as they are packed, or in 16
-  // bits left where they are.
-  constexpr int OF_TURN = 8 * DIGITS, OF_PACKED = 2 * PACKED_WORDS;
-  constexpr int KEEP =
-      least(TURNS, BITS == 16 ? 18 : (FOR_HIDDEN_WEIGHTS - 2 * BLOCKS - TURNS * OF_PACKED) / (OF_TURN - OF_PACKED));
-  static_assert(KEEP > 0, "");
+  constexpr int REST = most(ROWS - 8, 0), EACH = REST > 4 ? 8 : REST > 2 ? 4 : 2;
+  // Whether the halves of a block may differ in scale: each then has columns of its own.
+  constexpr bool SPLIT = BITS != 16 && (GROUP % 32 || PLANE % 32);
+  constexpr int SUBS = least(8 / EACH, SPLIT ? 2 : 4), REST_TURNS = REST ? ratio(TURNS, SUBS) : 0;
+  constexpr int REST_BLOCKS = REST_TURNS * DIGITS;
+  // Where a turn's digits are many, the rest is held as it is packed.
+  constexpr bool REST_PACKED = DIGITS > 2;
   const u32 id = thread();
   const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4;
+  const int place = take(sh, s.cursor, chunks_of(FC2));
+  auto has_hidden = [&](int turn) { return turn * WARPS + warp < runs(FFN); };
+  auto load = [&](u32(&w)[4], Packed& packed, int turn, int row) {
+    const int part = turn / PART, in_part = ((turn - part * PART) * WARPS + warp) * RUN_BYTES + t * (RUN_BYTES / 4);
+    const u32 from = base_of(place, part) + row * stride(FFN);
+    if (BITS == 16)
+      load16(w, dynamic_shared() + from + in_part);
+    else
+      load_packed<FFN>(packed, from, in_part, (turn * WARPS + warp) * 32 + t * 8);
+  };
+  const u32 metas = base_of(place, 0) + scales_at(FFN) + program() * ROWS * (groups(FFN) * 2) % 16;
+  const int lane_part = warp * 32 + t % 2 * 16;
+  u32 kept[BLOCKS][4], steps[BLOCKS], rest[most(REST_PACKED ? 1 : REST_BLOCKS, 1)][4], rest_steps[most(REST_BLOCKS, 1)];
+  Packed packed_rest[most(REST_TURNS, 1)];
+  constexpr bool FULL = runs(FFN) % WARPS == 0;
+  {
+    const int row = least(g, ROWS - 1);
+#pragma unroll
+    for (int turn = 0; turn < TURNS; turn++) {
+      Packed packed = {};
+      u32 w[4] = {};
+      if (FULL || has_hidden(turn)) load(w, packed, turn, row);
+#pragma unroll
+      for (int digit = 0; digit < DIGITS; digit++) {
+        const int b = turn * DIGITS + digit;
+        steps[b] = 0;
+        if (BITS == 16) {
+#pragma unroll
+          for (int i = 0; i < 4; i++) kept[b][i] = w[i];
+        } else {
+          integers(kept[b], packed, digit);
+          if (FULL || has_hidden(turn)) steps[b] = load_steps<FFN>(metas + row * (groups(FFN) * 2), lane_part, turn, digit);
+        }
+      }
+    }
+  }
+  const int row = least(8 + g % EACH, ROWS - 1), sub = g / EACH % SUBS;
+#pragma unroll
+  for (int i = 0; i < REST_TURNS; i++) {
+    const int turn = i * SUBS + sub;
+    Packed& packed = packed_rest[i];
+    packed = {};
+    u32 w[4] = {};
+    if (has_hidden(turn)) load(w, packed, turn, row);
+#pragma unroll
+    for (int digit = 0; digit < DIGITS; digit++) {
+      const int b = i * DIGITS + digit;
+      rest_steps[b] = 0;
+      if (BITS != 16 && has_hidden(turn))
+        rest_steps[b] = load_steps<FFN>(metas + row * (groups(FFN) * 2), lane_part, turn, digit);
+      if (REST_PACKED) continue;
+      if (BITS == 16)
+#pragma unroll
+        for (int k = 0; k < 4; k++) rest[b][k] = w[k];
+      else
+        integers(rest[b], packed, digit);
+    }
+  }
+  release(sh, place, chunks_of(FC2));
+
+  // The activations pass through shared memory, so that the lanes of other columns need not hold them.
   const bool idle = runs(FFN) < WARPS && warp >= runs(FFN);
-  // The activations fill one column, or two where the halves of a block may differ in scale: they pass through shared
-  // memory, so that the lanes of the other columns need not hold them.
   uint4 units[UNITS];
   u32 missing = 0;
   bool there;
-  auto unit_at = [&](int i, bool& there) {
+  auto unit_at = [&](int i) {
     const int b = (i * 32 + lane) / 4, in_plane = (b / DIGITS * WARPS + (idle ? 0 : warp)) * 32 + t * 8;
     const int element = b % DIGITS * PLANE + in_plane;
     there = b < BLOCKS && in_plane < PLANE && element < FFN;
@@ -1083,58 +1153,14 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
 #pragma unroll
   for (int i = 0; i < UNITS; i++) {
     units[i] = {};
-    unit_at(i, there);
+    unit_at(i);
     if (there) missing |= 1u << i;
   }
-
-  const int place = take(sh, s.cursor, chunks_of(FC2));
-  auto row_of = [&](int half) { return least(8 * half + g, ROWS - 1); };
-  auto has_hidden = [&](int turn) { return runs(FFN) % WARPS == 0 || turn * WARPS + warp < runs(FFN); };
-  auto at = [&](int turn, int half, int& in_part) {
-    const int part = turn / PART;
-    in_part = ((turn - part * PART) * WARPS + warp) * RUN_BYTES + t * (RUN_BYTES / 4);
-    return base_of(place, part) + row_of(half) * stride(FFN);
-  };
-  auto load_packed_turn = [&](Packed& packed, int turn, int half) {
-    packed = {};
-    int in_part;
-    const u32 row = at(turn, half, in_part);
-    if (has_hidden(turn)) load_packed<FFN>(packed, row, in_part, (turn * WARPS + warp) * 32 + t * 8);
-  };
-  auto load = [&](u32(&w)[4], int turn, int half) {
-    w[0] = w[1] = w[2] = w[3] = 0;
-    int in_part;
-    const u32 row = at(turn, half, in_part);
-    if (has_hidden(turn)) load16(w, dynamic_shared() + row + in_part);
-  };
-  u32 kept[KEEP * DIGITS][2][4], steps[BLOCKS][2];
-  Packed packed[TURNS - KEEP + 1][2];
-#pragma unroll
-  for (int turn = 0; turn < TURNS; turn++)
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      if (BITS == 16) {
-        if (turn < KEEP) load(kept[least(turn, KEEP - 1)][half], turn, half);
-        continue;
-      }
-      Packed& from = packed[most(turn - KEEP, -1) + 1][half];
-      load_packed_turn(from, turn, half);
-      const u32 meta = base_of(place, 0) + scales_at(FFN) + program() * ROWS * (groups(FFN) * 2) % 16 +
-                       row_of(half) * (groups(FFN) * 2);
-#pragma unroll
-      for (int digit = 0; digit < DIGITS; digit++) {
-        const int b = turn * DIGITS + digit;
-        steps[b][half] = has_hidden(turn) ? load_steps<FFN>(meta, warp * 32 + t % 2 * 16, turn, digit) : 0;
-        if (turn < KEEP) integers(kept[least(b, KEEP * DIGITS - 1)][half], from, digit);
-      }
-    }
-  if (BITS != 16 || KEEP == TURNS) release(sh, place, chunks_of(FC2));
-
   Patience patience;
   do {
 #pragma unroll
     for (int i = 0; i < UNITS; i++)
-      if (missing >> i & 1) units[i] = peek16(unit_at(i, there));
+      if (missing >> i & 1) units[i] = peek16(unit_at(i));
 #pragma unroll
     for (int i = 0; i < UNITS; i++)
       if (fresh(units[i].x, s.tag)) missing &= ~(1u << i);
@@ -1144,42 +1170,49 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
   for (int i = 0; i < UNITS; i++)
     if (i * 32 + lane < BLOCKS * 4) stage(&sh.hidden[warp][(i * 32 + lane) / 4][t * 8], units[i]);
   __syncwarp();
-  // Two chains of products to each eight of rows.
-  float c[2][2][4] = {}, sums[2] = {};
+
+  // In 16 bits two chains of products, or one would be waited for.
+  float c[2][4] = {}, sum = 0;
 #pragma unroll
-  for (int turn = 0; turn < TURNS; turn++)
+  for (int b = 0; b < BLOCKS; b++) {
+    uint2 x = {};
+    if (BITS == 16 ? g < 2 : g < 4 && t >> 1 == g >> 1) x = staged(&sh.hidden[warp][b][t * 8 + g % 2 * 4]);
+    float(&to)[4] = c[b % 2];
+    multiply_row(to, kept[b], x.x, x.y);
+    if (BITS != 16) {
+      sum = scaled(to[0] + to[3], steps[b], total_of(x.x, x.y), sum);
+      to[0] = to[1] = to[2] = to[3] = 0;
+    }
+  }
+  if (BITS == 16)
+    sum = c[0][0] + c[0][3] + (c[1][0] + c[1][3]);
+  else
+    sum += __shfl_xor_sync(~0u, sum, 1);
+  if (t == 0) sh.sums[1][g][warp] = sum;
+  if (REST) {
+    const int of = SPLIT ? g >> 2 : g >> 1;
+    const bool takes = of < SUBS && (!SPLIT || t >> 1 == (g >> 1 & 1));
+    float d[4] = {}, all = 0;
 #pragma unroll
-    for (int digit = 0; digit < DIGITS; digit++) {
-      const int b = turn * DIGITS + digit;
-      keep_order();
+    for (int b = 0; b < REST_BLOCKS; b++) {
+      const int turn = b / DIGITS * SUBS + of;
       uint2 x = {};
-      if (BITS == 16 ? g < 2 : g < 4 && t >> 1 == g >> 1) x = staged(&sh.hidden[warp][b][t * 8 + g % 2 * 4]);
-      const float total = BITS == 16 ? 0 : total_of(x.x, x.y);
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        u32 late[4];
-        if (turn >= KEEP) {
-          if (BITS == 16)
-            load(late, turn, half);
-          else
-            integers(late, packed[most(turn - KEEP, -1) + 1][half], digit);
-        }
-        float(&to)[4] = c[half][b % 2];
-        multiply_row(to, turn < KEEP ? kept[least(b, KEEP * DIGITS - 1)][half] : late, x.x, x.y);
-        if (BITS != 16) {
-          sums[half] = scaled(to[0] + to[3], steps[b][half], total, sums[half]);
-          to[0] = to[1] = to[2] = to[3] = 0;
-        }
+      if (takes && turn < TURNS) x = staged(&sh.hidden[warp][turn * DIGITS + b % DIGITS][t * 8 + g % 2 * 4]);
+      u32 late[4];
+      if (REST_PACKED) integers(late, packed_rest[b / DIGITS], b % DIGITS);
+      multiply_row(d, REST_PACKED ? late : rest[REST_PACKED ? 0 : b], x.x, x.y);
+      if (BITS != 16) {
+        all = scaled(d[0] + d[3], rest_steps[b], total_of(x.x, x.y), all);
+        d[0] = d[1] = d[2] = d[3] = 0;
       }
     }
-  if (BITS == 16 && KEEP < TURNS) release(sh, place, chunks_of(FC2));
+    // A lane has the sums of its row with the turn of its columns: where that is the row's turn, they count.
+    if (BITS == 16) all = d[0] + d[3];
+    if ((SPLIT ? t >> 1 : t) != g / EACH) all = 0;
 #pragma unroll
-  for (int half = 0; half < 2; half++) {
-    if (BITS == 16)
-      sums[half] = c[half][0][0] + c[half][0][3] + (c[half][1][0] + c[half][1][3]);
-    else
-      sums[half] += __shfl_down_sync(~0u, sums[half], 1);
-    if (t == 0) sh.sums[side_of(FC2)][8 * half + g][warp] = sums[half];
+    for (int step = 1; step < 32; step *= 2)
+      if (step < 4 || step >= 4 * EACH) all += __shfl_xor_sync(~0u, all, step);
+    if (t == 0 && g < EACH) sh.sums[1][8 + g][warp] = all;
   }
   s.stream_tag ^= 1;
   hand_over(FC2);
@@ -1207,12 +1240,11 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
     }
   }
   release(sh, place, chunks);
-  if (!from_stream(step)) s.stream_tag ^= 1;
-  // Every warp reads every use of the stream's moments, or it could take those before the last for new.
-  if (warp >= finishers(step)) {
-    if (from_stream(step)) read_moments(a, s.stream_tag, 0);
-    return;
+  if (!from_stream(step)) {
+    s.stream_tag ^= 1;
+    s.use = s.use % 6 + 1;
   }
+  if (warp >= finishers(step)) return;
   float constant = 0, factor = 0;
   // Once in vain before the sums are there: the instructions are then in the cache, when every one of them counts.
 #pragma unroll 1
@@ -1220,7 +1252,7 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
     const bool real = pass == 1;
     if (real) {
       if (from_stream(step)) {
-        const float2 moments = read_moments(a, s.stream_tag, sh.eps[layer][norm]);
+        const float2 moments = read_moments(a, s.use, sh.eps[layer][norm]);
         constant = first - moments.x * moments.y * second, factor = moments.y * GROW;
       }
       bar_sync(STEP_DONE + step, 32 * (WARPS + finishers(step)));
@@ -1252,7 +1284,7 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
       }
     } else {
       if (real) s.residual += total + first;
-      publish_stream(a, n, s.residual, second, finishes, real, s.stream_tag, step == FC2 && layer == LAYERS - 1);
+      publish_stream(a, s, n, second, finishes, real, step == FC2 && layer == LAYERS - 1);
     }
   }
   __syncwarp();
@@ -1520,7 +1552,7 @@ __device__ __forceinline__ void finish_layers(const Arguments& a, State& s, Shar
       s.residual = widen(a.embedding[token * WIDTH + n]) + widen(a.positions[position * WIDTH + n]);
       gain = widen(a.first_gain[n]);
     }
-    publish_stream(a, n, s.residual, gain, finishes, true, s.stream_tag, false);
+    publish_stream(a, s, n, gain, finishes, true, false);
   }
 #pragma unroll 1
   for (int layer = 0; layer < LAYERS; layer++, s.tag ^= 1)
