@@ -257,7 +257,11 @@ constexpr int stride(int depth) {
 static_assert(stride(WIDTH) >= part_bytes(WIDTH) && stride(FFN) >= part_bytes(FFN), "");
 constexpr int groups(int depth) { return BITS == 16 ? 0 : depth / GROUP; }
 // Behind the rows: scales, zero points, two vectors, each from the multiple of 16 bytes at or below its first element.
-constexpr int meta_bytes(int depth) { return BITS == 16 ? 0 : up(ROWS * groups(depth) * 2, 16) + 16; }
+// Those of the second feed-forward product lie a little further apart where a row of them allows: at a multiple of 128
+// bytes, all rows would meet the same bank.
+constexpr bool APART = BITS != 16 && groups(FFN) * 2 % 16 == 0;
+constexpr int meta_stride(int depth) { return groups(depth) * 2 + (depth == FFN && APART ? 16 : 0); }
+constexpr int meta_bytes(int depth) { return BITS == 16 ? 0 : up(ROWS * meta_stride(depth), 16) + 16; }
 constexpr int scales_at(int depth) { return ROWS * stride(depth); }
 constexpr int vector_bytes = up(ROWS * 4, 16) + 16;
 constexpr int vectors_at(int depth) { return scales_at(depth) + 2 * meta_bytes(depth); }
@@ -309,14 +313,10 @@ struct Shared {
   alignas(16) float sums[2][MOST_ROWS][WARPS];
   union {
     alignas(16) float runs[WARPS][64 + 4];
-    // A warp's activations on their way to the lanes that multiply them: blocks of the hidden layer; of the stream, each
-    // block's halves and remainders; of attention, each block of eight runs, and the runs' shares.
+    // A warp's activations on their way to the lanes that multiply them: blocks of the hidden layer; of the stream and of
+    // attention's result each block's halves and remainders.
     alignas(16) u16 hidden[WARPS][HIDDEN_BLOCKS][32];
-    alignas(16) u16 stream[WARPS][BLOCKS][2][32];
-    struct {
-      alignas(16) u16 units[BLOCKS][8][32];
-      float2 shares[BLOCKS][4];
-    } merged[WARPS];
+    alignas(16) u16 staged[WARPS][BLOCKS][2][32];
   };
   alignas(16) float tops[WARPS], totals[WARPS];
   u64 caches[LAYERS][4];
@@ -476,16 +476,27 @@ __device__ __forceinline__ void fetch_chunk(const Pointers& p, Shared& sh, u32 m
       if (product == QKV) first += chunk * WIDTH;
     }
     from = first * each / 16 * 16;
-    if (each) size = up((first + count) * each, 16) - (int)from;
+    if (each && !(APART && deep && lane < 18)) size = up((first + count) * each, 16) - (int)from;
   }
   const u8* base = p.at(index);
   u32 all = size;
 #pragma unroll
   for (int step = 16; step; step /= 2) all += __shfl_xor_sync(~0u, all, step);
+  const bool row_by_row = APART && deep && chunk == 0;
+  constexpr int META = groups(FFN) * 2;
+  if (row_by_row) all += 2 * count * META;
   const u32 barrier = make_room(sh, cursor, landed, issued, all, [&] {
     if (size) prefetch(base + from, size);
   });
   if (size) copy_async(memory + cursor.place * CHUNK + at, base + from, size, barrier);
+  if (row_by_row) {
+#pragma unroll
+    for (int zeros = 0; zeros < 2; zeros++) {
+      const u8* metas = p.at((zeros ? ZEROS : SCALES) + matrix) + (long long)(first + lane) * META;
+      const int to = scales_at(FFN) + zeros * meta_bytes(FFN) + lane * meta_stride(FFN);
+      if (lane < count) copy_async(memory + cursor.place * CHUNK + to, metas, META, barrier);
+    }
+  }
   cursor.next();
 }
 
@@ -883,38 +894,11 @@ __device__ __forceinline__ void stage(u16* to, const uint4& unit) {
 }
 __device__ __forceinline__ uint2 staged(const u16* from) { return *(const uint2*)from; }
 
-// A product with the stream.
-template <bool LARGE>
-__device__ __forceinline__ void product_of_stream(const Arguments& a, State& s, Shared& sh, int step) {
-  constexpr int EIGHTS = LARGE ? MOST_EIGHTS : 2, ALWAYS = LARGE ? LEAST_EIGHTS : 2, UNITS = ratio(BLOCKS, 4);
+// The product of weights with a warp's staged activations.
+template <int EIGHTS, int ALWAYS, int KEPT>
+__device__ __forceinline__ void multiply_staged(const Weights<EIGHTS, ALWAYS, KEPT>& weights, Shared& sh, int step) {
   const u32 id = thread();
-  const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4, first = first_in_plane();
-
-  // The activations: a lane asks for halves or remainders of one block in four.
-  uint4 units[UNITS];
-  u32 missing = 0;
-  const u16* const stream = a.stream + (2 * (program() % COPIES) + lane / 4 % 2) * WIDTH + first;
-#pragma unroll
-  for (int i = 0; i < UNITS; i++) {
-    units[i] = {};
-    if (4 * i + lane / 8 < BLOCKS && is_inside(first, 4 * i + lane / 8)) missing |= 1u << i;
-  }
-  Weights<EIGHTS, ALWAYS, LARGE ? least(KEPT_EIGHTS, EIGHTS) : 2> weights;
-  weights.load(s, sh, step);
-  Patience patience;
-  do {
-#pragma unroll
-    for (int i = 0; i < UNITS; i++)
-      if (missing >> i & 1) units[i] = peek16(stream + block_at(4 * i + lane / 8));
-#pragma unroll
-    for (int i = 0; i < UNITS; i++)
-      if (all_fresh(units[i], s.stream_tag)) missing &= ~(1u << i);
-    patience.spend();
-  } while (__any_sync(~0u, missing));
-#pragma unroll
-  for (int i = 0; i < UNITS; i++)
-    if (4 * i + lane / 8 < BLOCKS) stage(&sh.stream[warp][4 * i + lane / 8][lane / 4 % 2][t * 8], units[i]);
-  __syncwarp();
+  const int warp = id / 32, g = id / 4 % 8, t = id % 4;
   // A lane has those of column g: the halves are in the first two and the remainders in the next two columns; with packed
   // weights, the halves of each block's first and second half in two each, and likewise the remainders, as the halves of
   // a block may differ in scale.
@@ -925,7 +909,7 @@ __device__ __forceinline__ void product_of_stream(const Arguments& a, State& s, 
 #pragma unroll
   for (int b = 0; b < BLOCKS; b++) {
     y[b] = {};
-    if (has_units) y[b] = staged(&sh.stream[warp][b][part][t * 8 + g % 2 * 4]);
+    if (has_units) y[b] = staged(&sh.staged[warp][b][part][t * 8 + g % 2 * 4]);
   }
 #pragma unroll
   for (int b = 0; b < BLOCKS; b++) totals[b] = BITS == 16 ? 0 : total_of(y[b].x, y[b].y);
@@ -947,121 +931,133 @@ __device__ __forceinline__ void product_of_stream(const Arguments& a, State& s, 
     if (BITS == 16) sum = c[0] + c[3];
     sum += __shfl_xor_sync(~0u, sum, 1);
     if (BITS != 16) sum += __shfl_xor_sync(~0u, sum, 2);
-    if (t == 0) sh.sums[0][8 * h + g][warp] = sum;
+    if (t == 0) sh.sums[side_of(step)][8 * h + g][warp] = sum;
   }
+}
+
+// A product with the stream.
+template <bool LARGE>
+__device__ __forceinline__ void product_of_stream(const Arguments& a, State& s, Shared& sh, int step) {
+  constexpr int EIGHTS = LARGE ? MOST_EIGHTS : 2, ALWAYS = LARGE ? LEAST_EIGHTS : 2, UNITS = ratio(BLOCKS, 4);
+  Weights<EIGHTS, ALWAYS, LARGE ? least(KEPT_EIGHTS, EIGHTS) : 2> weights;
+  weights.load(s, sh, step);
+
+  // The activations: a lane asks for halves or remainders of one block in four.
+  const u32 id = thread();
+  const int warp = id / 32, lane = id % 32, t = id % 4, first = first_in_plane();
+  const u16* const stream = a.stream + (2 * (program() % COPIES) + lane / 4 % 2) * WIDTH + first;
+  uint4 units[UNITS];
+  u32 missing = 0;
+#pragma unroll
+  for (int i = 0; i < UNITS; i++) {
+    units[i] = {};
+    if (4 * i + lane / 8 < BLOCKS && is_inside(first, 4 * i + lane / 8)) missing |= 1u << i;
+  }
+  Patience patience;
+  do {
+#pragma unroll
+    for (int i = 0; i < UNITS; i++)
+      if (missing >> i & 1) units[i] = peek16(stream + block_at(4 * i + lane / 8));
+#pragma unroll
+    for (int i = 0; i < UNITS; i++)
+      if (all_fresh(units[i], s.stream_tag)) missing &= ~(1u << i);
+    patience.spend();
+  } while (__any_sync(~0u, missing));
+#pragma unroll
+  for (int i = 0; i < UNITS; i++)
+    if (4 * i + lane / 8 < BLOCKS) stage(&sh.staged[warp][4 * i + lane / 8][lane / 4 % 2][t * 8], units[i]);
+  __syncwarp();
+  multiply_staged(weights, sh, step);
   hand_over(step);
 }
 
 // A product with attention's result, of which each head is in several runs of keys, to be merged.
 __device__ __forceinline__ void product_of_runs(const Arguments& a, State& s, Shared& sh, int step) {
-  const u32 id = thread();
-  const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4, first = first_in_plane();
-  const bool own = step == OWN_OUT;
-  const int splits = own ? SELF_SPLITS : CROSS_SPLITS, copy = program() % COPIES;
+  constexpr int MOST = most(SELF_SPLITS, CROSS_SPLITS);
+  static_assert(BLOCKS <= 8, "");
+  Weights<2, 2, 2> weights;
+  weights.load(s, sh, step);
 
-  // A lane asks for its eighth of every block, of one run, and for the logarithms of one run of one block in four.
-  constexpr int LOGS = ratio(BLOCKS, 4);
-  // Heads lie 8 runs apart; where a plane ends with a head, what lies between two blocks is known beforehand.
-  constexpr bool WHOLE = plane(WIDTH) % 64 == 0;
-  const u16* const runs_from = (own ? a.own_runs : a.cross_runs) + copy * (HEADS * 8 * 64) + lane / 4 * 64;
-  const float* const logs_from = (own ? a.own_logs : a.cross_logs) + copy * (HEADS * 8) + lane % 8;
-  const u16* const first_unit = runs_from + first / 64 * (8 * 64) + first % 64;
-  uint4 units[BLOCKS];
-  u32 logs[LOGS];
+  // A lane asks for eight elements of every run, and for the logarithms of their sums. Heads lie 8 runs apart.
+  const u32 id = thread();
+  const int warp = id / 32, lane = id % 32, t = id % 4, first = first_in_plane(), b = lane / 4;
+  const bool own = step == OWN_OUT, inside = b < BLOCKS && is_inside(first, b);
+  const int splits = own ? SELF_SPLITS : CROSS_SPLITS, copy = program() % COPIES;
+  const int element = block_at(b) + first, head = element / 64;
+  const u16* const units_from = (own ? a.own_runs : a.cross_runs) + (copy * HEADS + head) * (8 * 64) + element % 64;
+  const float* const logs_from = (own ? a.own_logs : a.cross_logs) + (copy * HEADS + head) * 8;
+  uint4 units[MOST], logs[2];
   u32 missing = 0;
 #pragma unroll
-  for (int b = 0; b < BLOCKS; b++) {
-    units[b] = {};
-    if (is_inside(first, b) && lane / 4 < splits) missing |= 1u << b;
+  for (int i = 0; i < MOST; i++) {
+    units[i] = {};
+    if (inside && i < splits) missing |= 1u << i;
   }
 #pragma unroll
-  for (int i = 0; i < LOGS; i++) {
-    logs[i] = __float_as_uint(NOTHING);
-    const int b = 4 * i + lane / 8;
-    if (b < BLOCKS && is_inside(first, b) && lane % 8 < splits) missing |= 65536u << i;
+  for (int i = 0; i < 2; i++) {
+    logs[i] = {};
+    if (inside && 4 * i < splits) missing |= 256u << i;
   }
-  // The second eight stays packed where others do.
-  Weights<2, 2, KEPT_EIGHTS < MOST_EIGHTS ? 1 : 2> weights;
-  weights.load(s, sh, step);
   Patience patience;
   do {
 #pragma unroll
-    for (int b = 0; b < BLOCKS; b++) {
-      const int element = block_at(b) + first;
-      if (missing >> b & 1)
-        units[b] = peek16(WHOLE ? first_unit + block_at(b) / 64 * (8 * 64)
-                                : runs_from + element / 64 * (8 * 64) + element % 64);
+    for (int i = 0; i < MOST; i++)
+      if (missing >> i & 1) units[i] = peek16(units_from + i * 64);
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+      if (missing >> (8 + i) & 1) logs[i] = peek16(logs_from + i * 4);
+#pragma unroll
+    for (int i = 0; i < MOST; i++)
+      if (fresh(units[i].x, s.tag)) missing &= ~(1u << i);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      // Behind the last run nobody writes.
+      const u32 words[4] = {logs[i].x, logs[i].y, logs[i].z, logs[i].w};
+      bool there = true;
+#pragma unroll
+      for (int k = 0; k < 4; k++) there &= 4 * i + k >= splits || fresh(words[k], s.tag);
+      if (there) missing &= ~(256u << i);
     }
-#pragma unroll
-    for (int i = 0; i < LOGS; i++)
-      if (missing >> (16 + i) & 1) logs[i] = peek4(logs_from + (block_at(4 * i + lane / 8) + first) / 64 * 8);
-#pragma unroll
-    for (int b = 0; b < BLOCKS; b++)
-      if (fresh(units[b].x, s.tag)) missing &= ~(1u << b);
-#pragma unroll
-    for (int i = 0; i < LOGS; i++)
-      if (fresh(logs[i], s.tag)) missing &= ~(65536u << i);
     patience.spend();
   } while (__any_sync(~0u, missing));
+
+  // Each run's share of the head.
+  const u32 words[8] = {logs[0].x, logs[0].y, logs[0].z, logs[0].w, logs[1].x, logs[1].y, logs[1].z, logs[1].w};
+  float share[MOST], best = NOTHING, all = 0;
 #pragma unroll
-  for (int b = 0; b < BLOCKS; b++) stage(&sh.merged[warp].units[b][lane / 4][t * 8], units[b]);
-#pragma unroll
-  for (int i = 0; i < LOGS; i++) {
-    // Each run's share of the head that the block belongs to: of eight lanes, the lane of the run has it.
-    const float log = __uint_as_float(logs[i]);
-    float best = log;
-#pragma unroll
-    for (int step = 1; step < 8; step *= 2) best = fmaxf(best, __shfl_xor_sync(~0u, best, step));
-    const float mine = exp2_fast(log - best);
-    float all = mine;
-#pragma unroll
-    for (int step = 1; step < 8; step *= 2) all += __shfl_xor_sync(~0u, all, step);
-    const int b = 4 * i + lane / 8;
-    if (b < BLOCKS)
-      ((float*)&sh.merged[warp].shares[b][lane % 4])[lane / 4 % 2] = mine * __fdividef(1.0f, fmaxf(all, 1e-30f));
+  for (int i = 0; i < MOST; i++) {
+    share[i] = i < splits ? __uint_as_float(words[i]) : NOTHING;
+    best = fmaxf(best, share[i]);
   }
-  __syncwarp();
-  // A lane has activations of column g. Two columns to a run: the first four in one product, the others in a second. A
-  // lane gets the sums of run t and of run t + 4.
-  constexpr int SETS = most(SELF_SPLITS, CROSS_SPLITS) > 4 ? 2 : 1;
-  float sums[2] = {};
 #pragma unroll
-  for (int b = 0; b < BLOCKS; b++) {
-    if (BITS != 3 && !has_turn(b / DIGITS)) continue;
-    const float2 shares = sh.merged[warp].shares[b][t];
+  for (int i = 0; i < MOST; i++) {
+    share[i] = exp2_fast(share[i] - best);
+    all += share[i];
+  }
+  const float inverse = __fdividef(1.0f, fmaxf(all, 1e-30f));
+  float x[8] = {};
 #pragma unroll
-    for (int set = 0; set < SETS; set++) {
-      const uint2 y = staged(&sh.merged[warp].units[b][4 * set + g / 2][t * 8 + g % 2 * 4]);
-      const float weight = set ? shares.y : shares.x;
-      // All columns are taken: where the halves of a block differ in scale, one after the other.
-      constexpr int SPLITS = BITS != 16 && GROUP % 32 ? 2 : 1;
+  for (int i = 0; i < MOST; i++) {
+    const u32 pairs[4] = {units[i].x, units[i].y, units[i].z, units[i].w};
 #pragma unroll
-      for (int split = 0; split < SPLITS; split++) {
-        const bool mine = SPLITS == 1 || t >> 1 == split;
-        const u32 x0 = mine ? y.x : 0, x1 = mine ? y.y : 0;
-        const float total = BITS == 16 ? 0 : total_of(x0, x1);
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          float c[4] = {};
-          u32 w[4];
-          weights.get(w, half, b);
-          multiply_row(c, w, x0, x1);
-          if (BITS == 16) {
-            sums[half] += (c[0] + c[3]) * weight;
-          } else {
-            u32 of = weights.steps[half][b];
-            if (SPLITS == 2) of = __shfl_sync(~0u, of, lane & ~1 | split);
-            sums[half] += scaled(c[0] + c[3], of, total, 0) * weight;
-          }
-        }
-      }
+    for (int j = 0; j < 4; j++) {
+      x[2 * j] += share[i] * low_of(pairs[j]);
+      x[2 * j + 1] += share[i] * high_of(pairs[j]);
     }
   }
+  u32 halves[4], rests[4];
 #pragma unroll
-  for (int step = 1; step < 4; step *= 2)
-#pragma unroll
-    for (int half = 0; half < 2; half++) sums[half] += __shfl_xor_sync(~0u, sums[half], step);
-  if (t == 0) sh.sums[1][g][warp] = sums[0], sh.sums[1][8 + g][warp] = sums[1];
+  for (int j = 0; j < 4; j++) {
+    const float low = x[2 * j] * inverse, high = x[2 * j + 1] * inverse;
+    halves[j] = pack(low, high);
+    rests[j] = pack(low - low_of(halves[j]), high - high_of(halves[j]));
+  }
+  if (b < BLOCKS) {
+    stage(&sh.staged[warp][b][0][t * 8], {halves[0], halves[1], halves[2], halves[3]});
+    stage(&sh.staged[warp][b][1][t * 8], {rests[0], rests[1], rests[2], rests[3]});
+  }
+  __syncwarp();
+  multiply_staged(weights, sh, step);
   s.stream_tag ^= 1;
   hand_over(step);
 }
@@ -1110,7 +1106,7 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
           for (int i = 0; i < 4; i++) kept[b][i] = w[i];
         } else {
           integers(kept[b], packed, digit);
-          if (FULL || has_hidden(turn)) steps[b] = load_steps<FFN>(metas + row * (groups(FFN) * 2), lane_part, turn, digit);
+          if (FULL || has_hidden(turn)) steps[b] = load_steps<FFN>(metas + row * meta_stride(FFN), lane_part, turn, digit);
         }
       }
     }
@@ -1128,7 +1124,7 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
       const int b = i * DIGITS + digit;
       rest_steps[b] = 0;
       if (BITS != 16 && has_hidden(turn))
-        rest_steps[b] = load_steps<FFN>(metas + row * (groups(FFN) * 2), lane_part, turn, digit);
+        rest_steps[b] = load_steps<FFN>(metas + row * meta_stride(FFN), lane_part, turn, digit);
       if (REST_PACKED) continue;
       if (BITS == 16)
 #pragma unroll
