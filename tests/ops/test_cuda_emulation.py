@@ -127,9 +127,9 @@ KERNEL(elementwise) {
         const float f = __uint_as_float(a);
         x.out[i] = x.mode == 0   ? __float_as_uint(widen(a))
                    : x.mode == 1 ? pack(f, -f)
-                   : x.mode == 2 ? half_add(a, b)
-                   : x.mode == 3 ? half_sub(a, b)
-                   : x.mode == 4 ? half_mul(a, b)
+                   : x.mode == 2 ? half_fma(a, (BF16 ? 0x3F80u : 0x3C00u) * 0x10001u, b)
+                   : x.mode == 3 ? half_fma(b, (BF16 ? 0xBF80u : 0xBC00u) * 0x10001u, a)
+                   : x.mode == 4 ? half_fma(a, b, 0x80008000)
                    : x.mode == 5 ? pack_f16(f, -f)
                    : x.mode == 6 ? __float_as_uint(widen_f16(a))
                                  : byte_permute(a, ~a * 2654435761u, b);

@@ -8,8 +8,8 @@
 // into a ring in shared memory, several products ahead; low-bit ones are unpacked while the program would only wait.
 //
 // Products run on the tensor cores: a tile of the weight, eight columns of activations. One row of a batch needs one
-// column; the others hold what single half-precision numbers cannot: the remainders of the layer norms' input, and the
-// partial results of attention, which are thereby merged in the product that follows.
+// column; the others hold what single half-precision numbers cannot, the remainders of the activations, and what has
+// scales of its own. Low-bit weights are multiplied as integers, exactly, and their scales applied to the sums.
 //
 // Built by NVRTC without headers. Constants that the launcher defines:
 //   WIDTH, FFN, HEADS (of 64), LAYERS, SLOTS, SOURCE (keys of cross-attention), CROSS_SPLITS (programs to a head, at
@@ -19,7 +19,8 @@
 // Why every buffer can be used again without being cleared: a program that writes the next result into a buffer holds
 // values that depend on every reader's having read the last one. Layer by layer: all of `stream` was read before any
 // query, key or value of the layer could be published, all of those before all heads' runs, all of these before the
-// next `stream`, and so on around the layer.
+// next `stream`, and so on around the layer. Of a program's warps one may read late what the others have left behind
+// them: none of them skips a use of what it reads, or the words count more than two uses.
 
 #ifndef EMULATED
 
@@ -209,10 +210,6 @@ __device__ __forceinline__ float high_of(u32 pair) { return widen((u16)(pair >> 
 static_assert(LAYERS % 2 == 0, "tags would differ from launch to launch");
 constexpr float NOTHING = -1e30f, LOG2E = 1.4426950408889634f;
 constexpr float SHRINK = 1.0f / 16, GROW = 16.0f;  // Keeps activations times gains far from float16's largest number.
-#ifndef FW
-#define FW 150
-#define FH 132
-#endif
 constexpr int WARPS = 8;
 // Warps that multiply, one that fetches, and those that finish what is multiplied, sixteen features each.
 constexpr int FETCHER = WARPS, FIRST_FINISHER = WARPS + 1, FINISHERS = 3, THREADS = 32 * (WARPS + 4);
@@ -257,9 +254,9 @@ constexpr int stride(int depth) {
 static_assert(stride(WIDTH) >= part_bytes(WIDTH) && stride(FFN) >= part_bytes(FFN), "");
 constexpr int groups(int depth) { return BITS == 16 ? 0 : depth / GROUP; }
 // Behind the rows: scales, zero points, two vectors, each from the multiple of 16 bytes at or below its first element.
-// Those of the second feed-forward product lie a little further apart where a row of them allows: at a multiple of 128
-// bytes, all rows would meet the same bank.
-constexpr bool APART = BITS != 16 && groups(FFN) * 2 % 16 == 0;
+// Those of the second feed-forward product lie a little further apart where a row of them is a multiple of 64 bytes:
+// four or eight rows would meet the same bank.
+constexpr bool APART = BITS != 16 && groups(FFN) * 2 % 64 == 0;
 constexpr int meta_stride(int depth) { return groups(depth) * 2 + (depth == FFN && APART ? 16 : 0); }
 constexpr int meta_bytes(int depth) { return BITS == 16 ? 0 : up(ROWS * meta_stride(depth), 16) + 16; }
 constexpr int scales_at(int depth) { return ROWS * stride(depth); }
@@ -297,10 +294,11 @@ constexpr int SELF_RUN = 256, SELF_SPLITS = ratio(SLOTS, SELF_RUN);
 constexpr int CROSS_RUN = ratio(SOURCE, CROSS_SPLITS);
 static_assert(HEADS * SELF_SPLITS <= GIVERS && SELF_SPLITS <= 8 && (CROSS_SPLITS - 1) * CROSS_RUN < SOURCE, "");
 
-// Cross-attention's keys and values come through the ring as well: a chunk has those of so many keys, one after the other.
+// Cross-attention's keys and values come through the ring as well: a chunk has so many keys and the values of them.
 constexpr int CHUNK_KEYS = CHUNK / 256 / 8 * 8, KEY_CHUNKS = ratio(CROSS_RUN, CHUNK_KEYS);
 constexpr int RINGS = 32;  // Chunks in shared memory, at most.
-constexpr int FLIGHT_BYTES = 28 * 1024;  // On their way at a time, or a chunk at least.
+// On their way at a time, or a chunk at least.
+constexpr int FLIGHT_BYTES = (BITS == 8 || BITS == 16 ? 56 : 42) * 1024;
 static_assert(finishers(QKV) <= FINISHERS && finishers(FC1) <= FINISHERS, "");
 // Named barriers: one for each product and attention, of those that multiply with those that finish; and one for the
 // way back.
@@ -313,8 +311,8 @@ struct Shared {
   alignas(16) float sums[2][MOST_ROWS][WARPS];
   union {
     alignas(16) float runs[WARPS][64 + 4];
-    // A warp's activations on their way to the lanes that multiply them: blocks of the hidden layer; of the stream and of
-    // attention's result each block's halves and remainders.
+    // A warp's activations on their way to the lanes that multiply them: blocks of the hidden layer; of the stream and
+    // of attention's result each block's halves and remainders.
     alignas(16) u16 hidden[WARPS][HIDDEN_BLOCKS][32];
     alignas(16) u16 staged[WARPS][BLOCKS][2][32];
   };
@@ -326,7 +324,8 @@ struct Shared {
 };
 constexpr int IN_RING = least((MEMORY - (int)sizeof(Shared)) / CHUNK, RINGS);
 constexpr int IN_FLIGHT = most(least(FLIGHT_BYTES / CHUNK, IN_RING - 1), 1);
-static_assert(IN_RING >= most(most(FFN_CHUNKS, KEY_CHUNKS), most(parts(FFN), 3)) + 1, "a step exceeds the shared memory");
+constexpr int MOST_CHUNKS = most(most(FFN_CHUNKS, KEY_CHUNKS), most(parts(FFN), 3));
+static_assert(IN_RING > MOST_CHUNKS, "a step exceeds the shared memory");
 
 // What all programs read is there four times: a line that all of them ask for at once keeps its part of the L2 cache
 // busy for longer than the way there takes.
@@ -626,15 +625,14 @@ __device__ __forceinline__ void publish_split(u16* halves, int total, int copies
 
 // The residual stream times the gain of the layer norm that reads it, and what that norm's moments need. Of the last
 // layer for the head, which is a kernel of its own.
-__device__ __forceinline__ void publish_stream(const Arguments& a, const State& s, int n, float gain, bool finishes,
-                                               bool real, bool last) {
+__device__ __forceinline__ void publish_stream(const Arguments& a, const State& s, int n, float gain, bool there,
+                                               bool last) {
   const float x = s.residual;
-  const bool there = finishes && real;
   const int lane = thread() % 32;
   const float value = x * gain * SHRINK, other = __shfl_xor_sync(~0u, value, 2);
   // Of the two lanes of a feature, one adds up the values and the other their squares. The stream is published while
   // the shuffles are on their way.
-  float sum = !finishes ? 0 : lane % 2 ? x * x : x;
+  float sum = !there ? 0 : lane % 2 ? x * x : x;
   sum += __shfl_xor_sync(~0u, sum, 2);
   const float next = __shfl_xor_sync(~0u, sum, 4);
   if (!last) publish_split(a.stream, WIDTH, COPIES, n, value, other, there, s.stream_tag);
@@ -646,7 +644,7 @@ __device__ __forceinline__ void publish_stream(const Arguments& a, const State& 
   if (last) {
     if (there && lane % 2 == 0) a.gained[n] = x * gain;
     if (there && lane < 2) a.last_stats[lane * GIVERS + program()] = sum;
-  } else if (real && gives && lane < 2 * COPIES) {
+  } else if (gives && lane < 2 * COPIES) {
     poke4((float*)(a.stats + lane / 2 * STATS + program()) + lane % 2, numbered(sum, s.use));
   }
 }
@@ -716,7 +714,7 @@ __device__ __forceinline__ u32 base_of(u32 place, u32 chunk) {
   return (at < IN_RING ? at : at - IN_RING) * CHUNK;
 }
 
-// A lane's part of a run, `at` bytes behind the beginning of its row, of which the lane has elements from `in_plane` on.
+// A lane's part of a run, `at` bytes behind the beginning of its row: the lane has the elements from `in_plane` on.
 template <int DEPTH>
 __device__ __forceinline__ void load_packed(Packed& packed, u32 row, int at, int in_plane) {
   const u8* memory = dynamic_shared();
@@ -781,12 +779,13 @@ __device__ __forceinline__ void operands(u32 (&y)[2], const uint4& unit, bool od
 // What is multiplied with `WIDTH` elements. A warp takes `TURNS` runs, and of each row a block for each digit of them.
 constexpr bool is_large(int product) { return product == QKV || product == FC1; }
 // Registers for weights: what is left of a thread's when everything else has what it needs without spilling.
-constexpr int FOR_WEIGHTS = BITS == 16 ? 128 : FW, PACKED_WORDS = BITS == 3 ? 6 : 2;
+constexpr int FOR_WEIGHTS = BITS == 16 ? 128 : 150, PACKED_WORDS = BITS == 3 ? 6 : 2;
 // Eights of rows of the large products, of both or of one of them; the others have two. Some are held in registers as
 // they are multiplied while their activations are waited for. The others are held packed, or in 16 bits left where they
 // are.
 constexpr int MOST_EIGHTS = ratio(most(3, FFN_CHUNKS) * ROWS, 8), LEAST_EIGHTS = ratio(least(3, FFN_CHUNKS) * ROWS, 8);
-constexpr int OF_EIGHT = BITS == 16 ? 4 * BLOCKS : 5 * BLOCKS, OF_PACKED = BITS == 16 ? 0 : BLOCKS + PACKED_WORDS * TURNS;
+constexpr int OF_EIGHT = BITS == 16 ? 4 * BLOCKS : 5 * BLOCKS;
+constexpr int OF_PACKED = BITS == 16 ? 0 : BLOCKS + PACKED_WORDS * TURNS;
 constexpr int KEPT_EIGHTS = most((FOR_WEIGHTS - MOST_EIGHTS * OF_PACKED) / (OF_EIGHT - OF_PACKED), 2);
 static_assert(ROWS <= 16 && (BITS != 16 || KEPT_EIGHTS >= MOST_EIGHTS), "");
 // Whoever waits for the stream publishes some of it, and is thus never two of its uses behind.
@@ -877,8 +876,8 @@ __device__ __forceinline__ bool is_inside(int first, int b) {
   return in < plane(WIDTH) && b % DIGITS * plane(WIDTH) + in < WIDTH;
 }
 
-// This warp's share of every sum is in shared memory: the finishing warps go on. The shared memory is theirs, until they
-// have published what comes of it.
+// This warp's share of every sum is in shared memory: the finishing warps go on. Until they have published what comes
+// of it, loading the next weights would only take shared memory's time from them.
 __device__ __forceinline__ void hand_over(int step) {
   __syncwarp();
   bar_arrive(STEP_DONE + step, 32 * (WARPS + finishers(step)));
@@ -899,9 +898,9 @@ template <int EIGHTS, int ALWAYS, int KEPT>
 __device__ __forceinline__ void multiply_staged(const Weights<EIGHTS, ALWAYS, KEPT>& weights, Shared& sh, int step) {
   const u32 id = thread();
   const int warp = id / 32, g = id / 4 % 8, t = id % 4;
-  // A lane has those of column g: the halves are in the first two and the remainders in the next two columns; with packed
-  // weights, the halves of each block's first and second half in two each, and likewise the remainders, as the halves of
-  // a block may differ in scale.
+  // A lane has those of column g: the halves are in the first two and the remainders in the next two columns; with
+  // packed weights, the halves of each block's first and second half in two each, and likewise the remainders, as the
+  // halves of a block may differ in scale.
   const bool has_units = BITS == 16 ? g < 4 : t >> 1 == (g >> 1 & 1);
   const int part = BITS == 16 ? g >> 1 & 1 : g >> 2;
   uint2 y[BLOCKS];
@@ -1062,7 +1061,7 @@ __device__ __forceinline__ void product_of_runs(const Arguments& a, State& s, Sh
   hand_over(step);
 }
 
-// The product with the hidden layer: many elements, few rows. Eight of them fill a tile's rows. Those of the rest take its
+// The product with the hidden layer: many elements, few rows. Eight of them fill a tile's rows. The others take its
 // rows several times over, each time with another turn, whose activations are in columns of their own.
 __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, Shared& sh) {
   constexpr int TURNS = turns(FFN), BLOCKS = TURNS * DIGITS, UNITS = ratio(BLOCKS * 4, 32), PLANE = plane(FFN);
@@ -1106,7 +1105,8 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
           for (int i = 0; i < 4; i++) kept[b][i] = w[i];
         } else {
           integers(kept[b], packed, digit);
-          if (FULL || has_hidden(turn)) steps[b] = load_steps<FFN>(metas + row * meta_stride(FFN), lane_part, turn, digit);
+          if (FULL || has_hidden(turn))
+            steps[b] = load_steps<FFN>(metas + row * meta_stride(FFN), lane_part, turn, digit);
         }
       }
     }
@@ -1242,46 +1242,39 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
   }
   if (warp >= finishers(step)) return;
   float constant = 0, factor = 0;
-  // Once in vain before the sums are there: the instructions are then in the cache, when every one of them counts.
-#pragma unroll 1
-  for (int pass = 0; pass < 2; pass++) {
-    const bool real = pass == 1;
-    if (real) {
-      if (from_stream(step)) {
-        const float2 moments = read_moments(a, s.use, sh.eps[layer][norm]);
-        constant = first - moments.x * moments.y * second, factor = moments.y * GROW;
-      }
-      bar_sync(STEP_DONE + step, 32 * (WARPS + finishers(step)));
-    }
-    const float4 four = *(const float4*)&sh.sums[side_of(step)][row][4 * half];
-    float total = four.x + four.y + (four.z + four.w);
-    total += __shfl_xor_sync(~0u, total, 1);
-    if (from_stream(step)) {
-      total = total * factor + constant;
-      if (step == FC1) {
-        const float y = 0.5f * total * (1.0f + erff(total * 0.7071067811865476f));
-        // Eight features, sixteen lanes, one unit.
-        u32 pair = pack(y, __shfl_down_sync(~0u, y, 2)), unit[4];
+  if (from_stream(step)) {
+    const float2 moments = read_moments(a, s.use, sh.eps[layer][norm]);
+    constant = first - moments.x * moments.y * second, factor = moments.y * GROW;
+  }
+  bar_sync(STEP_DONE + step, 32 * (WARPS + finishers(step)));
+  const float4 four = *(const float4*)&sh.sums[side_of(step)][row][4 * half];
+  float total = four.x + four.y + (four.z + four.w);
+  total += __shfl_xor_sync(~0u, total, 1);
+  if (from_stream(step)) {
+    total = total * factor + constant;
+    if (step == FC1) {
+      const float y = 0.5f * total * (1.0f + erff(total * 0.7071067811865476f));
+      // Eight features, sixteen lanes, one unit.
+      u32 pair = pack(y, __shfl_down_sync(~0u, y, 2)), unit[4];
 #pragma unroll
-        for (int i = 0; i < 4; i++) unit[i] = __shfl_sync(~0u, pair, (lane & 16) + 4 * i);
-        if (finishes && real && lane % 16 < COPIES)
-          poke16(a.hidden + lane % 16 * FFN + n / 8 * 8, {tagged(unit[0], s.tag), unit[1], unit[2], unit[3]});
-      } else {
-        // Keys and values are attended to as the cache holds them.
-        const bool query = step == QUERY || chunk == 0;
-        total = query ? total * (a.scale * LOG2E) : low_of(pack(total, 0));
-        publish_split(step == QUERY ? a.query : a.heads, step == QUERY ? WIDTH : 3 * WIDTH, 1,
-                      (step == QUERY ? 0 : chunk * WIDTH) + n, total, __shfl_xor_sync(~0u, total, 2), finishes && real,
-                      s.tag);
-        if (finishes && real && !query && half == 0) {
-          u16* cache = (u16*)sh.caches[layer][chunk - 1];
-          cache[((long long)(n / 64) * SLOTS + s.slot) * 64 + n % 64] = (u16)pack(total, 0);
-        }
-      }
+      for (int i = 0; i < 4; i++) unit[i] = __shfl_sync(~0u, pair, (lane & 16) + 4 * i);
+      if (finishes && lane % 16 < COPIES)
+        poke16(a.hidden + lane % 16 * FFN + n / 8 * 8, {tagged(unit[0], s.tag), unit[1], unit[2], unit[3]});
     } else {
-      if (real) s.residual += total + first;
-      publish_stream(a, s, n, second, finishes, real, step == FC2 && layer == LAYERS - 1);
+      // Keys and values are attended to as the cache holds them.
+      const bool query = step == QUERY || chunk == 0;
+      total = query ? total * (a.scale * LOG2E) : low_of(pack(total, 0));
+      publish_split(step == QUERY ? a.query : a.heads, step == QUERY ? WIDTH : 3 * WIDTH, 1,
+                    (step == QUERY ? 0 : chunk * WIDTH) + n, total, __shfl_xor_sync(~0u, total, 2), finishes,
+                    s.tag);
+      if (finishes && !query && half == 0) {
+        u16* cache = (u16*)sh.caches[layer][chunk - 1];
+        cache[((long long)(n / 64) * SLOTS + s.slot) * 64 + n % 64] = (u16)pack(total, 0);
+      }
     }
+  } else {
+    s.residual += total + first;
+    publish_stream(a, s, n, second, finishes, step == FC2 && layer == LAYERS - 1);
   }
   __syncwarp();
   bar_arrive(PUBLISHED, 32 * (WARPS + finishers(step)));
@@ -1473,44 +1466,40 @@ __device__ __forceinline__ void finish_attention(const Arguments& a, State& s, S
     new_value[0] = low_of(words[2][0]) + low_of(words[2][1]);
     new_value[1] = high_of(words[2][0]) + high_of(words[2][1]);
   }
-#pragma unroll 1
-  for (int pass = 0; pass < 2; pass++) {
-    const bool real = pass == 1;
-    if (real) bar_sync(STEP_DONE + (own ? OWN_ATTENTION : CROSS_ATTENTION), 32 * (WARPS + 1));
-    float best = newest;
+  bar_sync(STEP_DONE + (own ? OWN_ATTENTION : CROSS_ATTENTION), 32 * (WARPS + 1));
+  float best = newest;
 #pragma unroll
-    for (int i = 0; i < WARPS / 4; i++) {
-      const float4 four = *(const float4*)&sh.tops[4 * i];
-      best = fmaxf(fmaxf(best, fmaxf(four.x, four.y)), fmaxf(four.z, four.w));
-    }
-    float all[8] = {}, total = 0;
-#pragma unroll
-    for (int i = 0; i < WARPS / 4; i++) {
-      const int of = lane / 8 * (WARPS / 4) + i;
-      const float weight = exp2_fast(sh.tops[of] - best);
-      total += weight * sh.totals[of];
-#pragma unroll
-      for (int j = 0; j < 2; j++) {
-        const float4 four = *(const float4*)&sh.runs[of][lane % 8 * 8 + 4 * j];
-        all[4 * j] += weight * four.x, all[4 * j + 1] += weight * four.y;
-        all[4 * j + 2] += weight * four.z, all[4 * j + 3] += weight * four.w;
-      }
-    }
-    gather(all);
-    total += __shfl_xor_sync(~0u, total, 8);
-    total += __shfl_xor_sync(~0u, total, 16);
-    if (newest > NOTHING) {
-      const float weight = exp2_fast(newest - best);
-      total += weight, all[0] += weight * new_value[0], all[1] += weight * new_value[1];
-    }
-    const float inverse = __fdividef(1.0f, fmaxf(total, 1e-30f));
-    u32 pair = pack(all[0] * inverse, all[1] * inverse), unit[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) unit[i] = __shfl_sync(~0u, pair, lane % 8 + 8 * i);
-    if (real) poke16(to, {tagged(unit[0], s.tag), unit[1], unit[2], unit[3]});
-    const float log = total > 0 ? best + log2_fast(total) : NOTHING;
-    if (real && lane < COPIES) poke4(log_to, tagged(__float_as_uint(log), s.tag));
+  for (int i = 0; i < WARPS / 4; i++) {
+    const float4 four = *(const float4*)&sh.tops[4 * i];
+    best = fmaxf(fmaxf(best, fmaxf(four.x, four.y)), fmaxf(four.z, four.w));
   }
+  float all[8] = {}, total = 0;
+#pragma unroll
+  for (int i = 0; i < WARPS / 4; i++) {
+    const int of = lane / 8 * (WARPS / 4) + i;
+    const float weight = exp2_fast(sh.tops[of] - best);
+    total += weight * sh.totals[of];
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      const float4 four = *(const float4*)&sh.runs[of][lane % 8 * 8 + 4 * j];
+      all[4 * j] += weight * four.x, all[4 * j + 1] += weight * four.y;
+      all[4 * j + 2] += weight * four.z, all[4 * j + 3] += weight * four.w;
+    }
+  }
+  gather(all);
+  total += __shfl_xor_sync(~0u, total, 8);
+  total += __shfl_xor_sync(~0u, total, 16);
+  if (newest > NOTHING) {
+    const float weight = exp2_fast(newest - best);
+    total += weight, all[0] += weight * new_value[0], all[1] += weight * new_value[1];
+  }
+  const float inverse = __fdividef(1.0f, fmaxf(total, 1e-30f));
+  u32 pair = pack(all[0] * inverse, all[1] * inverse), unit[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) unit[i] = __shfl_sync(~0u, pair, lane % 8 + 8 * i);
+  poke16(to, {tagged(unit[0], s.tag), unit[1], unit[2], unit[3]});
+  const float log = total > 0 ? best + log2_fast(total) : NOTHING;
+  if (lane < COPIES) poke4(log_to, tagged(__float_as_uint(log), s.tag));
   __syncwarp();
   bar_arrive(PUBLISHED, 32 * (WARPS + 1));
 }
@@ -1548,7 +1537,7 @@ __device__ __forceinline__ void finish_layers(const Arguments& a, State& s, Shar
       s.residual = widen(a.embedding[token * WIDTH + n]) + widen(a.positions[position * WIDTH + n]);
       gain = widen(a.first_gain[n]);
     }
-    publish_stream(a, s, n, gain, finishes, true, false);
+    publish_stream(a, s, n, gain, finishes, false);
   }
 #pragma unroll 1
   for (int layer = 0; layer < LAYERS; layer++, s.tag ^= 1)
