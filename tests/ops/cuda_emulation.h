@@ -738,7 +738,7 @@ static inline u32 pack(float low, float high) {
     return BF16 ? emulation::narrow_bf16(low) | u32(emulation::narrow_bf16(high)) << 16 : pack_f16(low, high);
 }
 static inline float widen(u16 half) { return BF16 ? emulation::widen_bf16(half) : widen_f16(half); }
-static inline u32 and_or(u32 a, u32 b, u32 c) { return a & b | c; }
+static inline u32 and_or(u32 a, u32 b, u32 c) { return (a & b) | c; }
 static inline u32 half_fma(u32 a, u32 b, u32 c) { return emulation::half_fma(a, b, c); }
 
 static inline u32 byte_permute(u32 a, u32 b, u32 selector) {
