@@ -187,6 +187,23 @@ def test_emulated(changes):
         compare(model, slot, offset, functools.partial(emulate, seed=seed))
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed: the kernel cannot be emulated")
+@pytest.mark.parametrize("width", [384, 512, 768, 1024, 1280])
+def test_every_whisper_shape_fits(width):
+    """What the source asserts of itself holds for the family, on an H100's multiprocessors and shared memory."""
+    header = Path(__file__).with_name("cuda_emulation.h")
+    source = f'#include "{Path(ops.__file__).with_suffix(".cu")}"\n'
+    for bits, group_size in ((16, 0), (8, 64), (4, 64), (3, 32), (2, 16), (1.58, 16)):
+        shape = ops.Shape(width, 4 * width, 4, 448, 1500, False, bits, group_size, 132, 232448)
+        if ops.why_not(shape) is not None:
+            assert bits == 1.58
+            continue
+        defines = [f"-D{name}={value}" for name, value in ops.definitions(shape).items()]
+        command = ["g++", "-std=c++17", "-w", "-fsyntax-only", "-DEMULATED", *defines, "-include", str(header)]
+        result = subprocess.run([*command, "-x", "c++", "-"], input=source, text=True, capture_output=True)
+        assert result.returncode == 0, result.stderr
+
+
 def run(model, slot, offset):
     outputs, inputs = model.operands(slot, offset)
     shape = model.shape

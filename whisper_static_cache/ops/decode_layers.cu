@@ -264,7 +264,12 @@ constexpr int vector_bytes = up(ROWS * 4, 16) + 16;
 constexpr int vectors_at(int depth) { return scales_at(depth) + 2 * meta_bytes(depth); }
 constexpr int chunk_bytes(int depth) { return vectors_at(depth) + 2 * vector_bytes; }
 
-constexpr int CHUNK = up(most(chunk_bytes(WIDTH), chunk_bytes(FFN)), 128);
+// Cross-attention's keys and values come through the ring as well: a chunk has so many keys and the values of them. It is
+// no smaller than a twelfth of a program's.
+constexpr int CROSS_RUN = ratio(SOURCE, CROSS_SPLITS);
+constexpr int CHUNK =
+    up(most(most(chunk_bytes(WIDTH), chunk_bytes(FFN)), 256 * up(ratio(CROSS_RUN, 12), 8)), 128);
+constexpr int CHUNK_KEYS = CHUNK / 256 / 8 * 8, KEY_CHUNKS = ratio(CROSS_RUN, CHUNK_KEYS);
 constexpr int FFN_CHUNKS = ratio(ROWS_FFN, ROWS);
 constexpr int MOST_ROWS = up(most(3 * ROWS, FFN_CHUNKS * ROWS), 16);
 
@@ -291,11 +296,8 @@ constexpr int side_of(int product) { return from_stream(product) ? 0 : 1; }  // 
 
 // Attention: a warp takes tiles of 16 keys. Self-attention is split where one program's tiles end.
 constexpr int SELF_RUN = 256, SELF_SPLITS = ratio(SLOTS, SELF_RUN);
-constexpr int CROSS_RUN = ratio(SOURCE, CROSS_SPLITS);
 static_assert(HEADS * SELF_SPLITS <= GIVERS && SELF_SPLITS <= 8 && (CROSS_SPLITS - 1) * CROSS_RUN < SOURCE, "");
 
-// Cross-attention's keys and values come through the ring as well: a chunk has so many keys and the values of them.
-constexpr int CHUNK_KEYS = CHUNK / 256 / 8 * 8, KEY_CHUNKS = ratio(CROSS_RUN, CHUNK_KEYS);
 constexpr int RINGS = 32;  // Chunks in shared memory, at most.
 // On their way at a time, or a chunk at least.
 constexpr int FLIGHT_BYTES = (BITS == 8 || BITS == 16 ? 56 : 42) * 1024;
@@ -1071,7 +1073,7 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
   constexpr int SUBS = least(8 / EACH, SPLIT ? 2 : 4), REST_TURNS = REST ? ratio(TURNS, SUBS) : 0;
   constexpr int REST_BLOCKS = REST_TURNS * DIGITS;
   // Where a turn's digits are many, the rest is held as it is packed.
-  constexpr bool REST_PACKED = DIGITS > 2;
+  constexpr bool REST_PACKED = DIGITS > (BF16 ? 1 : 2);
   const u32 id = thread();
   const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4;
   const int place = take(sh, s.cursor, chunks_of(FC2));
