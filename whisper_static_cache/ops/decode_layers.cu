@@ -264,8 +264,8 @@ constexpr int vector_bytes = up(ROWS * 4, 16) + 16;
 constexpr int vectors_at(int depth) { return scales_at(depth) + 2 * meta_bytes(depth); }
 constexpr int chunk_bytes(int depth) { return vectors_at(depth) + 2 * vector_bytes; }
 
-// Cross-attention's keys and values come through the ring as well: a chunk has so many keys and the values of them. It is
-// no smaller than a twelfth of a program's.
+// Cross-attention's keys and values come through the ring as well: a chunk has so many keys and the values of them. It
+// is no smaller than a twelfth of a program's.
 constexpr int CROSS_RUN = ratio(SOURCE, CROSS_SPLITS);
 constexpr int CHUNK =
     up(most(most(chunk_bytes(WIDTH), chunk_bytes(FFN)), 256 * up(ratio(CROSS_RUN, 12), 8)), 128);
@@ -972,73 +972,58 @@ __device__ __forceinline__ void product_of_stream(const Arguments& a, State& s, 
   hand_over(step);
 }
 
-// A product with attention's result, of which each head is in several runs of keys, to be merged.
-__device__ __forceinline__ void product_of_runs(const Arguments& a, State& s, Shared& sh, int step) {
-  constexpr int MOST = most(SELF_SPLITS, CROSS_SPLITS);
-  static_assert(BLOCKS <= 8, "");
-  Weights<2, 2, 2> weights;
-  weights.load(s, sh, step);
-
-  // A lane asks for eight elements of every run, and for the logarithms of their sums. Heads lie 8 runs apart.
-  const u32 id = thread();
-  const int warp = id / 32, lane = id % 32, t = id % 4, first = first_in_plane(), b = lane / 4;
-  const bool own = step == OWN_OUT, inside = b < BLOCKS && is_inside(first, b);
-  const int splits = own ? SELF_SPLITS : CROSS_SPLITS, copy = program() % COPIES;
-  const int element = block_at(b) + first, head = element / 64;
-  const u16* const units_from = (own ? a.own_runs : a.cross_runs) + (copy * HEADS + head) * (8 * 64) + element % 64;
-  const float* const logs_from = (own ? a.own_logs : a.cross_logs) + (copy * HEADS + head) * 8;
-  uint4 units[MOST], logs[2];
-  u32 missing = 0;
+// Eight elements of attention's result, of which each head is in several runs of keys, merged. The logarithms of the
+// runs' sums say what share each has.
+template <int RUNS>
+__device__ __forceinline__ void merge(float (&x)[8], const u16* units_from, const float* logs_from, bool inside,
+                                      u32 tag) {
+  constexpr int LOGS = ratio(RUNS, 4);
+  uint4 units[RUNS], logs[LOGS];
+  u32 missing = inside ? (1u << (RUNS + LOGS)) - 1 : 0;
 #pragma unroll
-  for (int i = 0; i < MOST; i++) {
-    units[i] = {};
-    if (inside && i < splits) missing |= 1u << i;
-  }
+  for (int i = 0; i < RUNS; i++) units[i] = {};
 #pragma unroll
-  for (int i = 0; i < 2; i++) {
-    logs[i] = {};
-    if (inside && 4 * i < splits) missing |= 256u << i;
-  }
+  for (int i = 0; i < LOGS; i++) logs[i] = {};
   Patience patience;
   do {
 #pragma unroll
-    for (int i = 0; i < MOST; i++)
+    for (int i = 0; i < RUNS; i++)
       if (missing >> i & 1) units[i] = peek16(units_from + i * 64);
 #pragma unroll
-    for (int i = 0; i < 2; i++)
-      if (missing >> (8 + i) & 1) logs[i] = peek16(logs_from + i * 4);
+    for (int i = 0; i < LOGS; i++)
+      if (missing >> (RUNS + i) & 1) logs[i] = peek16(logs_from + i * 4);
 #pragma unroll
-    for (int i = 0; i < MOST; i++)
-      if (fresh(units[i].x, s.tag)) missing &= ~(1u << i);
+    for (int i = 0; i < RUNS; i++)
+      if (fresh(units[i].x, tag)) missing &= ~(1u << i);
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < LOGS; i++) {
       // Behind the last run nobody writes.
-      const u32 words[4] = {logs[i].x, logs[i].y, logs[i].z, logs[i].w};
-      bool there = true;
-#pragma unroll
-      for (int k = 0; k < 4; k++) there &= 4 * i + k >= splits || fresh(words[k], s.tag);
-      if (there) missing &= ~(256u << i);
+      const int there = RUNS - 4 * i;
+      const uint4& u = logs[i];
+      u32 words = u.x ^ tag;
+      if (there > 1) words |= u.y ^ tag;
+      if (there > 2) words |= u.z ^ tag;
+      if (there > 3) words |= u.w ^ tag;
+      if ((words & 1) == 0) missing &= ~(1u << (RUNS + i));
     }
     patience.spend();
   } while (__any_sync(~0u, missing));
-
-  // Each run's share of the head.
-  const u32 words[8] = {logs[0].x, logs[0].y, logs[0].z, logs[0].w, logs[1].x, logs[1].y, logs[1].z, logs[1].w};
-  float share[MOST], best = NOTHING, all = 0;
+  float share[RUNS], best = NOTHING, all = 0;
 #pragma unroll
-  for (int i = 0; i < MOST; i++) {
-    share[i] = i < splits ? __uint_as_float(words[i]) : NOTHING;
+  for (int i = 0; i < RUNS; i++) {
+    const uint4& u = logs[i / 4];
+    share[i] = __uint_as_float(i % 4 == 0 ? u.x : i % 4 == 1 ? u.y : i % 4 == 2 ? u.z : u.w);
     best = fmaxf(best, share[i]);
   }
 #pragma unroll
-  for (int i = 0; i < MOST; i++) {
+  for (int i = 0; i < RUNS; i++) {
     share[i] = exp2_fast(share[i] - best);
     all += share[i];
   }
-  const float inverse = __fdividef(1.0f, fmaxf(all, 1e-30f));
-  float x[8] = {};
 #pragma unroll
-  for (int i = 0; i < MOST; i++) {
+  for (int j = 0; j < 8; j++) x[j] = 0;
+#pragma unroll
+  for (int i = 0; i < RUNS; i++) {
     const u32 pairs[4] = {units[i].x, units[i].y, units[i].z, units[i].w};
 #pragma unroll
     for (int j = 0; j < 4; j++) {
@@ -1046,12 +1031,33 @@ __device__ __forceinline__ void product_of_runs(const Arguments& a, State& s, Sh
       x[2 * j + 1] += share[i] * high_of(pairs[j]);
     }
   }
+  const float inverse = __fdividef(1.0f, fmaxf(all, 1e-30f));
+#pragma unroll
+  for (int j = 0; j < 8; j++) x[j] *= inverse;
+}
+
+// A product with attention's result.
+__device__ __forceinline__ void product_of_runs(const Arguments& a, State& s, Shared& sh, int step) {
+  static_assert(BLOCKS <= 8, "");
+  Weights<2, 2, 2> weights;
+  weights.load(s, sh, step);
+
+  // A lane takes eight elements of a block. Heads lie 8 runs apart.
+  const u32 id = thread();
+  const int warp = id / 32, lane = id % 32, t = id % 4, first = first_in_plane(), b = lane / 4;
+  const bool inside = b < BLOCKS && is_inside(first, b);
+  const int element = block_at(b) + first, head = program() % COPIES * HEADS + element / 64;
+  const int unit = head * (8 * 64) + element % 64;
+  float x[8];
+  if (step == OWN_OUT)
+    merge<SELF_SPLITS>(x, a.own_runs + unit, a.own_logs + head * 8, inside, s.tag);
+  else
+    merge<CROSS_SPLITS>(x, a.cross_runs + unit, a.cross_logs + head * 8, inside, s.tag);
   u32 halves[4], rests[4];
 #pragma unroll
   for (int j = 0; j < 4; j++) {
-    const float low = x[2 * j] * inverse, high = x[2 * j + 1] * inverse;
-    halves[j] = pack(low, high);
-    rests[j] = pack(low - low_of(halves[j]), high - high_of(halves[j]));
+    halves[j] = pack(x[2 * j], x[2 * j + 1]);
+    rests[j] = pack(x[2 * j] - low_of(halves[j]), x[2 * j + 1] - high_of(halves[j]));
   }
   if (b < BLOCKS) {
     stage(&sh.staged[warp][b][0][t * 8], {halves[0], halves[1], halves[2], halves[3]});
