@@ -112,8 +112,6 @@ __device__ __forceinline__ int program() {
   asm volatile("mov.u32 %0,%%ctaid.x;" : "=r"(p));
   return p;
 }
-// Loads from memory stay behind what is in front of this, instead of taking registers early.
-__device__ __forceinline__ void keep_order() { asm volatile("" ::: "memory"); }
 // Into the L2 cache.
 __device__ __forceinline__ void prefetch(const void* from, u32 bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0],%1;" ::"l"(from), "r"(bytes) : "memory");
@@ -191,7 +189,6 @@ __device__ __forceinline__ u32 half_fma(u32 a, u32 b, u32 c) {
 #else
 #define thread() ((u32)threadIdx.x)
 #define program() ((int)blockIdx.x)
-#define keep_order()
 #endif  // EMULATED
 
 __device__ __forceinline__ void load16(u32 (&r)[4], const u8* at) {
@@ -793,12 +790,14 @@ static_assert(ROWS <= 16 && (BITS != 16 || KEPT_EIGHTS >= MOST_EIGHTS), "");
 // Whoever waits for the stream publishes some of it, and is thus never two of its uses behind.
 static_assert(ratio(FFN, ROWS_FFN) <= GIVERS, "");
 
-// The weights of a product with `WIDTH` elements, from the ring into registers: `EIGHTS` eights of rows, of which the
-// step has `ALWAYS` at least, `KEPT` of them in the shape that the tensor cores take and the others packed. Rows behind
-// the last one give sums that nobody reads.
+// Whether this warp has a run in this turn.
 __device__ __forceinline__ bool has_turn(int turn) {
   return full_turn(turn) || turn * WARPS + (int)(thread() / 32) < runs(WIDTH);
 }
+
+// The weights of a product with `WIDTH` elements, from the ring into registers: `EIGHTS` eights of rows, of which the
+// step has `ALWAYS` at least, `KEPT` of them in the shape that the tensor cores take and the others packed. Rows behind
+// the last one give sums that nobody reads.
 template <int EIGHTS, int ALWAYS, int KEPT>
 struct Weights {
   u32 kept[KEPT][BLOCKS][4], steps[EIGHTS][BLOCKS];
