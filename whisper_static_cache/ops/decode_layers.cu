@@ -219,9 +219,8 @@ constexpr int ratio(int a, int b) { return (a + b - 1) / b; }
 // Output features of a program: pairs of them stay together, of the feed-forward layer eight.
 constexpr int ROWS = up(ratio(WIDTH, PROGRAMS), 2), ROWS_FFN = up(ratio(FFN, PROGRAMS), 8);
 constexpr int GIVERS = ratio(WIDTH, ROWS);  // Programs that have some of `WIDTH` features.
-constexpr int STATS = up(GIVERS, 2);
+constexpr int STATS = up(GIVERS, 2);        // Their moments are read two at a time.
 static_assert(ROWS <= 16 && HEADS * CROSS_SPLITS <= GIVERS && CROSS_SPLITS <= 8, "");
-static_assert(ratio(GIVERS, WARPS) <= 32, "");
 
 // A packed row is a plane of bytes, of which a byte holds elements `PLANE` apart; in 3 bits a second plane holds the
 // high bits, eight a byte. The unit of work is a run: 32 bytes of the first plane, 8 to each of the four lanes that
@@ -429,7 +428,8 @@ __device__ __forceinline__ u32 make_room(Shared& sh, const Cursor& cursor, Curso
     await(shared_address(&sh.full[landed.place]), landed.phase);
     landed.next();
   }
-  // The first round finds every place empty. What has to wait for room goes as far as the L2 cache meanwhile.
+  // The first round finds every place empty. In 16 bits the ring holds less than half a layer: what has to wait for
+  // room goes as far as the L2 cache meanwhile.
   if (BITS == 16 && !barrier_try(shared_address(&sh.empty[cursor.place]), cursor.phase ^ 1)) prefetch_it();
   await(shared_address(&sh.empty[cursor.place]), cursor.phase ^ 1);
   const u32 barrier = shared_address(&sh.full[cursor.place]);
@@ -744,7 +744,7 @@ __device__ __forceinline__ u32 load_steps(u32 meta, int lane_part, int turn, int
   return from[0] | (u32)from[meta_bytes(DEPTH) / 2] << 16;
 }
 
-// The sum of (q - zero) * scale * x, where `c` has those of q * x and `total` that of x.
+// `before` and the sum of (q - zero) * scale * x, where `sum` is that of q * x and `total` that of x.
 __device__ __forceinline__ float scaled(float sum, u32 steps, float total, float before) {
   return before + low_of(steps) * (sum - high_of(steps) * total);
 }
@@ -779,9 +779,8 @@ __device__ __forceinline__ void operands(u32 (&y)[2], const uint4& unit, bool od
 constexpr bool is_large(int product) { return product == QKV || product == FC1; }
 // Registers for weights: what is left of a thread's when everything else has what it needs without spilling.
 constexpr int FOR_WEIGHTS = BITS == 16 ? 128 : 150, PACKED_WORDS = BITS == 3 ? 6 : 2;
-// Eights of rows of the large products, of both or of one of them; the others have two. Some are held in registers as
-// they are multiplied while their activations are waited for. The others are held packed, or in 16 bits left where they
-// are.
+// Eights of rows of the large products, of both or of one of them; the others have two. While their activations are
+// waited for, all of them are in registers: as many as there is room for as they are multiplied, the others packed.
 constexpr int MOST_EIGHTS = ratio(most(3, FFN_CHUNKS) * ROWS, 8), LEAST_EIGHTS = ratio(least(3, FFN_CHUNKS) * ROWS, 8);
 constexpr int OF_EIGHT = BITS == 16 ? 4 * BLOCKS : 5 * BLOCKS;
 constexpr int OF_PACKED = BITS == 16 ? 0 : BLOCKS + PACKED_WORDS * TURNS;
@@ -831,7 +830,7 @@ struct Weights {
       const u32 of = least(8 * h + g, rows_there - 1), chunk = of / ROWS, in_chunk = of - chunk * ROWS;
       const u32 base = base_of(place, chunk), row = base + in_chunk * stride(WIDTH);
       const int first = misplaced + (step == FC1 ? chunk * (ROWS * groups(WIDTH) * 2) : 0);
-      const u32 meta = base + scales_at(WIDTH) + first % 16 + in_chunk * (groups(WIDTH) * 2);
+      const u32 meta = base + scales_at(WIDTH) + first % 16 + in_chunk * meta_stride(WIDTH);
 #pragma unroll
       for (int turn = 0; turn < TURNS; turn++) {
         if (!has_turn(turn)) continue;

@@ -21,7 +21,7 @@ from .packing import PLANES, plane_width
 
 
 HEAD_DIM = 64
-# Programs that a head's keys are split among at most: the columns of a tensor-core product, in which they are merged.
+# Programs that a head's keys are split among at most: the kernel's buffers have so many runs to a head.
 MAX_SPLITS = 8
 # Device pointers of a layer, in the order of the kernel's table.
 POINTERS = 40
