@@ -237,10 +237,15 @@ static_assert(BITS != 3 || WIDTH % 128 == 0 && FFN % 128 == 0, "");
 // A block of attention's result lies within a head.
 static_assert(plane(WIDTH) % 32 == 0, "");
 
-// What is fetched at a time, a chunk: ROWS rows, for FFN elements a part of each that has `PART` turns of the warps.
+// What is fetched at a time, a chunk: ROWS rows, for FFN elements a part of each that has `PART` turns of the warps; or
+// so many keys of cross-attention with their values. Chunks are few and large, a quarter of a program's keys at least,
+// as it is for each of them that the fetching warp takes its time.
 constexpr bool PARTED = BITS == 16 || BITS == 8 || BITS == 4;
 constexpr int turns(int depth) { return ratio(runs(depth), WARPS); }
-constexpr int PART = PARTED ? most(row_bytes(WIDTH) / (WARPS * RUN_BYTES), 1) : turns(FFN);
+constexpr int groups(int depth) { return BITS == 16 ? 0 : depth / GROUP; }
+constexpr int CROSS_RUN = ratio(SOURCE, CROSS_SPLITS), KEYS_AT_LEAST = 256 * up(ratio(CROSS_RUN, 4), 8);
+constexpr int ROW_AT_LEAST = most(row_bytes(WIDTH), KEYS_AT_LEAST / ROWS - 5 * groups(FFN));
+constexpr int PART = PARTED ? most(ROW_AT_LEAST / (WARPS * RUN_BYTES), 1) : turns(FFN);
 constexpr int parts(int depth) { return depth == WIDTH ? 1 : ratio(turns(depth), PART); }
 constexpr int part_bytes(int depth) { return parts(depth) == 1 ? row_bytes(depth) : PART * WARPS * RUN_BYTES; }
 // Rows in shared memory lie so that lanes served together meet different banks: two rows of 64 bytes, four of 32.
@@ -248,7 +253,6 @@ constexpr int stride(int depth) {
   return BITS == 16 ? up(part_bytes(depth) + 64, 128) - 64 : up(part_bytes(depth) + 96, 128) - 96;
 }
 static_assert(stride(WIDTH) >= part_bytes(WIDTH) && stride(FFN) >= part_bytes(FFN), "");
-constexpr int groups(int depth) { return BITS == 16 ? 0 : depth / GROUP; }
 // Behind the rows: scales, zero points, two vectors, each from the multiple of 16 bytes at or below its first element.
 // Those of the second feed-forward product lie a little further apart where a row of them is a multiple of 64 bytes:
 // four or eight rows would meet the same bank.
@@ -260,11 +264,7 @@ constexpr int vector_bytes = up(ROWS * 4, 16) + 16;
 constexpr int vectors_at(int depth) { return scales_at(depth) + 2 * meta_bytes(depth); }
 constexpr int chunk_bytes(int depth) { return vectors_at(depth) + 2 * vector_bytes; }
 
-// Cross-attention's keys and values come through the ring as well: a chunk has so many keys and the values of them. It
-// is no smaller than a twelfth of a program's.
-constexpr int CROSS_RUN = ratio(SOURCE, CROSS_SPLITS);
-constexpr int CHUNK =
-    up(most(most(chunk_bytes(WIDTH), chunk_bytes(FFN)), 256 * up(ratio(CROSS_RUN, 12), 8)), 128);
+constexpr int CHUNK = up(most(most(chunk_bytes(WIDTH), chunk_bytes(FFN)), KEYS_AT_LEAST), 128);
 constexpr int CHUNK_KEYS = CHUNK / 256 / 8 * 8, KEY_CHUNKS = ratio(CROSS_RUN, CHUNK_KEYS);
 constexpr int FFN_CHUNKS = ratio(ROWS_FFN, ROWS);
 constexpr int MOST_ROWS = up(most(3 * ROWS, FFN_CHUNKS * ROWS), 16);
@@ -301,10 +301,11 @@ static_assert(finishers(QKV) <= FINISHERS && finishers(FC1) <= FINISHERS, "");
 // Named barriers: one for each product and attention, of those that multiply with those that finish; and one for the
 // way back.
 enum { TABLES = 1, STEP_DONE = 2, PUBLISHED = STEP_DONE + STEPS };
-constexpr int TURNS = turns(WIDTH), BLOCKS = TURNS * DIGITS;  // Of a warp, in a product with `WIDTH` elements.
+// Of a product with `WIDTH` elements a warp takes `OWN` runs of all rows. Of those that are left over, fewer than there
+// are warps, each is shared by `SHARERS` warps: one takes the first eight rows, the next the second, and so on around.
+constexpr int OWN = runs(WIDTH) / WARPS, LEFT = runs(WIDTH) % WARPS, SHARERS = LEFT ? WARPS / LEFT : 1;
+constexpr int OWN_BLOCKS = OWN * DIGITS, BLOCKS = turns(WIDTH) * DIGITS;  // Without and with those of a shared run.
 constexpr int HIDDEN_BLOCKS = turns(FFN) * DIGITS;
-// Whether every warp has a run in this turn.
-constexpr bool full_turn(int turn) { return (turn + 1) * WARPS <= runs(WIDTH); }
 struct Shared {
   alignas(16) float sums[2][MOST_ROWS][WARPS];
   union {
@@ -315,6 +316,7 @@ struct Shared {
     alignas(16) u16 staged[WARPS][BLOCKS][2][32];
   };
   alignas(16) float tops[WARPS], totals[WARPS];
+  alignas(16) float2 moments[WARPS];  // Of the stream, from the programs that a warp asks.
   u64 caches[LAYERS][4];
   float eps[LAYERS][3];
   u8 valid[SLOTS];
@@ -328,13 +330,15 @@ static_assert(IN_RING > MOST_CHUNKS, "a step exceeds the shared memory");
 // What all programs read is there four times: a line that all of them ask for at once keeps its part of the L2 cache
 // busy for longer than the way there takes.
 constexpr int COPIES = 4;
+// So does a line that every warp asks for: each head's logarithms have one of their own.
+constexpr int LOGS = 32;
 struct Arguments {
   const u64* table;
   u16 *stream;           // [COPIES][2][WIDTH]: halves, then their remainders.
   u16 *heads, *query;    // [2][3 WIDTH], [2][WIDTH], likewise.
   float2* stats;         // [COPIES][STATS]: of the rows of each giver, sum and sum of squares.
   u16 *own_runs, *cross_runs;     // [COPIES][HEADS][8][64]
-  float *own_logs, *cross_logs;   // [COPIES][HEADS][8]: the logarithms (of base 2) of the sums of exponentials.
+  float *own_logs, *cross_logs;   // [COPIES][HEADS][LOGS]: the logarithms (of base 2) of 8 sums of exponentials.
   u16* hidden;           // [COPIES][FFN]
   const long long *tokens, *length, *offset;
   const u8* valid;
@@ -369,12 +373,6 @@ __device__ __forceinline__ bool all_fresh(const uint4& u, u32 tag) {
   return (((u.x ^ tag) | (u.y ^ tag) | (u.z ^ tag) | (u.w ^ tag)) & 1) == 0;
 }
 __device__ __forceinline__ bool fresh(u32 word, u32 tag) { return ((word ^ tag) & 1) == 0; }
-// The moments of the stream are read by warps that do not read every use of them, and could take an earlier one of the
-// same tag for new: they count the uses of two layers, from one to six.
-__device__ __forceinline__ u32 numbered(float value, u32 use) { return (__float_as_uint(value) & ~7u) | use; }
-__device__ __forceinline__ bool all_numbered(const uint4& u, u32 use) {
-  return (((u.x ^ use) | (u.y ^ use) | (u.z ^ use) | (u.w ^ use)) & 7) == 0;
-}
 
 // -- The ring ------------------------------------------------------------------------------------------------------
 
@@ -543,9 +541,11 @@ __device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory
 
 // -- Low-bit integers ----------------------------------------------------------------------------------------------
 
-// Integers become halves by sitting in the mantissa of `ORIGIN`, 1024 or 128, from which they are taken by one
-// instruction. A digit stays where it lies in its byte if the mantissa has room for it there, and is else moved down.
-constexpr u32 ORIGIN = BF16 ? 0x43004300 : 0x64006400;
+// An integer's bits are those of a subnormal float16, q * 2 ** -24: the tensor cores take it as it is, exactly, and the
+// sums make good the factor. Subnormals of bfloat16 are too small for sums in float32: there integers sit in the mantissa
+// of `ORIGIN`, 128, from which they are taken by one instruction. A digit stays where it lies in its byte if the mantissa
+// has room for it there, and is else moved down.
+constexpr u32 ORIGIN = BF16 ? 0x43004300 : 0;
 constexpr int MANTISSA = BF16 ? 7 : 10, EXPONENT_OF_ONE = BF16 ? 127 : 15;
 constexpr int LOW_BITS = BITS == 3 ? 2 : BITS == 158 ? 8 : BITS;  // That a byte of the first plane holds of a digit.
 constexpr bool stays(int digit) { return BITS != 158 && LOW_BITS * digit + BITS <= MANTISSA; }
@@ -565,7 +565,8 @@ struct Packed {
   u32 raw[2], high[2][2];
 };
 
-// Digit `digit` of eight packed bytes as halves: pairs of the first and third byte of a word, of the second and fourth.
+// Digit `digit` of eight packed bytes as halves, in float16 times 2 ** (place_of(digit) - 24): pairs of the first and
+// third byte of a word, of the second and fourth.
 __device__ __forceinline__ void integers(u32 (&q)[4], const Packed& packed, int digit) {
 #pragma unroll
   for (int i = 0; i < 2; i++)
@@ -591,8 +592,9 @@ __device__ __forceinline__ void integers(u32 (&q)[4], const Packed& packed, int 
         if (BITS == 3) to = and_or(packed.high[i][odd] >> (2 * digit - place), twice(4 << place), to);
       }
       // Times 2 ** -place, less the origin: exact.
-      to = half_fma(to, twice(EXPONENT_OF_ONE - place << MANTISSA),
-                    twice(0x8000 | EXPONENT_OF_ONE + MANTISSA - place << MANTISSA));
+      if (BF16)
+        to = half_fma(to, twice(EXPONENT_OF_ONE - place << MANTISSA),
+                      twice(0x8000 | EXPONENT_OF_ONE + MANTISSA - place << MANTISSA));
     }
 }
 
@@ -601,8 +603,7 @@ __device__ __forceinline__ void integers(u32 (&q)[4], const Packed& packed, int 
 struct State {
   Cursor cursor;
   int slot;
-  u32 stream_tag, tag;  // Of the next reading of `stream`, and of this layer's other buffers.
-  u32 use = 1;          // Of the stream's moments.
+  u32 stream_tag, tag;  // Of the next reading of `stream` and its moments, and of this layer's other buffers.
   float residual;       // Of the feature that this thread finishes.
 };
 
@@ -644,50 +645,41 @@ __device__ __forceinline__ void publish_stream(const Arguments& a, const State& 
     if (there && lane % 2 == 0) a.gained[n] = x * gain;
     if (there && lane < 2) a.last_stats[lane * GIVERS + program()] = sum;
   } else if (gives && lane < 2 * COPIES) {
-    poke4((float*)(a.stats + lane / 2 * STATS + program()) + lane % 2, numbered(sum, s.use));
+    poke4((float*)(a.stats + lane / 2 * STATS + program()) + lane % 2, tagged(__float_as_uint(sum), s.stream_tag));
   }
 }
 
-// The other end: a warp's mean and reciprocal deviation of the stream.
-__device__ __forceinline__ float2 read_moments(const Arguments& a, u32 use, float eps) {
-  constexpr int EACH = ratio(GIVERS, 64);
-  const int lane = thread() % 32;
-  const float2* stats = a.stats + program() % COPIES * STATS + 2 * lane;
-  uint4 two[EACH];
-  u32 missing = 0;
-#pragma unroll
-  for (int i = 0; i < EACH; i++) {
-    two[i] = {};
-    if (64 * i + 2 * lane < GIVERS) missing |= 1u << i;
+// The other end: a warp's share of the sums, two programs to a lane.
+constexpr int PAIRS = ratio(STATS / 2, WARPS);
+static_assert(PAIRS <= 16, "");
+struct Moments {
+  uint4 two;
+  bool missing;
+  __device__ __forceinline__ int at() const { return 2 * (thread() / 32 * PAIRS + thread() % 32); }
+  __device__ __forceinline__ void expect() {
+    two = {};
+    missing = thread() % 32 < PAIRS && at() < GIVERS;
   }
-  Patience patience;
-  while (__any_sync(~0u, missing)) {
+  __device__ __forceinline__ void look(const Arguments& a) {
+    if (missing) two = peek16(a.stats + program() % COPIES * STATS + at());
+  }
+  __device__ __forceinline__ void check(u32 tag) {
+    // Behind an odd number of programs nobody writes.
+    if (GIVERS % 2 && at() + 1 == GIVERS) two.z = two.w = tag;
+    if (all_fresh(two, tag)) missing = false;
+  }
+  // The sums of all lanes, in the first one.
+  __device__ __forceinline__ float2 sums() const {
+    float sum = __uint_as_float(two.x) + __uint_as_float(two.z);
+    float squares = __uint_as_float(two.y) + __uint_as_float(two.w);
 #pragma unroll
-    for (int i = 0; i < EACH; i++)
-      if (missing >> i & 1) two[i] = peek16(stats + 64 * i);
-#pragma unroll
-    for (int i = 0; i < EACH; i++) {
-      // Behind an odd number of programs nobody writes.
-      if (GIVERS % 2 && 64 * i + 2 * lane + 1 == GIVERS) two[i].z = two[i].w = use;
-      if (all_numbered(two[i], use)) missing &= ~(1u << i);
+    for (int step = 1; step < (PAIRS > 8 ? 16 : 8); step *= 2) {
+      sum += __shfl_xor_sync(~0u, sum, step);
+      squares += __shfl_xor_sync(~0u, squares, step);
     }
-    patience.spend();
+    return {sum, squares};
   }
-  float sum = 0, squares = 0;
-#pragma unroll
-  for (int i = 0; i < EACH; i++) {
-    // Behind the last program there are zeros, or a number that is as good as zero.
-    sum += __uint_as_float(two[i].x) + __uint_as_float(two[i].z);
-    squares += __uint_as_float(two[i].y) + __uint_as_float(two[i].w);
-  }
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    sum += __shfl_xor_sync(~0u, sum, step);
-    squares += __shfl_xor_sync(~0u, squares, step);
-  }
-  const float mean = sum * (1.0f / WIDTH), variance = fmaxf(squares * (1.0f / WIDTH) - mean * mean, 0.0f);
-  return {mean, rsqrt_fast(variance + eps)};
-}
+};
 
 // The next `chunks` chunks are there; the place of the first.
 __device__ __forceinline__ int take(Shared& sh, Cursor& cursor, int chunks) {
@@ -744,9 +736,11 @@ __device__ __forceinline__ u32 load_steps(u32 meta, int lane_part, int turn, int
   return from[0] | (u32)from[meta_bytes(DEPTH) / 2] << 16;
 }
 
-// `before` and the sum of (q - zero) * scale * x, where `sum` is that of q * x and `total` that of x.
-__device__ __forceinline__ float scaled(float sum, u32 steps, float total, float before) {
-  return before + low_of(steps) * (sum - high_of(steps) * total);
+// `before` and the sum of (q - zero) * scale * x, where `sum` is that of x times what `integers` makes of q, and `total`
+// that of x.
+__device__ __forceinline__ float scaled(float sum, u32 steps, float total, float before, int digit) {
+  const float of_products = BF16 ? sum : sum * (1 << 24 - place_of(digit));
+  return before + low_of(steps) * (of_products - high_of(steps) * total);
 }
 
 // A lane's eight elements of a row are all four registers of a tensor-core operand: the instruction takes the first and
@@ -775,65 +769,67 @@ __device__ __forceinline__ void operands(u32 (&y)[2], const uint4& unit, bool od
   }
 }
 
-// What is multiplied with `WIDTH` elements. A warp takes `TURNS` runs, and of each row a block for each digit of them.
+// What is multiplied with `WIDTH` elements: of each row a block for each digit of a warp's runs.
 constexpr bool is_large(int product) { return product == QKV || product == FC1; }
 // Registers for weights: what is left of a thread's when everything else has what it needs without spilling.
-constexpr int FOR_WEIGHTS = BITS == 16 ? 128 : 150, PACKED_WORDS = BITS == 3 ? 6 : 2;
+constexpr int FOR_WEIGHTS = 130, PACKED_WORDS = BITS == 3 ? 6 : 2;
 // Eights of rows of the large products, of both or of one of them; the others have two. While their activations are
 // waited for, all of them are in registers: as many as there is room for as they are multiplied, the others packed.
 constexpr int MOST_EIGHTS = ratio(most(3, FFN_CHUNKS) * ROWS, 8), LEAST_EIGHTS = ratio(least(3, FFN_CHUNKS) * ROWS, 8);
-constexpr int OF_EIGHT = BITS == 16 ? 4 * BLOCKS : 5 * BLOCKS;
-constexpr int OF_PACKED = BITS == 16 ? 0 : BLOCKS + PACKED_WORDS * TURNS;
-constexpr int KEPT_EIGHTS = most((FOR_WEIGHTS - MOST_EIGHTS * OF_PACKED) / (OF_EIGHT - OF_PACKED), 2);
+constexpr int shared_eights(int eights) { return LEFT ? ratio(eights, SHARERS) : 0; }
+constexpr int OF_BLOCK = BITS == 16 ? 4 : 5, OF_EIGHT = OF_BLOCK * OWN_BLOCKS;
+constexpr int OF_PACKED = BITS == 16 ? 0 : OWN_BLOCKS + PACKED_WORDS * OWN;
+constexpr int FOR_OWN = FOR_WEIGHTS - shared_eights(MOST_EIGHTS) * DIGITS * OF_BLOCK;
+constexpr int KEPT_EIGHTS = most((FOR_OWN - MOST_EIGHTS * OF_PACKED) / most(OF_EIGHT - OF_PACKED, 1), 2);
 static_assert(ROWS <= 16 && (BITS != 16 || KEPT_EIGHTS >= MOST_EIGHTS), "");
 // Whoever waits for the stream publishes some of it, and is thus never two of its uses behind.
 static_assert(ratio(FFN, ROWS_FFN) <= GIVERS, "");
-
-// Whether this warp has a run in this turn.
-__device__ __forceinline__ bool has_turn(int turn) {
-  return full_turn(turn) || turn * WARPS + (int)(thread() / 32) < runs(WIDTH);
-}
 
 // The weights of a product with `WIDTH` elements, from the ring into registers: `EIGHTS` eights of rows, of which the
 // step has `ALWAYS` at least, `KEPT` of them in the shape that the tensor cores take and the others packed. Rows behind
 // the last one give sums that nobody reads.
 template <int EIGHTS, int ALWAYS, int KEPT>
 struct Weights {
-  u32 kept[KEPT][BLOCKS][4], steps[EIGHTS][BLOCKS];
-  Packed packed[EIGHTS - KEPT + 1][TURNS];
+  static constexpr int SHARED = shared_eights(EIGHTS);
+  u32 kept[KEPT][most(OWN_BLOCKS, 1)][4], steps[EIGHTS][most(OWN_BLOCKS, 1)];
+  Packed packed[EIGHTS - KEPT + 1][most(OWN, 1)];
+  u32 shared[most(SHARED, 1)][DIGITS][4], shared_steps[most(SHARED, 1)][DIGITS];
 
-  // A warp unpacks no turn that it has not; in 3 bits, the branches would cost more registers than there are.
-  static constexpr bool SKIPS = BITS != 3;
-
-  __device__ __forceinline__ void load(State& s, Shared& sh, int step) {
+  // `look` asks for activations for the first time: they may be there when the weights are.
+  template <class Look>
+  __device__ __forceinline__ void load(State& s, Shared& sh, int step, Look look) {
     const u32 id = thread();
     const int warp = id / 32, g = id / 4 % 8, t = id % 4;
     const int chunks = chunks_of(step), rows_there = chunks * ROWS;
     const int place = take(sh, s.cursor, chunks);
     const int misplaced = program() * (step == FC1 ? ROWS_FFN : ROWS) * (groups(WIDTH) * 2);
     const int in_plane = warp * 32 + t * 8, lane_part = warp * 32 + t % 2 * 16;
+    u32 row, meta;
+    auto find = [&](int eight) {
+      const u32 of = least(8 * eight + g, rows_there - 1), chunk = of / ROWS, in_chunk = of - chunk * ROWS;
+      const int first = misplaced + (step == FC1 ? chunk * (ROWS * groups(WIDTH) * 2) : 0);
+      const u32 base = base_of(place, chunk);
+      row = base + in_chunk * stride(WIDTH);
+      meta = base + scales_at(WIDTH) + first % 16 + in_chunk * meta_stride(WIDTH);
+    };
 #pragma unroll
     for (int h = 0; h < EIGHTS; h++) {
       // Written whatever the step, or the registers would be thought in use through all the others.
-      Packed(&to)[TURNS] = packed[most(h - KEPT, -1) + 1];
+      Packed(&to)[most(OWN, 1)] = packed[most(h - KEPT, -1) + 1];
       const bool sometimes = h >= ALWAYS;
 #pragma unroll
-      for (int b = 0; b < BLOCKS; b++) {
-        if (BITS == 16 || sometimes || !full_turn(b / DIGITS)) steps[h][b] = 0;
-        if (h < KEPT && (sometimes || SKIPS && !full_turn(b / DIGITS)))
-          kept[h][b][0] = kept[h][b][1] = kept[h][b][2] = kept[h][b][3] = 0;
+      for (int b = 0; b < OWN_BLOCKS; b++) {
+        if (BITS == 16 || sometimes) steps[h][b] = 0;
+        if (h < KEPT && sometimes) kept[h][b][0] = kept[h][b][1] = kept[h][b][2] = kept[h][b][3] = 0;
       }
 #pragma unroll
-      for (int turn = 0; turn < TURNS; turn++)
-        if ((h >= KEPT || !SKIPS) && (sometimes || !full_turn(turn))) to[turn] = {};
-      if (h >= ALWAYS && 8 * h >= rows_there) continue;
-      const u32 of = least(8 * h + g, rows_there - 1), chunk = of / ROWS, in_chunk = of - chunk * ROWS;
-      const u32 base = base_of(place, chunk), row = base + in_chunk * stride(WIDTH);
-      const int first = misplaced + (step == FC1 ? chunk * (ROWS * groups(WIDTH) * 2) : 0);
-      const u32 meta = base + scales_at(WIDTH) + first % 16 + in_chunk * meta_stride(WIDTH);
+      for (int turn = 0; turn < OWN; turn++)
+        if (h >= KEPT && sometimes) to[turn] = {};
+      if (h == EIGHTS / 2) look();
+      if (sometimes && 8 * h >= rows_there) continue;
+      find(h);
 #pragma unroll
-      for (int turn = 0; turn < TURNS; turn++) {
-        if (!has_turn(turn)) continue;
+      for (int turn = 0; turn < OWN; turn++) {
         const int in = turn * (WARPS * 32) + in_plane;
         if (BITS == 16) {
           load16(kept[least(h, KEPT - 1)][turn], dynamic_shared() + row + 2 * in);
@@ -846,11 +842,26 @@ struct Weights {
       }
       if (BITS != 16 && h < KEPT)
 #pragma unroll
-        for (int turn = 0; turn < TURNS; turn++)
-          if (!SKIPS || has_turn(turn))
+        for (int turn = 0; turn < OWN; turn++)
 #pragma unroll
-            for (int digit = 0; digit < DIGITS; digit++)
-              integers(kept[least(h, KEPT - 1)][turn * DIGITS + digit], to[turn], digit);
+          for (int digit = 0; digit < DIGITS; digit++)
+            integers(kept[least(h, KEPT - 1)][turn * DIGITS + digit], to[turn], digit);
+    }
+#pragma unroll
+    for (int i = 0; i < SHARED; i++) {
+      const int of = warp % most(LEFT, 1), in = (OWN * WARPS + of) * 32 + t * 8;
+      find(warp / most(LEFT, 1) + i * SHARERS);
+      if (BITS == 16) {
+        load16(shared[i][0], dynamic_shared() + row + 2 * in);
+      } else {
+        Packed packed;
+        load_packed<WIDTH>(packed, row, in, in);
+#pragma unroll
+        for (int digit = 0; digit < DIGITS; digit++) {
+          shared_steps[i][digit] = load_steps<WIDTH>(meta, of * 32 + t % 2 * 16, OWN, digit);
+          integers(shared[i][digit], packed, digit);
+        }
+      }
     }
     release(sh, place, chunks);
   }
@@ -864,16 +875,11 @@ struct Weights {
   }
 };
 
-// Where a warp's activations are. One that has no run in its first turn waits for the first run's all the same, and
-// multiplies them by zeros: it would run ahead of the barriers otherwise.
-__device__ __forceinline__ int first_in_plane() {
-  const int warp = thread() / 32;
-  return (runs(WIDTH) < WARPS && warp >= runs(WIDTH) ? 0 : warp) * 32 + thread() % 4 * 8;
-}
-constexpr int block_at(int b) { return b / DIGITS * (WARPS * 32) + b % DIGITS * plane(WIDTH); }
-__device__ __forceinline__ bool is_inside(int first, int b) {
-  const int in = b / DIGITS * (WARPS * 32) + first;
-  return in < plane(WIDTH) && b % DIGITS * plane(WIDTH) + in < WIDTH;
+// The first of a lane's eight elements of a warp's block.
+__device__ __forceinline__ int element_of(int b) {
+  const int warp = thread() / 32, turn = b / DIGITS;
+  const int run = turn * WARPS + (turn < OWN ? warp : warp % most(LEFT, 1));
+  return b % DIGITS * plane(WIDTH) + run * 32 + thread() % 4 * 8;
 }
 
 // This warp's share of every sum is in shared memory: the finishing warps go on. Until they have published what comes
@@ -912,22 +918,39 @@ __device__ __forceinline__ void multiply_staged(const Weights<EIGHTS, ALWAYS, KE
   }
 #pragma unroll
   for (int b = 0; b < BLOCKS; b++) totals[b] = BITS == 16 ? 0 : total_of(y[b].x, y[b].y);
+  constexpr int SHARED = shared_eights(EIGHTS);
+  float of_shared[most(SHARED, 1)];
+#pragma unroll
+  for (int i = 0; i < SHARED; i++) {
+    of_shared[i] = 0;
+#pragma unroll
+    for (int digit = 0; digit < DIGITS; digit++) {
+      const int b = OWN_BLOCKS + digit;
+      float c[4] = {};
+      multiply_row(c, weights.shared[i][digit], y[b].x, y[b].y);
+      if (BITS == 16)
+        of_shared[i] = c[0] + c[3];
+      else
+        of_shared[i] = scaled(c[0] + c[3], weights.shared_steps[i][digit], totals[b], of_shared[i], digit);
+    }
+  }
 #pragma unroll
   for (int h = 0; h < EIGHTS; h++) {
     if (h >= ALWAYS && 8 * h >= chunks_of(step) * ROWS) continue;
     float c[4] = {}, sum = 0;
+    if (LEFT && warp / most(LEFT, 1) == h % SHARERS) sum = of_shared[least(h / SHARERS, most(SHARED, 1) - 1)];
 #pragma unroll
-    for (int b = 0; b < BLOCKS; b++) {
+    for (int b = 0; b < OWN_BLOCKS; b++) {
       u32 w[4];
       weights.get(w, h, b);
       multiply_row(c, w, y[b].x, y[b].y);
       if (BITS != 16) {
-        sum = scaled(c[0] + c[3], weights.steps[h][b], totals[b], sum);
+        sum = scaled(c[0] + c[3], weights.steps[h][b], totals[b], sum, b % DIGITS);
         c[0] = c[1] = c[2] = c[3] = 0;
       }
     }
     // Of four lanes, each has the sum of its pair of columns; in 16 bits the first two.
-    if (BITS == 16) sum = c[0] + c[3];
+    if (BITS == 16) sum += c[0] + c[3];
     sum += __shfl_xor_sync(~0u, sum, 1);
     if (BITS != 16) sum += __shfl_xor_sync(~0u, sum, 2);
     if (t == 0) sh.sums[side_of(step)][8 * h + g][warp] = sum;
@@ -938,35 +961,51 @@ __device__ __forceinline__ void multiply_staged(const Weights<EIGHTS, ALWAYS, KE
 template <bool LARGE>
 __device__ __forceinline__ void product_of_stream(const Arguments& a, State& s, Shared& sh, int step) {
   constexpr int EIGHTS = LARGE ? MOST_EIGHTS : 2, ALWAYS = LARGE ? LEAST_EIGHTS : 2, UNITS = ratio(BLOCKS, 4);
-  Weights<EIGHTS, ALWAYS, LARGE ? least(KEPT_EIGHTS, EIGHTS) : 2> weights;
-  weights.load(s, sh, step);
-
   // The activations: a lane asks for halves or remainders of one block in four.
   const u32 id = thread();
-  const int warp = id / 32, lane = id % 32, t = id % 4, first = first_in_plane();
-  const u16* const stream = a.stream + (2 * (program() % COPIES) + lane / 4 % 2) * WIDTH + first;
+  const int warp = id / 32, lane = id % 32, t = id % 4;
+  const u16* const stream = a.stream + (2 * (program() % COPIES) + lane / 4 % 2) * WIDTH;
   uint4 units[UNITS];
   u32 missing = 0;
 #pragma unroll
   for (int i = 0; i < UNITS; i++) {
     units[i] = {};
-    if (4 * i + lane / 8 < BLOCKS && is_inside(first, 4 * i + lane / 8)) missing |= 1u << i;
+    if (4 * i + lane / 8 < BLOCKS && element_of(4 * i + lane / 8) < WIDTH) missing |= 1u << i;
   }
-  Patience patience;
-  do {
+  Moments moments;
+  moments.expect();
+  auto look = [&] {
 #pragma unroll
     for (int i = 0; i < UNITS; i++)
-      if (missing >> i & 1) units[i] = peek16(stream + block_at(4 * i + lane / 8));
+      if (missing >> i & 1) units[i] = peek16(stream + element_of(4 * i + lane / 8));
+    moments.look(a);
+  };
+  Weights<EIGHTS, ALWAYS, LARGE ? least(KEPT_EIGHTS, EIGHTS) : 2> weights;
+  weights.load(s, sh, step, look);
+  Patience patience;
+  while (true) {
 #pragma unroll
     for (int i = 0; i < UNITS; i++)
       if (all_fresh(units[i], s.stream_tag)) missing &= ~(1u << i);
+    moments.check(s.stream_tag);
+    if (!__any_sync(~0u, missing)) break;
     patience.spend();
-  } while (__any_sync(~0u, missing));
+    look();
+  }
+  moments.look(a);
 #pragma unroll
   for (int i = 0; i < UNITS; i++)
     if (4 * i + lane / 8 < BLOCKS) stage(&sh.staged[warp][4 * i + lane / 8][lane / 4 % 2][t * 8], units[i]);
   __syncwarp();
   multiply_staged(weights, sh, step);
+  while (true) {
+    moments.check(s.stream_tag);
+    if (!__any_sync(~0u, moments.missing)) break;
+    patience.spend();
+    moments.look(a);
+  }
+  const float2 sums = moments.sums();
+  if (lane == 0) sh.moments[warp] = sums;
   hand_over(step);
 }
 
@@ -975,26 +1014,27 @@ __device__ __forceinline__ void product_of_stream(const Arguments& a, State& s, 
 template <int RUNS>
 __device__ __forceinline__ void merge(float (&x)[8], const u16* units_from, const float* logs_from, bool inside,
                                       u32 tag) {
-  constexpr int LOGS = ratio(RUNS, 4);
-  uint4 units[RUNS], logs[LOGS];
-  u32 missing = inside ? (1u << (RUNS + LOGS)) - 1 : 0;
+  constexpr int UNITS_OF_LOGS = ratio(RUNS, 4);
+  uint4 units[RUNS], logs[UNITS_OF_LOGS];
+  u32 missing = inside ? (1u << (RUNS + UNITS_OF_LOGS)) - 1 : 0;
+  bool at_units = true, at_logs = true;
 #pragma unroll
   for (int i = 0; i < RUNS; i++) units[i] = {};
 #pragma unroll
-  for (int i = 0; i < LOGS; i++) logs[i] = {};
+  for (int i = 0; i < UNITS_OF_LOGS; i++) logs[i] = {};
   Patience patience;
-  do {
+  while (true) {
 #pragma unroll
     for (int i = 0; i < RUNS; i++)
-      if (missing >> i & 1) units[i] = peek16(units_from + i * 64);
+      if (at_units && missing >> i & 1) units[i] = peek16(units_from + i * 64);
 #pragma unroll
-    for (int i = 0; i < LOGS; i++)
-      if (missing >> (RUNS + i) & 1) logs[i] = peek16(logs_from + i * 4);
+    for (int i = 0; i < UNITS_OF_LOGS; i++)
+      if (at_logs && missing >> (RUNS + i) & 1) logs[i] = peek16(logs_from + i * 4);
 #pragma unroll
     for (int i = 0; i < RUNS; i++)
       if (fresh(units[i].x, tag)) missing &= ~(1u << i);
 #pragma unroll
-    for (int i = 0; i < LOGS; i++) {
+    for (int i = 0; i < UNITS_OF_LOGS; i++) {
       // Behind the last run nobody writes.
       const int there = RUNS - 4 * i;
       const uint4& u = logs[i];
@@ -1004,8 +1044,11 @@ __device__ __forceinline__ void merge(float (&x)[8], const u16* units_from, cons
       if (there > 3) words |= u.w ^ tag;
       if ((words & 1) == 0) missing &= ~(1u << (RUNS + i));
     }
+    if (!__any_sync(~0u, missing)) break;
     patience.spend();
-  } while (__any_sync(~0u, missing));
+    // Attention is waited for the longest. To ask for all of it all the while would delay the very words, and weights.
+    at_logs = __any_sync(~0u, missing >> RUNS), at_units = !at_logs;
+  }
   float share[RUNS], best = NOTHING, all = 0;
 #pragma unroll
   for (int i = 0; i < RUNS; i++) {
@@ -1038,19 +1081,19 @@ __device__ __forceinline__ void merge(float (&x)[8], const u16* units_from, cons
 __device__ __forceinline__ void product_of_runs(const Arguments& a, State& s, Shared& sh, int step) {
   static_assert(BLOCKS <= 8, "");
   Weights<2, 2, 2> weights;
-  weights.load(s, sh, step);
+  weights.load(s, sh, step, [] {});
 
   // A lane takes eight elements of a block. Heads lie 8 runs apart.
   const u32 id = thread();
-  const int warp = id / 32, lane = id % 32, t = id % 4, first = first_in_plane(), b = lane / 4;
-  const bool inside = b < BLOCKS && is_inside(first, b);
-  const int element = block_at(b) + first, head = program() % COPIES * HEADS + element / 64;
+  const int warp = id / 32, lane = id % 32, t = id % 4, b = lane / 4, element = element_of(b);
+  const bool inside = b < BLOCKS && element < WIDTH;
+  const int head = program() % COPIES * HEADS + element / 64;
   const int unit = head * (8 * 64) + element % 64;
   float x[8];
   if (step == OWN_OUT)
-    merge<SELF_SPLITS>(x, a.own_runs + unit, a.own_logs + head * 8, inside, s.tag);
+    merge<SELF_SPLITS>(x, a.own_runs + unit, a.own_logs + head * LOGS, inside, s.tag);
   else
-    merge<CROSS_SPLITS>(x, a.cross_runs + unit, a.cross_logs + head * 8, inside, s.tag);
+    merge<CROSS_SPLITS>(x, a.cross_runs + unit, a.cross_logs + head * LOGS, inside, s.tag);
   u32 halves[4], rests[4];
 #pragma unroll
   for (int j = 0; j < 4; j++) {
@@ -1094,6 +1137,28 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
   const int lane_part = warp * 32 + t % 2 * 16;
   u32 kept[BLOCKS][4], steps[BLOCKS], rest[most(REST_PACKED ? 1 : REST_BLOCKS, 1)][4], rest_steps[most(REST_BLOCKS, 1)];
   Packed packed_rest[most(REST_TURNS, 1)];
+  // The activations pass through shared memory, so that the lanes of other columns need not hold them.
+  const bool idle = runs(FFN) < WARPS && warp >= runs(FFN);
+  uint4 units[UNITS];
+  u32 missing = 0;
+  bool there;
+  auto unit_at = [&](int i) {
+    const int b = (i * 32 + lane) / 4, in_plane = (b / DIGITS * WARPS + (idle ? 0 : warp)) * 32 + t * 8;
+    const int element = b % DIGITS * PLANE + in_plane;
+    there = b < BLOCKS && in_plane < PLANE && element < FFN;
+    return a.hidden + program() % COPIES * FFN + element;
+  };
+#pragma unroll
+  for (int i = 0; i < UNITS; i++) {
+    units[i] = {};
+    unit_at(i);
+    if (there) missing |= 1u << i;
+  }
+  auto look = [&] {
+#pragma unroll
+    for (int i = 0; i < UNITS; i++)
+      if (missing >> i & 1) units[i] = peek16(unit_at(i));
+  };
   constexpr bool FULL = runs(FFN) % WARPS == 0;
   {
     const int row = least(g, ROWS - 1);
@@ -1101,6 +1166,7 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
     for (int turn = 0; turn < TURNS; turn++) {
       Packed packed = {};
       u32 w[4] = {};
+      if (turn == TURNS / 2) look();
       if (FULL || has_hidden(turn)) load(w, packed, turn, row);
 #pragma unroll
       for (int digit = 0; digit < DIGITS; digit++) {
@@ -1140,34 +1206,15 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
     }
   }
   release(sh, place, chunks_of(FC2));
-
-  // The activations pass through shared memory, so that the lanes of other columns need not hold them.
-  const bool idle = runs(FFN) < WARPS && warp >= runs(FFN);
-  uint4 units[UNITS];
-  u32 missing = 0;
-  bool there;
-  auto unit_at = [&](int i) {
-    const int b = (i * 32 + lane) / 4, in_plane = (b / DIGITS * WARPS + (idle ? 0 : warp)) * 32 + t * 8;
-    const int element = b % DIGITS * PLANE + in_plane;
-    there = b < BLOCKS && in_plane < PLANE && element < FFN;
-    return a.hidden + program() % COPIES * FFN + element;
-  };
-#pragma unroll
-  for (int i = 0; i < UNITS; i++) {
-    units[i] = {};
-    unit_at(i);
-    if (there) missing |= 1u << i;
-  }
   Patience patience;
-  do {
-#pragma unroll
-    for (int i = 0; i < UNITS; i++)
-      if (missing >> i & 1) units[i] = peek16(unit_at(i));
+  while (true) {
 #pragma unroll
     for (int i = 0; i < UNITS; i++)
       if (fresh(units[i].x, s.tag)) missing &= ~(1u << i);
+    if (!__any_sync(~0u, missing)) break;
     patience.spend();
-  } while (__any_sync(~0u, missing));
+    look();
+  }
 #pragma unroll
   for (int i = 0; i < UNITS; i++)
     if (i * 32 + lane < BLOCKS * 4) stage(&sh.hidden[warp][(i * 32 + lane) / 4][t * 8], units[i]);
@@ -1182,7 +1229,7 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
     float(&to)[4] = c[b % 2];
     multiply_row(to, kept[b], x.x, x.y);
     if (BITS != 16) {
-      sum = scaled(to[0] + to[3], steps[b], total_of(x.x, x.y), sum);
+      sum = scaled(to[0] + to[3], steps[b], total_of(x.x, x.y), sum, b % DIGITS);
       to[0] = to[1] = to[2] = to[3] = 0;
     }
   }
@@ -1204,7 +1251,7 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
       if (REST_PACKED) integers(late, packed_rest[b / DIGITS], b % DIGITS);
       multiply_row(d, REST_PACKED ? late : rest[REST_PACKED ? 0 : b], x.x, x.y);
       if (BITS != 16) {
-        all = scaled(d[0] + d[3], rest_steps[b], total_of(x.x, x.y), all);
+        all = scaled(d[0] + d[3], rest_steps[b], total_of(x.x, x.y), all, b % DIGITS);
         d[0] = d[1] = d[2] = d[3] = 0;
       }
     }
@@ -1242,17 +1289,21 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
     }
   }
   release(sh, place, chunks);
-  if (!from_stream(step)) {
-    s.stream_tag ^= 1;
-    s.use = s.use % 6 + 1;
-  }
+  if (!from_stream(step)) s.stream_tag ^= 1;
   if (warp >= finishers(step)) return;
   float constant = 0, factor = 0;
-  if (from_stream(step)) {
-    const float2 moments = read_moments(a, s.use, sh.eps[layer][norm]);
-    constant = first - moments.x * moments.y * second, factor = moments.y * GROW;
-  }
   bar_sync(STEP_DONE + step, 32 * (WARPS + finishers(step)));
+  if (from_stream(step)) {
+    float sum = 0, squares = 0;
+#pragma unroll
+    for (int i = 0; i < WARPS; i += 2) {
+      const float4 two = *(const float4*)&sh.moments[i];
+      sum += two.x + two.z, squares += two.y + two.w;
+    }
+    const float mean = sum * (1.0f / WIDTH), variance = fmaxf(squares * (1.0f / WIDTH) - mean * mean, 0.0f);
+    const float deviation = rsqrt_fast(variance + sh.eps[layer][norm]);
+    constant = first - mean * deviation * second, factor = deviation * GROW;
+  }
   const float4 four = *(const float4*)&sh.sums[side_of(step)][row][4 * half];
   float total = four.x + four.y + (four.z + four.w);
   total += __shfl_xor_sync(~0u, total, 1);
@@ -1320,67 +1371,84 @@ __device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& 
   // that lie next to each other take their halves in turn, so that lanes served together meet different banks.
   uint4 k[TILES][2][2], v[TILES][4];
   bool seen[TILES][2];
-  if (own) {
-    const u16* keys = (const u16*)sh.caches[layer][0] + (long long)head * SLOTS * 64;
-    const u16* values = (const u16*)sh.caches[layer][1] + (long long)head * SLOTS * 64;
-#pragma unroll
-    for (int tile = 0; tile < TILES; tile++) {
-      const int begin = (tile * WARPS + warp) * 16;
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const int key = begin + 8 * half + g, at = span.first + most(least(key, span.count - 1), 0);
-        seen[tile][half] = key < span.count && sh.valid[at];
-#pragma unroll
-        for (int i = 0; i < 2; i++) k[tile][half][i] = fetch16(keys + at * 64 + 32 * (i ^ piece) + 8 * t);
-      }
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int key = begin + 4 * i + lane / 8, at = span.first + most(least(key, span.count - 1), 0);
-        // A weight of zero does not hide what was never written.
-        v[tile][i] = {};
-        if (key < span.count) v[tile][i] = fetch16(values + at * 64 + lane % 8 * 8);
-      }
-    }
-  } else {
-    const int place = take(sh, s.cursor, KEY_CHUNKS);
-#pragma unroll
-    for (int tile = 0; tile < TILES; tile++) {
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const int begin = (tile * WARPS + warp) * 16 + 8 * half, chunk = begin / CHUNK_KEYS;
-        seen[tile][half] = begin + g < span.count;
-        const u8* rows = dynamic_shared() + base_of(place, least(chunk, KEY_CHUNKS - 1)) + begin % CHUNK_KEYS * 128;
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          k[tile][half][i] = *(const uint4*)(rows + g * 128 + 64 * (i ^ piece) + 16 * t);
-          v[tile][2 * half + i] = *(const uint4*)(rows + CHUNK_KEYS * 128 + (4 * i + lane / 8) * 128 + lane % 8 * 16);
-        }
-        // What lies behind the last value may be no number, which a weight of zero does not hide.
-        if (begin + 8 > span.count)
-#pragma unroll
-          for (int i = 0; i < 2; i++)
-            if (begin + 4 * i + lane / 8 >= span.count) v[tile][2 * half + i] = {};
-      }
-    }
-    release(sh, place, KEY_CHUNKS);
-  }
-
   // The query: halves in the first two columns, remainders in the next two, for the rows that take their first half
-  // first; in the other columns for the others.
+  // first; in the other columns for the others. It is first asked for between keys and values.
   const u16* query = (own ? a.heads + (g >> 1 & 1) * (3 * WIDTH) : a.query + (g >> 1 & 1) * WIDTH) + head * 64 + 8 * t;
   const int swapped = g >> 2;
   uint4 q[2];
   u32 missing = 3;
-  Patience patience;
-  do {
+  auto look = [&] {
 #pragma unroll
     for (int i = 0; i < 2; i++)
       if (missing >> i & 1) q[i] = peek16(query + 32 * (i ^ swapped));
+  };
+  if (own) {
+    const u16* keys = (const u16*)sh.caches[layer][0] + (long long)head * SLOTS * 64;
+    const u16* values = (const u16*)sh.caches[layer][1] + (long long)head * SLOTS * 64;
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int begin = (tile * WARPS + warp) * 16 + 8 * half, key = begin + g;
+        const int at = span.first + most(least(key, span.count - 1), 0);
+        seen[tile][half] = key < span.count && sh.valid[at];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          k[tile][half][i] = {};
+          if (begin < span.count) k[tile][half][i] = fetch16(keys + at * 64 + 32 * (i ^ piece) + 8 * t);
+        }
+      }
+    look();
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int key = (tile * WARPS + warp) * 16 + 4 * i + lane / 8;
+        // A weight of zero does not hide what was never written.
+        v[tile][i] = {};
+        if (key < span.count) v[tile][i] = fetch16(values + (span.first + key) * 64 + lane % 8 * 8);
+      }
+  } else {
+    const int place = take(sh, s.cursor, KEY_CHUNKS);
+    // Rows of keys and of values lie in chunks, of which a tile's eights are in one each.
+    auto rows_of = [&](int tile, int half) {
+      const int begin = (tile * WARPS + warp) * 16 + 8 * half, chunk = begin / CHUNK_KEYS;
+      return dynamic_shared() + base_of(place, least(chunk, KEY_CHUNKS - 1)) + begin % CHUNK_KEYS * 128;
+    };
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        seen[tile][half] = (tile * WARPS + warp) * 16 + 8 * half + g < span.count;
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+          k[tile][half][i] = *(const uint4*)(rows_of(tile, half) + g * 128 + 64 * (i ^ piece) + 16 * t);
+      }
+    look();
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const u8* rows = rows_of(tile, half) + CHUNK_KEYS * 128;
+        const int begin = (tile * WARPS + warp) * 16 + 8 * half;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          v[tile][2 * half + i] = *(const uint4*)(rows + (4 * i + lane / 8) * 128 + lane % 8 * 16);
+          // What lies behind the last value may be no number, which a weight of zero does not hide.
+          if (begin + 4 * i + lane / 8 >= span.count) v[tile][2 * half + i] = {};
+        }
+      }
+    release(sh, place, KEY_CHUNKS);
+  }
+  Patience patience;
+  while (true) {
 #pragma unroll
     for (int i = 0; i < 2; i++)
       if (all_fresh(q[i], s.tag)) missing &= ~(1u << i);
+    if (!__any_sync(~0u, missing)) break;
     patience.spend();
-  } while (__any_sync(~0u, missing));
+    look();
+  }
 
   float score[TILES][2], best = NOTHING;
 #pragma unroll
@@ -1442,7 +1510,7 @@ __device__ __forceinline__ void finish_attention(const Arguments& a, State& s, S
   if (thread() / 32 != FIRST_FINISHER) return;
   const int head = program() % HEADS, split = program() / HEADS;
   u16* to = (own ? a.own_runs : a.cross_runs) + ((lane / 8 * HEADS + head) * 8 + split) * 64 + lane % 8 * 8;
-  float* log_to = (own ? a.own_logs : a.cross_logs) + (lane * HEADS + head) * 8 + split;
+  float* log_to = (own ? a.own_logs : a.cross_logs) + (lane * HEADS + head) * LOGS + split;
   if (own && !has_run(s.slot)) {
     // Nothing written yet behind the first run: say so, so that tags go on alternating.
     poke16(to, {s.tag, 0, 0, 0});

@@ -31,10 +31,11 @@ THREADS = 384
 CAPABILITY = (9, 0)
 _SOURCE = Path(__file__).with_suffix(".cu")
 _DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-# The kernel's own: keys of a run of self-attention, how often it publishes what every program reads,
-# its warps that finish what is multiplied, sixteen features each.
+# The kernel's own: keys of a run of self-attention, how often it publishes what every program reads, floats from one
+# head's logarithms to the next one's, its warps that finish what is multiplied, sixteen features each.
 _SELF_RUN = 256
 _COPIES = 4
+_LOGS = 32
 _FINISHERS = 3
 
 
@@ -281,7 +282,7 @@ def work_space(shape, device):
 
     A session has its own; two launches with one of them must not overlap.
     """
-    runs, logs = shape.heads * MAX_SPLITS * HEAD_DIM, shape.heads * MAX_SPLITS * 2
+    runs, logs = shape.heads * MAX_SPLITS * HEAD_DIM, shape.heads * _LOGS * 2
     copied = 2 * shape.width, 4 * (shape.givers + shape.givers % 2), runs, runs, logs, logs, shape.ffn
     stream, stats, *others = (_COPIES * size for size in copied)
     sizes = stream, 6 * shape.width, 2 * shape.width, stats, *others
