@@ -9,6 +9,10 @@ in the row, since in half precision random weights make near-ties. With `--bits`
 rounded to that width, by plain rounding since the values do not matter, and stock's generate runs on them as it can.
 One JSON line a case, with the machine and the versions.
 
+    python benchmarks/decode_speed.py --window --shapes large-v2 --cases stock-static triton
+
+times a whole window besides: 30 s of samples, log-mel features on the device, encoder, prompt, 128 tokens, ids on the host.
+
     python benchmarks/decode_speed.py --quantising --shapes large-v2 --bits 4 3 2 1.58 --head-bits 4
 
 times `quantize_decoder` with hqq's solver instead, and on a GPU says by how much its peak passes the model's bytes.
@@ -33,7 +37,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration
+from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 import whisper_static_cache
@@ -51,7 +55,7 @@ SHAPES = {
 }
 CROSS_DTYPES = {"none": None, "int8": torch.int8}
 CASES = ("stock-dynamic", "stock-static", "eager", "compile", "triton")
-SHORT, LONG = 64, 192
+SHORT, LONG, WINDOW = 64, 192, 128
 # A case is timed for at least as long.
 LEAST_SECONDS = 3
 GROUP_SIZES = {8: 64, 4: 64, 3: 32, 2: 16, 1.58: 16}
@@ -105,10 +109,11 @@ def build_model(shape, device, dtype):
 
 def generate(model, states, tokens, timestamps, **arguments):
     """One window decoded to exactly `tokens` new tokens, from encoder states already there."""
+    if states is not None:
+        arguments["encoder_outputs"] = BaseModelOutput(last_hidden_state=states)
     return model.generate(
         # One inner call: a random model's timestamps would start windows that speech would not.
         force_unique_generate_call=True,
-        encoder_outputs=BaseModelOutput(last_hidden_state=states),
         language="en",
         task="transcribe",
         return_timestamps=timestamps,
@@ -145,7 +150,29 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
-def time_case(case, model, batch, timestamps, repeats, reference, cross_dtype=None):
+def time_window(model, timestamps, repeats, **arguments):
+    """Median seconds from 30 s of samples to the ids of `WINDOW` tokens on the host."""
+    extractor = WhisperFeatureExtractor(feature_size=model.config.num_mel_bins)
+    samples = torch.randn(30 * extractor.sampling_rate, generator=torch.Generator().manual_seed(2)).mul(0.1).numpy()
+
+    def transcribe():
+        features = extractor(
+            samples, sampling_rate=extractor.sampling_rate, return_tensors="pt", device=model.device.type
+        ).input_features
+        features = features.to(model.device, model.dtype)
+        return generate(model, None, WINDOW, timestamps, input_features=features, **arguments).cpu()
+
+    transcribe()
+    times = []
+    for _ in range(max(repeats, 5)):
+        synchronize(model.device)
+        start = time.perf_counter()
+        transcribe()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def time_case(case, model, batch, timestamps, repeats, reference, cross_dtype=None, window=False):
     """Time one case; returns its part of the row, and the tokens it gave."""
     device, dtype = model.device, model.dtype
     generator = torch.Generator(device).manual_seed(1)
@@ -188,6 +215,10 @@ def time_case(case, model, batch, timestamps, repeats, reference, cross_dtype=No
         if not stock:
             report = whisper_static_cache.last_run(model)
             row.update(served_by=report.engine, reason=report.reason, compiles_when_warm=report.compiles)
+        if window and batch == 1:
+            row.update(
+                window_tokens=WINDOW, window_ms=round(1000 * time_window(model, timestamps, repeats, **arguments), 1)
+            )
         if reference is not None:
             row["tokens_equal_to_first_case"] = round((tokens == reference).float().mean().item(), 4)
         return row, tokens
@@ -344,6 +375,7 @@ def main():
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5, help="at least so many of each length, and three seconds")
+    parser.add_argument("--window", action="store_true", help="time a window from its samples to its ids as well")
     parser.add_argument("--quantising", action="store_true", help="time quantize_decoder, not decoding")
     parser.add_argument("--breakdown", action="store_true", help="time the Triton engine's step kernel by kernel")
     parser.add_argument("--by-kernels", action="store_true", help="with --breakdown: without the persistent kernel")
@@ -391,7 +423,9 @@ def main():
                 cross_dtype = CROSS_DTYPES[name]
                 if cross_dtype is not None and case.startswith("stock"):
                     continue
-                measured, tokens = time_case(case, model, batch, timestamps, options.repeats, reference, cross_dtype)
+                measured, tokens = time_case(
+                    case, model, batch, timestamps, options.repeats, reference, cross_dtype, options.window
+                )
                 reference = tokens if reference is None else reference
                 row = {"shape": shape, "bits": bits if group_size else 8 * dtype.itemsize, "group_size": group_size}
                 row.update(batch=batch, timestamps=timestamps, dtype=options.dtype, **measured)

@@ -35,6 +35,23 @@ def test_a_capture_that_fails_is_tried_once_and_the_encoder_serves(monkeypatch, 
     assert caplog.text.count("could not be captured") == 1
 
 
+def test_states_row_by_row_are_the_encoder_s():
+    model = tiny_model()
+    encoder, features = model.model.encoder, tiny_features(2, config=model.config)
+    seen = []
+    with torch.no_grad():
+        expected = encoder(features).last_hidden_state
+        handle = encoder.layers[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].is_contiguous()))
+        assert torch.equal(encoder_graph.row_by_row(encoder, features), expected)
+        encoder(features)
+        # What the second look finds is why the first layer's states are put in order at all.
+        assert seen == [True, False]
+        handle.remove()
+        with pytest.raises(ValueError):
+            encoder_graph.row_by_row(encoder, features[..., :-2])
+    assert not encoder.layers[0]._forward_pre_hooks
+
+
 def test_the_cpu_is_left_to_the_encoder():
     model = tiny_model()
     with whisper_static_cache.patched(model, engine="auto"):

@@ -116,6 +116,20 @@ def _on_one_gpu(features, parameter):
     return features.device == parameter.device and features.device.type == "cuda"
 
 
+def row_by_row(encoder, features):
+    """The encoder's states, with those of a position next to each other in memory from the first layer on.
+
+    The convolutions leave them position by position for each dimension, and whatever is added to them keeps that
+    order: every residual sum and layer norm of every layer would read one tensor across. The numbers are the same.
+    """
+    layer = encoder.layers[0]
+    hook = layer.register_forward_pre_hook(lambda _, arguments: (arguments[0].contiguous(), *arguments[1:]))
+    try:
+        return encoder(features).last_hidden_state
+    finally:
+        hook.remove()
+
+
 class CapturedEncoder:
     """Stands in for a model's encoder during `generate`: replays a graph where it can, else calls the encoder."""
 
@@ -190,7 +204,7 @@ class CapturedEncoder:
         buffer = torch.zeros(rows, *features.shape[1:], dtype=features.dtype, device=features.device)
         if stream not in self._pools:
             self._pools[stream] = torch.cuda.graph_pool_handle()
-        graph = CapturedCall(lambda: self.encoder(buffer).last_hidden_state, pool=self._pools[stream])
+        graph = CapturedCall(lambda: row_by_row(self.encoder, buffer), pool=self._pools[stream])
         self.captures += 1
         return graph, buffer
 
