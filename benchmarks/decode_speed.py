@@ -11,7 +11,8 @@ One JSON line a case, with the machine and the versions.
 
     python benchmarks/decode_speed.py --window --shapes large-v2 --cases stock-static triton
 
-times a whole window besides: 30 s of samples, log-mel features on the device, encoder, prompt, 128 tokens, ids on the host.
+times a whole window besides: 30 s of samples, log-mel features on the device, encoder, prompt, 128 tokens, and their
+ids on the host.
 
     python benchmarks/decode_speed.py --quantising --shapes large-v2 --bits 4 3 2 1.58 --head-bits 4
 

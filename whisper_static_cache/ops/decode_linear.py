@@ -31,6 +31,7 @@ import triton.language as tl
 from .decode_dot import (
     MAX_ROWS,
     DirectPlan,
+    DotPlan,
     TilesPlan,
     decode_direct_kernel,
     decode_dot_kernel,
@@ -44,8 +45,10 @@ from .packing import PLANES, plane_width, unpack
 
 
 HEAD_DIM = 64
-# Rows up to which products are made row by row.
+# Rows up to which products are made row by row. Those with packed weights unpack what is in their registers for every
+# row, which soon takes longer than the tensor cores' many rows.
 FEW_ROWS = 8
+FEW_PACKED_ROWS = 2
 _ONE: tl.constexpr = tl.constexpr(0x3F800000)  # the bits of float32 1.0
 
 # What the activations are ...
@@ -306,10 +309,10 @@ def plan_for(weight, parts=1, splits=0, rows=1, normed=False):
     """The plan of a product of `rows` with `weight`, or with `parts` of its shape: it says which kernel makes it.
 
     `splits`: runs of attention that it merges, if it does; `normed`: whether a layer norm stands in front. Up to
-    FEW_ROWS are multiplied one by one, more on the tensor cores.
+    FEW_ROWS (or FEW_PACKED_ROWS) are multiplied one by one, more on the tensor cores.
     """
     merges = splits > 0
-    if rows > FEW_ROWS:
+    if rows > (FEW_ROWS if weight.scales is None else FEW_PACKED_ROWS):
         plan = None
         if rows <= 16:
             if normed:
@@ -331,9 +334,6 @@ def plan_for(weight, parts=1, splits=0, rows=1, normed=False):
     held = 160 if weight.out_features >= 4 * k else 96
     groups = max(1, min(4, held * 32 * num_warps // (group_rows * k)))
     groups = 1 << (groups.bit_length() - 1)
-    if weight.scales is not None and rows > 2:
-        # What a thread unpacked stays in its registers, with its scales and zero points, for all rows.
-        groups = min(groups, 2)
     while parts > 1 and weight.out_features % (group_rows * groups):
         if groups > 1:
             groups //= 2
@@ -452,12 +452,10 @@ def _launch_decode_linear(
     n, k = weight.out_features, weight.in_features
     plan = plan_for(weight, parts, 0 if lse is None else x.shape[1], rows, normed=folded is not None)
     unroll = rows
-    if scales and rows <= FEW_ROWS:
+    if scales and isinstance(plan, Plan) and epilogue == STORE and folded is None:
         # Compiling takes time with the square of the loads, and packed weights have scales and zero points to load for
-        # every few of them: rows go in a loop, and what is made once a window, by `fold_norms`, in small programs.
-        unroll = 1 if rows % 2 else 2
-        if epilogue == STORE and folded is None:
-            plan, unroll = plan._replace(groups=1), 1
+        # every few of them: what is made once a window, by `fold_norms`, is made row by row in small programs.
+        plan, unroll = plan._replace(groups=1), 1
     programs = plan.programs(weight, parts)
     if scales:
         plane = PLANES[bits][0]
@@ -536,7 +534,7 @@ def _launch_decode_linear(
             **sizes,
         )
         return
-    if rows > FEW_ROWS:
+    if isinstance(plan, DotPlan):
         # Two programs of eight warps to a multiprocessor, one of them reading while the other multiplies.
         limit = {"maxnreg": 128} if plan.features == 32 and rows <= 16 and not scales and not interpreted() else {}
         start(
