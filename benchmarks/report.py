@@ -63,6 +63,7 @@ def decode_table(found):
                 f"{row['percent_of_copy_bandwidth']:.0f}%",
                 f"{row['peak_memory_gib']:.2f} GiB",
                 f"{row['first_call_s']} s" if "first_call_s" in row else "not measured",
+                f"{row['window_ms']:.0f} ms" if "window_ms" in row else "",
                 row["commit"],
             ]
         )
@@ -79,12 +80,14 @@ def decode_table(found):
         "of the copy bandwidth",
         "peak memory",
         "first call",
+        "a window",
         "commit",
     ]
     return (
         "Decoding on a GPU, random weights at the real shape, slope between 64 and 192 tokens; random weights in half "
         "precision make near-ties. Stock on a line of its own was measured in another run, on another machine of the "
-        "kind; the bandwidth is that of the bytes a step must read. Measured at the commit named "
+        "kind; the bandwidth is that of the bytes a step must read; a window is 30 s of samples to 128 tokens. "
+        "Measured at the commit named "
         f"({machine}; {commands}):\n\n{table(header, lines)}\n"
     )
 
