@@ -109,7 +109,7 @@ def build_model(shape, device, dtype):
 
 
 def generate(model, states, tokens, timestamps, **arguments):
-    """One window decoded to exactly `tokens` new tokens, from encoder states already there."""
+    """One window decoded to exactly `tokens` new tokens, from encoder states, or with None from `arguments`."""
     if states is not None:
         arguments["encoder_outputs"] = BaseModelOutput(last_hidden_state=states)
     return model.generate(

@@ -20,7 +20,7 @@
 // values that depend on every reader's having read the last one. Layer by layer: all of `stream` was read before any
 // query, key or value of the layer could be published, all of those before all heads' runs, all of these before the
 // next `stream`, and so on around the layer. Of a program's warps one may read late what the others have left behind
-// them: none of them skips a use of what it reads, or the words count more than two uses.
+// them: none of them skips a use of what it reads.
 
 #ifndef EMULATED
 

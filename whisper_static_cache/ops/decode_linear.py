@@ -1,6 +1,7 @@
 """Products of some rows of activations with a decoder weight, for the one-token step: Triton kernel and reference.
 
-The kernel here takes up to FEW_ROWS, row by row; for up to 32 rows `decode_dot` has one on the tensor cores.
+The kernel here takes up to FEW_ROWS, with packed weights FEW_PACKED_ROWS, row by row; for up to 32 rows `decode_dot`
+has one on the tensor cores.
 
 A step at a small batch reads every weight once and computes little, so that the time is that of the bytes as long as
 nothing stands in front of them. Weights are therefore fetched, and unpacked if they are low-bit, before the kernel
