@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from whisper_static_cache import int8_states
 from whisper_static_cache.ops import decode_layers as ops
 from whisper_static_cache.ops.decode_linear import Weight
 from whisper_static_cache.ops.packing import LEVELS, pack
@@ -51,8 +52,8 @@ class Model:
             biases = [random(size[0], scale=0.1) for size in sizes]
             biases[1] = None
             norms = [(random(width, scale=0.1, mean=1.0), random(width, scale=0.1), EPS) for _ in range(3)]
-            caches = [random(1, shape.heads, shape.slots, 64) for _ in range(2)]
-            caches += [random(1, shape.heads, shape.source, 64) for _ in range(2)]
+            caches = [random(shape.batch, shape.heads, shape.slots, 64) for _ in range(2)]
+            caches += [random(shape.batch, shape.heads, shape.source, 64) for _ in range(2)]
             self.layers.append((weights, biases, norms))
             self.caches.append(caches)
         self.last_norm = random(width, scale=0.1, mean=1.0)
@@ -77,21 +78,34 @@ class Model:
                     *folded,
                     *(biases[i] for i in (3, 5, 7)),
                     *(norms[1][0], norms[2][0], following),
-                    *self.caches[index],
+                    *(self.in_8_bits(self.caches[index]) if shape.cross_int8 else self.caches[index]),
                 ]
             )
         self.rows = rows
         self.table = ops.pointer_table(rows)
         self.eps = torch.full((shape.layers, 3), EPS, device=device)
         self.work = ops.work_space(shape, device)
-        self.gained = torch.full((1, width), torch.nan, device=device)
-        self.stats = torch.full((2, 1, shape.givers), torch.nan, device=device)
-        self.valid = torch.ones(1, shape.slots, dtype=torch.bool, device=device)
-        self.tokens = torch.randint(0, ROWS, (1, shape.slots + 1), generator=generator, device=device)
+        self.gained = torch.full((shape.batch, width), torch.nan, device=device)
+        self.stats = torch.full((2, shape.batch, shape.givers), torch.nan, device=device)
+        self.valid = torch.ones(shape.batch, shape.slots, dtype=torch.bool, device=device)
+        self.tokens = torch.randint(0, ROWS, (shape.batch, shape.slots + 1), generator=generator, device=device)
+
+    def in_8_bits(self, caches):
+        """The layer's buffers with cross-attention in 8 bits; `caches` then hold what these stand for."""
+        buffers, scales = caches[:2], []
+        for index in (2, 3):
+            integers = torch.empty_like(caches[index], dtype=torch.int8)
+            scales.append(torch.empty_like(caches[index][..., 0]))
+            int8_states.quantize(caches[index], integers, scales[-1])
+            caches[index] = int8_states.dequantize(integers.double(), scales[-1].double())
+            buffers.append(integers)
+        return [*buffers, *scales]
 
     def operands(self, slot, offset):
         length = torch.tensor([slot + 1], device=self.device)
-        self.keep = length, torch.tensor([[offset]], device=self.device)
+        # Rows differ in where they begin.
+        offsets = [[max(offset - row, 0)] for row in range(self.shape.batch)]
+        self.keep = length, torch.tensor(offsets, device=self.device)
         return (self.gained, self.stats, self.work), (
             self.table,
             self.tokens,
@@ -107,7 +121,7 @@ class Model:
     def expected(self, slot, offset):
         """What the step gives, in float64, and the caches after it."""
         caches = [[cache.double() for cache in layer] for layer in self.caches]
-        x = self.embedding[self.tokens[:, slot]].double() + self.positions[slot - offset].double()
+        x = self.embedding[self.tokens[:, slot]].double() + self.positions[slot - self.keep[1][:, 0]].double()
         for (weights, biases, norms), layer in zip(self.layers, caches):
             dense = [weight.dense() for weight in weights]
             x = ops.reference_decode_layer(x, dense, biases, norms, layer, slot, self.valid, 0.125)
@@ -118,9 +132,8 @@ class Model:
 def emulated(shape):
     """The source as a library for the CPU."""
     folder = Path(tempfile.mkdtemp(prefix="whisper_static_cache_"))
-    source = Path(ops.__file__).with_suffix(".cu")
     wrapper = folder / "wrapper.cpp"
-    wrapper.write_text(f'#include "{source}"\nEMULATED_ENTRY(decode_layers, Arguments)\n')
+    wrapper.write_text(f"{ops.source_of(shape)}\nEMULATED_ENTRY(decode_layers, Arguments)\n")
     defines = [f"-D{name}={value}" for name, value in ops.definitions(shape).items()]
     header = Path(__file__).with_name("cuda_emulation.h")
     command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-DEMULATED", *defines, "-include", str(header)]
@@ -132,7 +145,7 @@ def emulated(shape):
 
 def launch_emulated(shape, arguments, seed=0):
     library = emulated(shape)
-    status = library.decode_layers_emulated(ctypes.byref(arguments), shape.programs, ops.THREADS, shape.memory, seed)
+    status = library.decode_layers_emulated(ctypes.byref(arguments), shape.programs, shape.threads, shape.memory, seed)
     assert status == 0, library.decode_layers_message().decode()
 
 
@@ -142,6 +155,7 @@ def emulate(model, slot, offset=0, seed=0):
 
 
 def compare(model, slot, offset, run):
+    model.operands(slot, offset)
     x, caches = model.expected(slot, offset)
     model.gained.fill_(torch.nan)
     model.stats.fill_(torch.nan)

@@ -208,8 +208,10 @@ static_assert(LAYERS % 2 == 0, "tags would differ from launch to launch");
 constexpr float NOTHING = -1e30f, LOG2E = 1.4426950408889634f;
 constexpr float SHRINK = 1.0f / 16, GROW = 16.0f;  // Keeps activations times gains far from float16's largest number.
 constexpr int WARPS = 8;
-// Warps that multiply, one that fetches, and those that finish what is multiplied, sixteen features each.
-constexpr int FETCHER = WARPS, FIRST_FINISHER = WARPS + 1, FINISHERS = 3, THREADS = 32 * (WARPS + 4);
+// Warps that multiply, one that fetches, and those that finish what is multiplied, sixteen features each. With several
+// rows the former finish, too.
+constexpr int FETCHER = WARPS, FIRST_FINISHER = WARPS + 1, FINISHERS = BATCH == 1 ? 3 : 0;
+constexpr int THREADS = 32 * (WARPS + 1 + FINISHERS);
 
 constexpr int up(int n, int to) { return (n + to - 1) / to * to; }
 constexpr int least(int a, int b) { return a < b ? a : b; }
@@ -220,7 +222,10 @@ constexpr int ratio(int a, int b) { return (a + b - 1) / b; }
 constexpr int ROWS = up(ratio(WIDTH, PROGRAMS), 2), ROWS_FFN = up(ratio(FFN, PROGRAMS), 8);
 constexpr int GIVERS = ratio(WIDTH, ROWS);  // Programs that have some of `WIDTH` features.
 constexpr int STATS = up(GIVERS, 2);        // Their moments are read two at a time.
-static_assert(ROWS <= 16 && HEADS * CROSS_SPLITS <= GIVERS && CROSS_SPLITS <= 8, "");
+static_assert(ROWS <= 16, "");
+#if BATCH == 1
+static_assert(HEADS * CROSS_SPLITS <= GIVERS && CROSS_SPLITS <= 8, "");
+#endif
 
 // A packed row is a plane of bytes, of which a byte holds elements `PLANE` apart; in 3 bits a second plane holds the
 // high bits, eight a byte. The unit of work is a run: 32 bytes of the first plane, 8 to each of the four lanes that
@@ -243,7 +248,9 @@ static_assert(plane(WIDTH) % 32 == 0, "");
 constexpr bool PARTED = BITS == 16 || BITS == 8 || BITS == 4;
 constexpr int turns(int depth) { return ratio(runs(depth), WARPS); }
 constexpr int groups(int depth) { return BITS == 16 ? 0 : depth / GROUP; }
-constexpr int CROSS_RUN = ratio(SOURCE, CROSS_SPLITS), KEYS_AT_LEAST = 256 * up(ratio(CROSS_RUN, 4), 8);
+constexpr int CROSS_RUN = ratio(SOURCE, CROSS_SPLITS);
+// Of several rows there are many keys, which come by 64 at least.
+constexpr int KEYS_AT_LEAST = 256 * (BATCH > 1 ? 64 : up(ratio(CROSS_RUN, 4), 8));
 constexpr int ROW_AT_LEAST = most(row_bytes(WIDTH), KEYS_AT_LEAST / ROWS - 5 * groups(FFN));
 constexpr int PART = PARTED ? most(ROW_AT_LEAST / (WARPS * RUN_BYTES), 1) : turns(FFN);
 constexpr int parts(int depth) { return depth == WIDTH ? 1 : ratio(turns(depth), PART); }
@@ -265,7 +272,11 @@ constexpr int vectors_at(int depth) { return scales_at(depth) + 2 * meta_bytes(d
 constexpr int chunk_bytes(int depth) { return vectors_at(depth) + 2 * vector_bytes; }
 
 constexpr int CHUNK = up(most(most(chunk_bytes(WIDTH), chunk_bytes(FFN)), KEYS_AT_LEAST), 128);
+#if BATCH == 1
 constexpr int CHUNK_KEYS = CHUNK / 256 / 8 * 8, KEY_CHUNKS = ratio(CROSS_RUN, CHUNK_KEYS);
+#else
+constexpr int KEY_CHUNKS = 1;
+#endif
 constexpr int FFN_CHUNKS = ratio(ROWS_FFN, ROWS);
 constexpr int MOST_ROWS = up(most(3 * ROWS, FFN_CHUNKS * ROWS), 16);
 
@@ -277,6 +288,8 @@ constexpr int chunks_of(int product) {
 }
 constexpr int row_chunks(int product) { return product == FC2 ? 1 : chunks_of(product); }
 constexpr int finishers(int product) { return ratio(row_chunks(product) * ROWS, 16); }
+// Of more output features than `WIDTH`.
+constexpr bool is_large(int product) { return product == QKV || product == FC1; }
 constexpr bool from_stream(int product) { return product == QKV || product == QUERY || product == FC1; }
 
 // A layer's device pointers, in the order of the launcher's table.
@@ -284,7 +297,7 @@ enum {
   WEIGHTS, SCALES = WEIGHTS + 8, ZEROS = SCALES + 8,  // query, key, value, output; cross query, output; fc1, fc2.
   CONSTANT = ZEROS + 8, FOLDED = CONSTANT + 3,        // Of the products behind a layer norm, float32.
   BIAS = FOLDED + 3, GAIN = BIAS + 3,                 // Of the others, and the gain of the layer norm behind.
-  KEYS = GAIN + 3, VALUES, CROSS_KEYS, CROSS_VALUES, POINTERS
+  KEYS = GAIN + 3, VALUES, CROSS_KEYS, CROSS_VALUES, CROSS_SCALES, POINTERS = CROSS_SCALES + 2 * CROSS8
 };
 constexpr int weight_of(int product) { return product == QKV ? 0 : product < CROSS_ATTENTION ? product + 1 : product; }
 constexpr int norm_of(int product) { return product < QUERY ? 0 : product < FC1 ? 1 : 2; }
@@ -292,12 +305,14 @@ constexpr int side_of(int product) { return from_stream(product) ? 0 : 1; }  // 
 
 // Attention: a warp takes tiles of 16 keys. Self-attention is split where one program's tiles end.
 constexpr int SELF_RUN = 256, SELF_SPLITS = ratio(SLOTS, SELF_RUN);
+#if BATCH == 1
 static_assert(HEADS * SELF_SPLITS <= GIVERS && SELF_SPLITS <= 8 && (CROSS_SPLITS - 1) * CROSS_RUN < SOURCE, "");
+#endif
 
 constexpr int RINGS = 32;  // Chunks in shared memory, at most.
 // On their way at a time, or a chunk at least.
 constexpr int FLIGHT_BYTES = (BITS == 8 || BITS == 16 ? 56 : 42) * 1024;
-static_assert(finishers(QKV) <= FINISHERS && finishers(FC1) <= FINISHERS, "");
+static_assert(BATCH > 1 || finishers(QKV) <= FINISHERS && finishers(FC1) <= FINISHERS, "");
 // Named barriers: one for each product and attention, of those that multiply with those that finish; and one for the
 // way back.
 enum { TABLES = 1, STEP_DONE = 2, PUBLISHED = STEP_DONE + STEPS };
@@ -306,6 +321,21 @@ enum { TABLES = 1, STEP_DONE = 2, PUBLISHED = STEP_DONE + STEPS };
 constexpr int OWN = runs(WIDTH) / WARPS, LEFT = runs(WIDTH) % WARPS, SHARERS = LEFT ? WARPS / LEFT : 1;
 constexpr int OWN_BLOCKS = OWN * DIGITS, BLOCKS = turns(WIDTH) * DIGITS;  // Without and with those of a shared run.
 constexpr int HIDDEN_BLOCKS = turns(FFN) * DIGITS;
+#if BATCH > 1
+// Rows in eights: columns of products. Sums of so many columns lie so that those of four pairs of features do not meet
+// the same banks.
+constexpr int COLUMNS = up(BATCH, 8), EIGHTS = COLUMNS / 8, SUMS = COLUMNS + 4, SUM_ROWS = most(3, FFN_CHUNKS) * ROWS;
+struct Shared {
+  alignas(16) float sums[WARPS][SUM_ROWS][SUMS];
+  alignas(16) float runs[2][WARPS][64 + 4];
+  alignas(16) float tops[2][WARPS], totals[2][WARPS];
+  alignas(16) float2 moments[WARPS][COLUMNS];
+  u64 caches[LAYERS][2];
+  float eps[LAYERS][3];
+  u8 valid[BATCH][SLOTS];
+  alignas(8) u64 full[RINGS], empty[RINGS];
+};
+#else
 struct Shared {
   alignas(16) float sums[2][MOST_ROWS][WARPS];
   union {
@@ -322,6 +352,7 @@ struct Shared {
   u8 valid[SLOTS];
   alignas(8) u64 full[RINGS], empty[RINGS];
 };
+#endif
 constexpr int IN_RING = least((MEMORY - (int)sizeof(Shared)) / CHUNK, RINGS);
 constexpr int IN_FLIGHT = most(least(FLIGHT_BYTES / CHUNK, IN_RING - 1), 1);
 constexpr int MOST_CHUNKS = most(most(FFN_CHUNKS, KEY_CHUNKS), most(parts(FFN), 3));
@@ -329,7 +360,7 @@ static_assert(IN_RING > MOST_CHUNKS, "a step exceeds the shared memory");
 
 // What all programs read is there four times: a line that all of them ask for at once keeps its part of the L2 cache
 // busy for longer than the way there takes.
-constexpr int COPIES = 4;
+constexpr int COPIES = BATCH == 1 ? 4 : 1;
 // So does a line that every warp asks for: each head's logarithms have one of their own.
 constexpr int LOGS = 32;
 struct Arguments {
@@ -346,6 +377,9 @@ struct Arguments {
   float *gained, *last_stats;
   const float* eps;  // [LAYERS][3]
   float scale;
+#if BATCH > 1
+  int token_stride, valid_stride;  // From a row's to the next one's.
+#endif
 };
 
 // -- Waiting -------------------------------------------------------------------------------------------------------
@@ -383,6 +417,7 @@ __device__ __forceinline__ Span share(int total, int each) {
   int first = least(program() * each, total);
   return {first, least(each, total - first)};
 }
+#if BATCH == 1
 __device__ __forceinline__ Span keys_of(bool own, int slot) {
   int split = program() / HEADS, total = own ? slot : SOURCE, each = own ? SELF_RUN : CROSS_RUN;
   int first = least(split * each, total);
@@ -393,6 +428,8 @@ __device__ __forceinline__ Span keys_of(bool own, int slot) {
 __device__ __forceinline__ bool attends(bool own) {
   return program() < HEADS * (own ? SELF_SPLITS : CROSS_SPLITS);
 }
+
+#endif
 
 struct Cursor {
   int place = 0;
@@ -496,6 +533,7 @@ __device__ __forceinline__ void fetch_chunk(const Pointers& p, Shared& sh, u32 m
   cursor.next();
 }
 
+#if BATCH == 1
 // Keys and values of cross-attention: the first lane copies keys, the second values.
 __device__ __forceinline__ void fetch_keys(const Pointers& p, Shared& sh, u32 memory, Cursor& cursor, Cursor& landed,
                                            int& issued, int chunk) {
@@ -538,6 +576,8 @@ __device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory
     }
   }
 }
+
+#endif
 
 // -- Low-bit integers ----------------------------------------------------------------------------------------------
 
@@ -598,6 +638,63 @@ __device__ __forceinline__ void integers(u32 (&q)[4], const Packed& packed, int 
     }
 }
 
+// The next `chunks` chunks are there; the place of the first.
+__device__ __forceinline__ int take(Shared& sh, Cursor& cursor, int chunks) {
+  const int place = cursor.place;
+#pragma unroll 1
+  for (int chunk = 0; chunk < chunks; chunk++) {
+    await(shared_address(&sh.full[cursor.place]), cursor.phase);
+    cursor.next();
+  }
+  return place;
+}
+
+// The warp has read what it needs of the chunks from `place` on.
+__device__ __forceinline__ void release(Shared& sh, int place, int chunks) {
+  __syncwarp();
+  const int lane = thread() % 32;
+  const int at = place + lane;
+  if (lane < chunks) barrier_arrive(shared_address(&sh.empty[at < IN_RING ? at : at - IN_RING]));
+}
+
+__device__ __forceinline__ u32 base_of(u32 place, u32 chunk) {
+  const u32 at = place + chunk;
+  return (at < IN_RING ? at : at - IN_RING) * CHUNK;
+}
+
+// A lane's part of a run, `at` bytes behind the beginning of its row: the lane has the elements from `in_plane` on.
+template <int DEPTH>
+__device__ __forceinline__ void load_packed(Packed& packed, u32 row, int at, int in_plane) {
+  const u8* memory = dynamic_shared();
+  load8(packed.raw, memory + row + at);
+  if (BITS == 3) {
+    // A high plane's byte holds the bits of two elements of each byte of the first plane, those of its second half
+    // in the upper place.
+    constexpr int PLANE = plane(DEPTH), HIGH = most(high_plane(DEPTH), 1);
+    const int upper = in_plane >= HIGH;
+    u32 high[2];
+    load8(high, memory + row + PLANE + in_plane - upper * HIGH);
+#pragma unroll
+    for (int i = 0; i < 2; i++) packed.high[i][0] = high[i] << (2 - upper), packed.high[i][1] = high[i] >> (6 + upper);
+  }
+}
+
+// Four lanes hold sums for the same eight dimensions: each ends up with two.
+__device__ __forceinline__ void gather(float (&sums)[8]) {
+  const bool upper = thread() & 16, odd = thread() & 8;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    float other = __shfl_xor_sync(~0u, upper ? sums[i] : sums[4 + i], 16);
+    sums[i] = (upper ? sums[4 + i] : sums[i]) + other;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    float other = __shfl_xor_sync(~0u, odd ? sums[i] : sums[2 + i], 8);
+    sums[i] = (odd ? sums[2 + i] : sums[i]) + other;
+  }
+}
+
+#if BATCH == 1
 // -- A product -----------------------------------------------------------------------------------------------------
 
 struct State {
@@ -681,47 +778,6 @@ struct Moments {
   }
 };
 
-// The next `chunks` chunks are there; the place of the first.
-__device__ __forceinline__ int take(Shared& sh, Cursor& cursor, int chunks) {
-  const int place = cursor.place;
-#pragma unroll 1
-  for (int chunk = 0; chunk < chunks; chunk++) {
-    await(shared_address(&sh.full[cursor.place]), cursor.phase);
-    cursor.next();
-  }
-  return place;
-}
-
-// The warp has read what it needs of the chunks from `place` on.
-__device__ __forceinline__ void release(Shared& sh, int place, int chunks) {
-  __syncwarp();
-  const int lane = thread() % 32;
-  const int at = place + lane;
-  if (lane < chunks) barrier_arrive(shared_address(&sh.empty[at < IN_RING ? at : at - IN_RING]));
-}
-
-__device__ __forceinline__ u32 base_of(u32 place, u32 chunk) {
-  const u32 at = place + chunk;
-  return (at < IN_RING ? at : at - IN_RING) * CHUNK;
-}
-
-// A lane's part of a run, `at` bytes behind the beginning of its row: the lane has the elements from `in_plane` on.
-template <int DEPTH>
-__device__ __forceinline__ void load_packed(Packed& packed, u32 row, int at, int in_plane) {
-  const u8* memory = dynamic_shared();
-  load8(packed.raw, memory + row + at);
-  if (BITS == 3) {
-    // A high plane's byte holds the bits of two elements of each byte of the first plane, those of its second half
-    // in the upper place.
-    constexpr int PLANE = plane(DEPTH), HIGH = most(high_plane(DEPTH), 1);
-    const int upper = in_plane >= HIGH;
-    u32 high[2];
-    load8(high, memory + row + PLANE + in_plane - upper * HIGH);
-#pragma unroll
-    for (int i = 0; i < 2; i++) packed.high[i][0] = high[i] << (2 - upper), packed.high[i][1] = high[i] >> (6 + upper);
-  }
-}
-
 // Scale (in the low half) and zero point of a lane's row and block. Sixteen elements are of one group, a block of 32
 // may be of two: the lanes with an even `t` answer for its first half, the others for its second. `lane_part` is where
 // the lane's half lies in the blocks of turn 0.
@@ -769,8 +825,6 @@ __device__ __forceinline__ void operands(u32 (&y)[2], const uint4& unit, bool od
   }
 }
 
-// What is multiplied with `WIDTH` elements: of each row a block for each digit of a warp's runs.
-constexpr bool is_large(int product) { return product == QKV || product == FC1; }
 // Registers for weights: what is left of a thread's when everything else has what it needs without spilling.
 constexpr int FOR_WEIGHTS = 130, PACKED_WORDS = BITS == 3 ? 6 : 2;
 // Eights of rows of the large products, of both or of one of them; the others have two. While their activations are
@@ -1339,21 +1393,6 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
 
 // -- Attention -----------------------------------------------------------------------------------------------------
 
-// Four lanes hold sums for the same eight dimensions: each ends up with two.
-__device__ __forceinline__ void gather(float (&sums)[8]) {
-  const bool upper = thread() & 16, odd = thread() & 8;
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    float other = __shfl_xor_sync(~0u, upper ? sums[i] : sums[4 + i], 16);
-    sums[i] = (upper ? sums[4 + i] : sums[i]) + other;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    float other = __shfl_xor_sync(~0u, odd ? sums[i] : sums[2 + i], 8);
-    sums[i] = (odd ? sums[2 + i] : sums[i]) + other;
-  }
-}
-
 // Whether this program has a run of self-attention's keys, if only the newest.
 __device__ __forceinline__ bool has_run(int slot) { return slot >= (int)(program() / HEADS) * SELF_RUN; }
 
@@ -1662,3 +1701,4 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments
     multiply_layers(a, s, sh);
   }
 }
+#endif  // BATCH == 1

@@ -23,13 +23,14 @@ from .packing import PLANES, plane_width
 HEAD_DIM = 64
 # Programs that a head's keys are split among at most: the kernel's buffers have so many runs to a head.
 MAX_SPLITS = 8
-# Device pointers of a layer, in the order of the kernel's table.
+# Rows that the kernel for several takes at most.
+MAX_ROWS = 16
+# Device pointers of a layer, in the order of the kernel's table; with 8-bit keys and values of cross-attention two more.
 POINTERS = 40
-# Threads of a program: eight warps that multiply, and four that fetch and finish.
-THREADS = 384
 # The compute capability whose instructions the kernel is made of.
 CAPABILITY = (9, 0)
 _SOURCE = Path(__file__).with_suffix(".cu")
+_ROWS_SOURCE = _SOURCE.with_name("decode_rows.cu")
 _DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 # The kernel's own: keys of a run of self-attention, how often it publishes what every program reads, floats from one
 # head's logarithms to the next one's, its warps that finish what is multiplied, sixteen features each.
@@ -37,6 +38,8 @@ _SELF_RUN = 256
 _COPIES = 4
 _LOGS = 32
 _FINISHERS = 3
+# Of the kernel for several rows: runs that a head's keys are in at most.
+_MAX_RUNS = 4
 
 
 def _ratio(a, b):
@@ -60,6 +63,13 @@ class Shape(NamedTuple):
     group_size: int
     programs: int
     memory: int
+    batch: int = 1
+    cross_int8: bool = False
+
+    @property
+    def threads(self):
+        """Threads of a program: eight warps that multiply, one that fetches, and three that finish for one row."""
+        return 32 * (8 + 1 + (3 if self.batch == 1 else 0))
 
     @property
     def heads(self):
@@ -112,6 +122,10 @@ def why_not(shape, capability=CAPABILITY):
     """Why the kernel has no place for a step of this shape, or None. What else it needs, its compilation shows."""
     if capability != CAPABILITY:
         return f"the persistent kernel is made for compute capability {CAPABILITY[0]}.{CAPABILITY[1]}"
+    if shape.batch > MAX_ROWS:
+        return f"{shape.batch} rows; the persistent kernel takes {MAX_ROWS}"
+    if shape.cross_int8 and shape.batch == 1:
+        return "for a single row the persistent kernel does not take 8-bit keys and values"
     if shape.width % HEAD_DIM or shape.ffn % HEAD_DIM:
         return "heads are of 64 dimensions, and decoder_ffn_dim is a multiple of 64"
     if shape.layers % 2:
@@ -119,11 +133,12 @@ def why_not(shape, capability=CAPABILITY):
         return f"{shape.layers} layers; the persistent kernel takes an even number"
     if shape.rows > 16:
         return f"{shape.rows} features to a multiprocessor exceed the 16 of a tensor-core tile"
-    if _ratio(_ratio(_ratio(shape.ffn, 8 * shape.programs) * 8, shape.rows) * shape.rows, 16) > _FINISHERS:
-        return f"decoder_ffn_dim {shape.ffn} is too much for {shape.programs} multiprocessors"
-    splits = max(1, _ratio(shape.slots, _SELF_RUN))
-    if shape.heads * splits > shape.givers or splits > MAX_SPLITS or not shape.cross_splits:
-        return f"{shape.heads} heads are too many for {shape.programs} multiprocessors"
+    if shape.batch == 1:
+        if _ratio(_ratio(_ratio(shape.ffn, 8 * shape.programs) * 8, shape.rows) * shape.rows, 16) > _FINISHERS:
+            return f"decoder_ffn_dim {shape.ffn} is too much for {shape.programs} multiprocessors"
+        splits = max(1, _ratio(shape.slots, _SELF_RUN))
+        if shape.heads * splits > shape.givers or splits > MAX_SPLITS or not shape.cross_splits:
+            return f"{shape.heads} heads are too many for {shape.programs} multiprocessors"
     if shape.bits == 3 and (shape.width % 128 or shape.ffn % 128):
         return "in 3 bits, widths are multiples of 128"
     if shape.bits != 16:
@@ -182,6 +197,8 @@ def definitions(shape):
         "LAYERS": shape.layers,
         "SLOTS": shape.slots,
         "SOURCE": shape.source,
+        "BATCH": shape.batch,
+        "CROSS8": int(shape.cross_int8),
         "CROSS_SPLITS": shape.cross_splits,
         "BF16": int(shape.bfloat16),
         "BITS": 158 if shape.bits == 1.58 else int(shape.bits),
@@ -189,6 +206,12 @@ def definitions(shape):
         "PROGRAMS": shape.programs,
         "MEMORY": shape.memory,
     }
+
+
+def source_of(shape):
+    """The kernel's source for `shape`."""
+    source = _SOURCE.read_text()
+    return source if shape.batch == 1 else source + _ROWS_SOURCE.read_text()
 
 
 def compile_options(shape):
@@ -204,7 +227,7 @@ def _code(shape):
 
     from triton.runtime.cache import get_cache_manager
 
-    source, options = _SOURCE.read_text(), compile_options(shape)
+    source, options = source_of(shape), compile_options(shape)
     key = hashlib.sha256("\n".join([source, torch.version.cuda, *options]).encode()).hexdigest()
     cache = get_cache_manager(key)
     kept = cache.get_file("decode_layers.cubin")
@@ -224,6 +247,7 @@ class Arguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("tokens", "length", "offset", "valid")),
         *((name, ctypes.c_void_p) for name in ("embedding", "positions", "first_gain", "gained", "last_stats", "eps")),
         ("scale", ctypes.c_float),
+        *((name, ctypes.c_int) for name in ("token_stride", "valid_stride")),
     ]
 
 
@@ -254,7 +278,7 @@ class _Kernel:
         status = self._driver.cuLaunchCooperativeKernel(
             self._function,
             *(self._shape.programs, 1, 1),
-            *(THREADS, 1, 1),
+            *(self._shape.threads, 1, 1),
             self._shape.memory,
             ctypes.c_void_p(stream),
             parameters,
@@ -282,10 +306,12 @@ def work_space(shape, device):
 
     A session has its own; two launches with one of them must not overlap.
     """
-    runs, logs = shape.heads * MAX_SPLITS * HEAD_DIM, shape.heads * _LOGS * 2
+    runs = shape.heads * (MAX_SPLITS if shape.batch == 1 else _MAX_RUNS) * HEAD_DIM
+    logs = shape.heads * _LOGS * 2
     copied = 2 * shape.width, 4 * (shape.givers + shape.givers % 2), runs, runs, logs, logs, shape.ffn
-    stream, stats, *others = (_COPIES * size for size in copied)
-    sizes = stream, 6 * shape.width, 2 * shape.width, stats, *others
+    copies = _COPIES if shape.batch == 1 else 1
+    stream, stats, *others = (copies * size * shape.batch for size in copied)
+    sizes = stream, 6 * shape.width * shape.batch, 2 * shape.width * shape.batch, stats, *others
     return [torch.zeros(size, dtype=torch.int16, device=device) for size in sizes]
 
 
@@ -293,7 +319,8 @@ def arguments_for(gained, stats, work, table, tokens, length, position_offset, v
                   first_gain, eps, scale):  # fmt: skip
     """`Arguments` with the addresses of the tensors that `decode_layers` takes."""
     tensors = (table, *work, tokens, length, position_offset, valid, embedding, positions, first_gain, gained, stats)
-    return Arguments(*(tensor.data_ptr() for tensor in (*tensors, eps)), scale)
+    strides = tokens.stride(0), valid.stride(0)
+    return Arguments(*(tensor.data_ptr() for tensor in (*tensors, eps)), scale, *strides)
 
 
 @torch.library.custom_op(
@@ -404,15 +431,15 @@ def pointer_table(rows):
 
 
 def reference_decode_layer(x, weights, vectors, norms, caches, slot, valid, scale):
-    """One layer in the dtype of `x`, ``(1, d_model)``, with the newest key and value in slot `slot` of the caches.
+    """One layer in the dtype of `x`, ``(rows, d_model)``, with the newest key and value in slot `slot` of the caches.
 
     Args:
         weights: eight matrices in the order of `pointer_table`.
         vectors: their biases, None where there is none.
         norms: three triples of weight, bias and eps.
-        caches: keys, values, cross keys, cross values, ``(1, heads, slots, 64)``; the newest entries are written.
+        caches: keys, values, cross keys, cross values, ``(rows, heads, slots, 64)``; the newest entries are written.
         slot: where the token stands.
-        valid: bool ``(1, slots)``.
+        valid: bool ``(rows, slots)``.
         scale: factor of the queries.
     """
     from .decode_attention import reference_decode_attention
@@ -427,8 +454,8 @@ def reference_decode_layer(x, weights, vectors, norms, caches, slot, valid, scal
 
     keys, values, cross_keys, cross_values = caches
     hidden = normed(x, 0)
-    keys[0, :, slot] = linear(hidden, 1).view(-1, HEAD_DIM).to(keys.dtype)
-    values[0, :, slot] = linear(hidden, 2).view(-1, HEAD_DIM).to(values.dtype)
+    keys[:, :, slot] = linear(hidden, 1).view(len(x), -1, HEAD_DIM).to(keys.dtype)
+    values[:, :, slot] = linear(hidden, 2).view(len(x), -1, HEAD_DIM).to(values.dtype)
     length = torch.tensor([slot + 1], device=x.device)
     own = reference_decode_attention(linear(hidden, 0) * scale, keys, values, length, valid)
     x = x + linear(own, 3)
