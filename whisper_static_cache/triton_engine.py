@@ -101,8 +101,8 @@ class _Buffers:
         # What `table` and `rules` hold, as the host knows it.
         self.held = None, None
         self.graphs = {}
-        # The arguments of `decode_layers`, once they were made, and what only its table of pointers names.
-        self.whole, self.no_bias = None, None
+        # The arguments of `decode_layers` for a number of rows, and what only its table of pointers names.
+        self.whole, self.no_bias = {}, None
 
     def best_for(self, rows):
         """What `choose_next` works in, for this number of rows."""
@@ -369,35 +369,38 @@ class TritonEngine(EagerEngine):
         return logits
 
     def _whole(self, rows, buffers):
-        """The arguments of `decode_layers` for this one row, or None where its layers go kernel by kernel."""
+        """The arguments of `decode_layers` for these rows, or None where the layers go kernel by kernel."""
+        if not self._on_gpu or self._whole_failed:
+            return None
+        if rows.count not in buffers.whole:
+            buffers.whole[rows.count] = self._made_whole(rows, buffers)
+        return buffers.whole[rows.count]
+
+    def _made_whole(self, rows, buffers):
         from .ops import decode_layers
 
-        if rows.count != 1 or not self._on_gpu or self._whole_failed or rows.session.cross_dtype is not None:
-            return None
-        if buffers.whole is not None:
-            return buffers.whole
         device = rows.session.device
         weights = [weight for layer in self._layers for product in layer for weight in product.weights]
-        first = weights[0]
         dtype = rows.buffers[0][0].dtype
         formats = {(weight.bits, weight.group_size) for weight in weights}
         halves = [weight.scales for weight in weights]
         halves += [bias for layer in self._layers for product in layer for bias in product.biases]
         if len(formats) > 1 or dtype == torch.float32 or any(t is not None and t.dtype != dtype for t in halves):
             return None
-        shape = decode_layers.shape_for(self._config, rows.buffers[0], first, device)
+        shape = decode_layers.shape_for(self._config, rows.buffers[0], weights[0], device)
         if decode_layers.why_not(shape, torch.cuda.get_device_capability(device)) is not None:
+            return None
+        if rows.count > 1 and not decode_layers.scales_fit(weights):
             return None
         try:
             decode_layers.kernel_for(shape, self._head.constant.device.index)
-            buffers.whole = self._whole_arguments(rows, buffers, shape)
+            return self._whole_arguments(rows, buffers, shape)
         except (RuntimeError, ValueError, OSError) as error:
             self._whole_failed = True
             logger.warning("The kernel of all layers cannot be used (%s): they go kernel by kernel.", error)
-        return buffers.whole
 
     def _whole_arguments(self, rows, buffers, shape):
-        """The arguments of `decode_layers` for one row and a kernel of `shape`."""
+        """The arguments of `decode_layers` for these rows and a kernel of `shape`."""
         from .ops import decode_layers
 
         device = rows.session.device
@@ -409,15 +412,15 @@ class TritonEngine(EagerEngine):
         ]
         eps = [[layer.qkv.eps, layer.query.eps, layer.fc1.eps] for layer in self._layers]
         return (
-            buffers.gained[:1],
-            torch.zeros(2, 1, shape.givers, device=device),
+            buffers.gained[: rows.count],
+            torch.zeros(2, rows.count, shape.givers, device=device),
             decode_layers.work_space(shape, device),
             [tensor for tensors in rows.buffers for tensor in tensors],
             decode_layers.pointer_table(table),
             rows.tokens,
             rows.session.length,
             rows.position_offset,
-            rows.session.valid,
+            rows.session.valid[: rows.count],
             self.decoder.embed_tokens.weight,
             self.decoder.embed_positions.weight,
             self._layers[0].qkv.norm.weight,

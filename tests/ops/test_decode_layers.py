@@ -45,7 +45,7 @@ class Model:
 
         self.shape, self.device, self.dtype = shape, device, dtype
         self.layers, rows = [], []
-        self.caches = []
+        self.caches, self.buffers = [], []
         sizes = [(width, width)] * 6 + [(ffn, width), (width, ffn)]
         for _ in range(shape.layers):
             weights = [weight(*size) for size in sizes]
@@ -55,6 +55,7 @@ class Model:
             caches = [random(shape.batch, shape.heads, shape.slots, 64) for _ in range(2)]
             caches += [random(shape.batch, shape.heads, shape.source, 64) for _ in range(2)]
             self.layers.append((weights, biases, norms))
+            self.buffers.append(self.in_8_bits(caches) if shape.cross_int8 else caches)
             self.caches.append(caches)
         self.last_norm = random(width, scale=0.1, mean=1.0)
         self.embedding, self.positions = random(ROWS, width), random(shape.slots, width, scale=0.3)
@@ -78,7 +79,7 @@ class Model:
                     *folded,
                     *(biases[i] for i in (3, 5, 7)),
                     *(norms[1][0], norms[2][0], following),
-                    *(self.in_8_bits(self.caches[index]) if shape.cross_int8 else self.caches[index]),
+                    *self.buffers[index],
                 ]
             )
         self.rows = rows
@@ -221,25 +222,28 @@ def test_every_whisper_shape_fits(width):
 def run(model, slot, offset):
     outputs, inputs = model.operands(slot, offset)
     shape = model.shape
-    caches = [cache for layer in model.caches for cache in layer]
+    caches = [buffer for layer in model.buffers for buffer in layer]
     ops.decode_layers(*outputs, caches, *inputs, shape.ffn, float(shape.bits), shape.group_size)
     torch.cuda.synchronize()
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("bits, group_size", [(16, 0), (8, 64), (4, 64), (3, 32), (2, 16), (1.58, 16)])
-@pytest.mark.parametrize("width", [384, 512, 1280])
-def test_on_a_gpu(width, bits, group_size, dtype):
+def on_this_gpu(width, bits, group_size, dtype, batch=1, cross_int8=False):
     if torch.cuda.get_device_capability() != ops.CAPABILITY:
         pytest.skip(f"the persistent kernel is made for compute capability {ops.CAPABILITY[0]}.{ops.CAPABILITY[1]}")
     properties = torch.cuda.get_device_properties(0)
     programs, memory = properties.multi_processor_count, properties.shared_memory_per_block_optin
-    shape = ops.Shape(width, 4 * width, 2, 448, 1500, dtype == "bfloat16", bits, group_size, programs, memory)
+    bfloat16 = dtype == "bfloat16"
+    shape = ops.Shape(
+        width, 4 * width, 2, 448, 1500, bfloat16, bits, group_size, programs, memory, batch, cross_int8
+    )  # fmt: skip
     reason = ops.why_not(shape)
     if reason is not None:
         assert bits == 1.58
         pytest.skip(reason)
+    return shape
+
+
+def check_on_a_gpu(shape):
     model = Model(shape, "cuda")
     model.valid[0, :3] = False
     for slot, offset in ((5, 3), (255, 0), (256, 0), (257, 3), (447, 3), (4, 3)):
@@ -248,6 +252,22 @@ def test_on_a_gpu(width, bits, group_size, dtype):
     for _ in range(20):
         run(model, 4, 3)
         assert torch.equal(model.gained, first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("bits, group_size", [(16, 0), (8, 64), (4, 64), (3, 32), (2, 16), (1.58, 16)])
+@pytest.mark.parametrize("width", [384, 512, 1280])
+def test_on_a_gpu(width, bits, group_size, dtype):
+    check_on_a_gpu(on_this_gpu(width, bits, group_size, dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("bits, group_size", [(16, 0), (8, 64), (4, 64), (3, 32), (2, 16), (1.58, 16)])
+@pytest.mark.parametrize("width, batch, cross_int8", [(384, 4, False), (1280, 2, True), (1280, 8, False), (1280, 16, True)])
+def test_rows_on_a_gpu(width, batch, cross_int8, bits, group_size, dtype):
+    check_on_a_gpu(on_this_gpu(width, bits, group_size, dtype, batch, cross_int8))
 
 
 def test_what_is_not_served():

@@ -1,4 +1,4 @@
-"""All decoder layers of a one-token step at batch 1 as one persistent CUDA kernel: launcher and reference.
+"""All decoder layers of a one-token step as one persistent CUDA kernel: launcher and reference.
 
 Between two kernels of a step the machine drains and fills, and a step of eight kernels a layer does so hundreds of
 times. `decode_layers.cu` keeps one program on every multiprocessor for the whole step instead; it says how the
@@ -115,6 +115,8 @@ def shape_for(config, cache_layer, weight, device):
         weight.group_size,
         properties.multi_processor_count,
         properties.shared_memory_per_block_optin,
+        len(cache_layer[0]),
+        cache_layer[2].dtype == torch.int8,
     )
 
 
@@ -147,6 +149,15 @@ def why_not(shape, capability=CAPABILITY):
         if plane_width(PLANES[shape.bits][0], shape.width) % 32:
             return f"in {shape.bits} bits, a width of {shape.width} does not divide into runs of 32 bytes"
     return None
+
+
+def scales_fit(weights):
+    """Whether the kernel for several rows can bring the integers of these `decode_linear.Weight` to halves.
+
+    In float16 it multiplies scales by 512. No scale of weights that are numbers of use comes near the limit.
+    """
+    scales = [weight.scales for weight in weights if weight.scales is not None and weight.scales.dtype == torch.float16]
+    return not scales or torch.stack([scale.abs().max() for scale in scales]).max().item() < 127
 
 
 # -- Compiling and loading --------------------------------------------------------------------------------------------
@@ -347,19 +358,20 @@ def decode_layers(
     bits: float,
     group_size: int,
 ) -> None:
-    """The decoder from the newest token's embedding to the last layer norm, for one row.
+    """The decoder from the newest token's embedding to the last layer norm.
 
     Args:
-        gained: float32 ``(1, d_model)``, written: the last layer's result times the last layer norm's gain.
-        stats: float32 ``(2, 1, programs)``, written: sums and sums of squares of the result, for `decode_linear`;
+        gained: float32 ``(rows, d_model)``, written: the last layer's result times the last layer norm's gain.
+        stats: float32 ``(2, rows, programs)``, written: sums and sums of squares of the result, for `decode_linear`;
             `Shape.givers` is the number of programs.
         work: what `work_space` gives; written.
-        caches: keys, values, cross keys and cross values of every layer, ``(1, heads, slots, 64)``; the newest key and
-            value are written into slot ``length - 1``.
+        caches: keys, values, cross keys and cross values of every layer, ``(rows, heads, slots, 64)``; with the latter
+            two in int8, their scales ``(rows, heads, slots)`` behind them. The newest key and value are written into
+            slot ``length - 1``.
         table: int64 ``(layers, 40)`` of device pointers, as `pointer_table` gives it.
-        tokens: int64, the row's tokens.
-        length: int64 ``(1,)``; position_offset: int64, subtracted from the slot to give the position.
-        valid: bool, the row's slots that may be attended to.
+        tokens: int64 ``(rows, tokens)``.
+        length: int64 ``(1,)``; position_offset: int64 ``(rows, 1)``, subtracted from the slot to give the position.
+        valid: bool ``(rows, slots)``, the slots that may be attended to.
         embedding, positions: ``(vocab_size, d_model)``, ``(max_target_positions, d_model)``, float16 or bfloat16.
         first_gain: ``(d_model,)``, the weight of the first layer norm.
         eps: float32 ``(layers, 3)``, of the layer norms.
@@ -368,10 +380,11 @@ def decode_layers(
         bits, group_size: of the weights, 16 and 0 where they are not quantised.
     """
     properties = torch.cuda.get_device_properties(gained.device)
+    cross_int8 = caches[2].dtype == torch.int8
     shape = Shape(
         gained.shape[1],
         ffn,
-        len(caches) // 4,
+        len(caches) // (6 if cross_int8 else 4),
         caches[0].shape[2],
         caches[2].shape[2],
         embedding.dtype == torch.bfloat16,
@@ -379,6 +392,8 @@ def decode_layers(
         group_size,
         properties.multi_processor_count,
         properties.shared_memory_per_block_optin,
+        len(gained),
+        cross_int8,
     )
     arguments = arguments_for(
         gained,
@@ -414,10 +429,11 @@ def pointer_table(rows):
         rows: for each layer the 40 tensors in the order of the kernel's table: weights of query, key, value, output,
             cross query, cross output, fc1 and fc2, then their scales and zero points (None in 16 bits); constants and
             folded vectors (`decode_linear.fold_norms`) of the products behind a layer norm; biases of the three
-            others, and the gains of the layer norms behind them; keys, values, cross keys and cross values.
+            others, and the gains of the layer norms behind them; keys, values, cross keys and cross values, and the
+            scales of these two where they are in 8 bits.
 
     Returns:
-        int64 ``(layers, 40)`` on the tensors' device. It does not keep the tensors alive.
+        int64 ``(layers, 40)``, or 42, on the tensors' device. It does not keep the tensors alive.
 
     Raises:
         ValueError: a tensor that is not contiguous, or not aligned to 16 bytes.
