@@ -325,10 +325,14 @@ constexpr int HIDDEN_BLOCKS = turns(FFN) * DIGITS;
 // Rows in eights: columns of products. Sums of so many columns lie so that those of four pairs of features do not meet
 // the same banks.
 constexpr int COLUMNS = up(BATCH, 8), EIGHTS = COLUMNS / 8, SUMS = COLUMNS + 4, SUM_ROWS = most(3, FFN_CHUNKS) * ROWS;
+// Attention is over items, one head of one row, whose keys, one after another, these programs have equal shares of: an
+// item's in four programs at most, and a program's of so many items.
+constexpr int ITEMS = BATCH * HEADS, ATTENDERS = least(most(GIVERS, ratio(FFN, ROWS_FFN)), 3 * ITEMS);
+constexpr int RUNS = ratio(ATTENDERS, ITEMS) + 1, SEGMENTS = ratio(ITEMS, ATTENDERS) + 1;
 struct Shared {
   alignas(16) float sums[WARPS][SUM_ROWS][SUMS];
-  alignas(16) float runs[2][WARPS][64 + 4];
-  alignas(16) float tops[2][WARPS], totals[2][WARPS];
+  alignas(16) float runs[SEGMENTS][WARPS][64 + 4];
+  alignas(16) float tops[SEGMENTS][WARPS], totals[SEGMENTS][WARPS], queries[SEGMENTS][64];
   alignas(16) float2 moments[WARPS][COLUMNS];
   u64 caches[LAYERS][2];
   float eps[LAYERS][3];

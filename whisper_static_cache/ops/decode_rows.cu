@@ -12,10 +12,7 @@
 
 // -- Attention's shares --------------------------------------------------------------------------------------------
 
-constexpr int ITEMS = BATCH * HEADS;
-// Programs with a share: an item is in four of them at most, and leaves as many runs.
-constexpr int ATTENDERS = least(most(GIVERS, ratio(FFN, ROWS_FFN)), 3 * ITEMS), RUNS = ratio(ATTENDERS, ITEMS) + 1;
-static_assert(RUNS <= 4 && LOGS >= 4, "");
+static_assert(RUNS <= 4 && LOGS >= 4 && SEGMENTS <= WARPS, "");
 
 __device__ __forceinline__ int share_of_keys(int keys) { return ratio(ITEMS * keys, ATTENDERS); }
 
@@ -109,31 +106,37 @@ struct State {
 // All warps that multiply.
 __device__ __forceinline__ void together() { bar_sync(TABLES, 32 * WARPS); }
 
-// Asks for the units of which a lane has a bit in `missing`, until all are of this use of their buffer. While one of
-// them is not there, it alone is asked for: what many rows exchange is more than could be asked for all the while.
-template <int N, class At, class Fresh>
-__device__ __forceinline__ void ask(uint4 (&units)[N], u32 missing, At at, Fresh fresh_unit) {
-  Patience patience;
-#pragma unroll
-  for (int i = 0; i < N; i++) units[i] = {};
-  while (true) {
+// Units of which a lane has a bit in `missing`, asked for until all are of this use of their buffer.
+template <int N>
+struct Asked {
+  uint4 units[N];
+  u32 missing;
+  template <class At>
+  __device__ __forceinline__ void look(At at) {
 #pragma unroll
     for (int i = 0; i < N; i++)
       if (missing >> i & 1) units[i] = peek16(at(i));
+  }
+  template <class At>
+  __device__ __forceinline__ void begin(u32 wanted, At at) {
+    missing = wanted;
 #pragma unroll
-    for (int i = 0; i < N; i++)
-      if (fresh_unit(i, units[i])) missing &= ~(1u << i);
-    if (!__any_sync(~0u, missing)) break;
-    const int first = missing ? __ffs(missing) - 1 : 0;
-    const auto* from = at(first);
-    bool waits = missing;
+    for (int i = 0; i < N; i++) units[i] = {};
+    look(at);
+  }
+  template <class At, class Fresh>
+  __device__ __forceinline__ void wait(At at, Fresh fresh_unit) {
+    Patience patience;
     while (true) {
+#pragma unroll
+      for (int i = 0; i < N; i++)
+        if (fresh_unit(i, units[i])) missing &= ~(1u << i);
+      if (!__any_sync(~0u, missing)) break;
       patience.spend();
-      if (waits) waits = !fresh_unit(first, peek16(from));
-      if (!__any_sync(~0u, waits)) break;
+      look(at);
     }
   }
-}
+};
 
 // Two features' float32 values of a row as halves and remainders.
 __device__ __forceinline__ void publish_pair(u16* halves, int total, float first, float second, u32 tag) {
@@ -144,9 +147,8 @@ __device__ __forceinline__ void publish_pair(u16* halves, int total, float first
 
 // -- Products ------------------------------------------------------------------------------------------------------
 
-constexpr int SIDES = 2;  // Halves and remainders.
 constexpr int LATE = ratio(LEFT * DIGITS, WARPS), OF_WARP = OWN_BLOCKS + LATE;  // Blocks of `WIDTH` elements.
-static_assert(OF_WARP * EIGHTS * SIDES <= 32, "");
+static_assert(OF_WARP * EIGHTS <= 16, "");
 
 // Where a block's elements are: the run, the digit, and whether there is such a block.
 struct Block {
@@ -239,9 +241,9 @@ __device__ __forceinline__ Lines lines_of(int place, int step, int tile) {
 }
 
 // All blocks of a warp of a product with `WIDTH` elements.
-template <int TILES>
+template <int TILES, int S>
 __device__ __forceinline__ void multiply_width(float (&c)[TILES][EIGHTS][4], int place, int step,
-                                               const u32 (&x)[OF_WARP][EIGHTS][SIDES][4]) {
+                                               const u32 (&x)[OF_WARP][EIGHTS][S][4]) {
   const int warp = thread() / 32, t = thread() % 4;
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++) {
@@ -264,7 +266,7 @@ __device__ __forceinline__ void multiply_width(float (&c)[TILES][EIGHTS][4], int
 #pragma unroll
           for (int i = 0; i < 2; i++)
             dequantise(w[i], packed[i], digit, steps_of<WIDTH>(lines.meta[i], digit * plane(WIDTH) + in));
-        multiply_block<SIDES>(c[tile], w[0], w[1], x[turn * DIGITS + digit]);
+        multiply_block(c[tile], w[0], w[1], x[turn * DIGITS + digit]);
       }
     }
 #pragma unroll
@@ -296,7 +298,7 @@ __device__ __forceinline__ void multiply_width(float (&c)[TILES][EIGHTS][4], int
           dequantise(w[i], packed, 0, steps);
         }
       }
-      multiply_block<SIDES>(c[tile], w[0], w[1], x[OWN_BLOCKS + late]);
+      multiply_block(c[tile], w[0], w[1], x[OWN_BLOCKS + late]);
     }
   }
 }
@@ -331,7 +333,10 @@ __device__ __forceinline__ void publish_stream(const Arguments& a, const State& 
   const float x = s.residual[0], y = s.residual[1];
   float sum = there ? x + y : 0, squares = there ? x * x + y * y : 0;
   if (there && !last)
-    publish_pair(a.stream + column * 2 * WIDTH + n, WIDTH, x * gain * SHRINK, y * next_gain * SHRINK, s.stream_tag);
+#pragma unroll
+    for (int copy = 0; copy < COPIES; copy++)
+      poke4(a.stream + (copy * BATCH + column) * WIDTH + n,
+            tagged(pack(x * gain * SHRINK, y * next_gain * SHRINK), s.stream_tag));
 #pragma unroll
   for (int step = 4; step < 32; step *= 2) {
     sum += __shfl_xor_sync(~0u, sum, step);
@@ -449,8 +454,9 @@ __device__ __forceinline__ void finish_normed(const Arguments& a, State& s, Shar
       u32 unit[4];
 #pragma unroll
       for (int i = 0; i < 4; i++) unit[i] = __shfl_sync(~0u, pair, lane % 8 + 8 * i);
-      if (there && lane < 8)
-        poke16(a.hidden + column * FFN + span.first + row, {tagged(unit[0], s.tag), unit[1], unit[2], unit[3]});
+      if (there && lane / 8 < COPIES)
+        poke16(a.hidden + (lane / 8 * BATCH + column) * FFN + span.first + task / EIGHTS * 8,
+               {tagged(unit[0], s.tag), unit[1], unit[2], unit[3]});
     } else if (there) {
       const bool query = step == QUERY || chunk == 0;
       const int n = span.first + in_chunk;
@@ -471,31 +477,32 @@ __device__ __forceinline__ void finish_normed(const Arguments& a, State& s, Shar
 
 template <bool LARGE>
 __device__ __forceinline__ void product_of_stream(const Arguments& a, State& s, Shared& sh, int layer, int step) {
-  constexpr int TILES = LARGE ? ratio(SUM_ROWS, 16) : 1, UNITS = OF_WARP * EIGHTS * SIDES;
+  constexpr int TILES = LARGE ? ratio(SUM_ROWS, 16) : 1, UNITS = OF_WARP * EIGHTS;
   const u32 id = thread();
   const int warp = id / 32, lane = id % 32, g = id / 4 % 8;
   const int place = take(sh, s.cursor, chunks_of(step));
   Moments moments;
   moments.expect();
-  uint4 units[UNITS];
   auto at = [&](int i) {
-    const Block block = block_of(i / (EIGHTS * SIDES));
-    return a.stream + ((i / SIDES % EIGHTS * 8 + g) * 2 + i % SIDES) * WIDTH + element_of<WIDTH>(block.run, block.digit);
+    const Block block = block_of(i / EIGHTS);
+    return a.stream + (program() % COPIES * BATCH + i % EIGHTS * 8 + g) * WIDTH + element_of<WIDTH>(block.run, block.digit);
   };
   u32 missing = 0;
 #pragma unroll
   for (int i = 0; i < UNITS; i++) {
-    const Block block = block_of(i / (EIGHTS * SIDES));
-    if (block.there && i / SIDES % EIGHTS * 8 + g < BATCH && element_of<WIDTH>(block.run, block.digit) < WIDTH)
+    const Block block = block_of(i / EIGHTS);
+    if (block.there && i % EIGHTS * 8 + g < BATCH && element_of<WIDTH>(block.run, block.digit) < WIDTH)
       missing |= 1u << i;
   }
-  ask(units, missing, at, [&](int, const uint4& unit) { return all_fresh(unit, s.stream_tag); });
+  Asked<UNITS> asked;
+  asked.begin(missing, at);
+  asked.wait(at, [&](int, const uint4& unit) { return all_fresh(unit, s.stream_tag); });
   moments.look(a);
-  u32 x[OF_WARP][EIGHTS][SIDES][4];
+  u32 x[OF_WARP][EIGHTS][1][4];
 #pragma unroll
-  for (int i = 0; i < UNITS; i++) operands(x[i / (EIGHTS * SIDES)][i / SIDES % EIGHTS][i % SIDES], units[i]);
+  for (int i = 0; i < UNITS; i++) operands(x[i / EIGHTS][i % EIGHTS][0], asked.units[i]);
   float c[TILES][EIGHTS][4] = {};
-  multiply_width<TILES>(c, place, step, x);
+  multiply_width(c, place, step, x);
   Patience patience;
   while (true) {
     moments.check(s.stream_tag);
@@ -520,7 +527,6 @@ __device__ __forceinline__ void product_of_runs(const Arguments& a, State& s, Sh
   const int place = take(sh, s.cursor, 1);
   const u16* const runs_from = step == OWN_OUT ? a.own_runs : a.cross_runs;
   const float* const logs_from = step == OWN_OUT ? a.own_logs : a.cross_logs;
-  uint4 units[UNITS];
   auto item_of = [&](int i, int& element) {
     const Block block = block_of(i / EIGHTS);
     element = element_of<WIDTH>(block.run, block.digit);
@@ -548,17 +554,19 @@ __device__ __forceinline__ void product_of_runs(const Arguments& a, State& s, Sh
       if (run <= count) missing |= 1u << (run + 1) * PLACES + i;
   }
   static_assert(2 * PLACES <= 32, "");
-  ask(units, missing, at, [&](int i, const uint4& unit) {
+  Asked<UNITS> asked;
+  asked.begin(missing, at);
+  asked.wait(at, [&](int i, const uint4& unit) {
     if (i >= PLACES) return fresh(unit.x, s.tag);
     const int count = counts >> 2 * i & 3;
     return fresh(unit.x, s.tag) && (count < 1 || fresh(unit.y, s.tag)) && (count < 2 || fresh(unit.z, s.tag)) &&
            (count < 3 || fresh(unit.w, s.tag));
   });
-  u32 x[OF_WARP][EIGHTS][SIDES][4];
+  u32 x[OF_WARP][EIGHTS][2][4];  // Halves and remainders.
 #pragma unroll
   for (int i = 0; i < PLACES; i++) {
     const int count = counts >> 2 * i & 3;
-    const uint4 logs = units[i];
+    const uint4 logs = asked.units[i];
     const float log[4] = {__uint_as_float(logs.x), __uint_as_float(logs.y), __uint_as_float(logs.z),
                           __uint_as_float(logs.w)};
     float share[RUNS], best = log[0], all = 0, sums[8] = {};
@@ -573,7 +581,7 @@ __device__ __forceinline__ void product_of_runs(const Arguments& a, State& s, Sh
     const float inverse = __fdividef(1.0f, fmaxf(all, 1e-30f));
 #pragma unroll
     for (int run = 0; run < RUNS; run++) {
-      const uint4& unit = units[(run + 1) * PLACES + i];
+      const uint4& unit = asked.units[(run + 1) * PLACES + i];
       const u32 pairs[4] = {unit.x, unit.y, unit.z, unit.w};
 #pragma unroll
       for (int j = 0; j < 4; j++) {
@@ -592,7 +600,7 @@ __device__ __forceinline__ void product_of_runs(const Arguments& a, State& s, Sh
     operands(x[i / EIGHTS][i % EIGHTS][1], {rests[0], rests[1], rests[2], rests[3]});
   }
   float c[1][EIGHTS][4] = {};
-  multiply_width<1>(c, place, step, x);
+  multiply_width(c, place, step, x);
   together();
   leave_sums(sh, c, ROWS);
   together();
@@ -608,21 +616,28 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
   const int place = take(sh, s.cursor, chunks_of(FC2));
   const Lines lines = lines_of(place, FC2, 0);
   float c[1][EIGHTS][4] = {};
-#pragma unroll
-  for (int time = 0; time < TIMES; time++) {
-    uint4 units[UNITS];
-    auto element_at = [&](int i) {
-      const int b = time * AT_ONCE + i / EIGHTS;
-      return element_of<FFN>(b / DIGITS * WARPS + warp, b % DIGITS);
-    };
+  auto element_at = [&](int b) { return element_of<FFN>(b / DIGITS * WARPS + warp, b % DIGITS); };
+  // Of the activations, the next are asked for before these are multiplied.
+  Asked<UNITS> asked[2];
+  auto at = [&](int time, int i) {
+    return a.hidden + (program() % COPIES * BATCH + i % EIGHTS * 8 + g) * FFN + element_at(time * AT_ONCE + i / EIGHTS);
+  };
+  auto begin = [&](int time) {
     u32 missing = 0;
 #pragma unroll
     for (int i = 0; i < UNITS; i++) {
       const int b = time * AT_ONCE + i / EIGHTS, run = b / DIGITS * WARPS + warp;
-      if (b < ALL && run * 32 + t * 8 < plane(FFN) && element_at(i) < FFN && i % EIGHTS * 8 + g < BATCH) missing |= 1u << i;
+      if (b < ALL && run * 32 + t * 8 < plane(FFN) && element_at(b) < FFN && i % EIGHTS * 8 + g < BATCH)
+        missing |= 1u << i;
     }
-    ask(units, missing, [&](int i) { return a.hidden + (i % EIGHTS * 8 + g) * FFN + element_at(i); },
-        [&](int, const uint4& unit) { return fresh(unit.x, s.tag); });
+    asked[time % 2].begin(missing, [&](int i) { return at(time, i); });
+  };
+  begin(0);
+#pragma unroll
+  for (int time = 0; time < TIMES; time++) {
+    if (time + 1 < TIMES) begin(time + 1);
+    asked[time % 2].wait([&](int i) { return at(time, i); },
+                         [&](int, const uint4& unit) { return fresh(unit.x, s.tag); });
 #pragma unroll
     for (int k = 0; k < AT_ONCE; k++) {
       const int b = time * AT_ONCE + k, turn = b / DIGITS, run = turn * WARPS + warp;
@@ -641,8 +656,8 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
         dequantise(w[i], packed, b % DIGITS, steps_of<FFN>(lines.meta[i], element_of<FFN>(run, b % DIGITS)));
       }
 #pragma unroll
-      for (int e = 0; e < EIGHTS; e++) operands(x[e][0], units[k * EIGHTS + e]);
-      multiply_block<1>(c[0], w[0], w[1], x);
+      for (int e = 0; e < EIGHTS; e++) operands(x[e][0], asked[time % 2].units[k * EIGHTS + e]);
+      multiply_block(c[0], w[0], w[1], x);
     }
   }
   together();
@@ -655,7 +670,7 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
 // -- Attention -----------------------------------------------------------------------------------------------------
 
 // A segment's run, of all warps' keys and the newest one, by one warp. `to` and `log_to` are where it is published.
-__device__ __forceinline__ void finish_run(const Arguments& a, const State& s, const Shared& sh, int turn, u16* to,
+__device__ __forceinline__ void finish_run(const Arguments& a, const State& s, const Shared& sh, int segment, u16* to,
                                            float* log_to, bool with_newest, int item) {
   const int lane = thread() % 32, row = item / HEADS, head = item - row * HEADS;
   float newest = NOTHING, new_value[2] = {};
@@ -682,15 +697,15 @@ __device__ __forceinline__ void finish_run(const Arguments& a, const State& s, c
   }
   float best = newest, all[8] = {}, total = 0;
 #pragma unroll
-  for (int i = 0; i < WARPS; i++) best = fmaxf(best, sh.tops[turn][i]);
+  for (int i = 0; i < WARPS; i++) best = fmaxf(best, sh.tops[segment][i]);
 #pragma unroll
   for (int i = 0; i < WARPS / 4; i++) {
     const int of = lane / 8 * (WARPS / 4) + i;
-    const float weight = exp2_fast(sh.tops[turn][of] - best);
-    total += weight * sh.totals[turn][of];
+    const float weight = exp2_fast(sh.tops[segment][of] - best);
+    total += weight * sh.totals[segment][of];
 #pragma unroll
     for (int j = 0; j < 2; j++) {
-      const float4 four = *(const float4*)&sh.runs[turn][of][lane % 8 * 8 + 4 * j];
+      const float4 four = *(const float4*)&sh.runs[segment][of][lane % 8 * 8 + 4 * j];
       all[4 * j] += weight * four.x, all[4 * j + 1] += weight * four.y;
       all[4 * j + 2] += weight * four.z, all[4 * j + 3] += weight * four.w;
     }
@@ -741,21 +756,32 @@ __device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& 
   typedef Vector<BYTES == 128> Eight;
   const int keys = keys_there(OWN, s.slot), share = share_of_keys(keys);
   const int warp = thread() / 32, lane = thread() % 32, part = lane % 8, of = lane / 8;
+  const int first_item = program() * share / keys;
+  // The queries, a warp for each item.
+  if (program() * share < ITEMS * keys && first_item + warp < ITEMS &&
+      (first_item + warp) * keys < (program() + 1) * share) {
+    const int item = first_item + warp, row = item / HEADS, head = item - row * HEADS;
+    const u16* from = (OWN ? a.heads : a.query) + row * 2 * NEXT + head * 64 + part * 8;
+    auto at = [&](int i) { return from + i * NEXT; };
+    Asked<2> asked;
+    asked.begin(of == 0 ? 3 : 0, at);
+    asked.wait(at, [&](int, const uint4& unit) { return all_fresh(unit, s.tag); });
+    float whole[8], rest[8];
+    widen_eight(whole, asked.units[0]);
+    widen_eight(rest, asked.units[1]);
+    if (of == 0)
+#pragma unroll
+      for (int i = 0; i < 8; i++) sh.queries[warp][part * 8 + i] = whole[i] + rest[i];
+  }
+  together();
   int segment = 0;
   for_segments(keys, [&](int item, int in, int count) {
-    const int row = item / HEADS, head = item - row * HEADS;
-    const int cached = OWN ? least(count, s.slot - in) : count, turn = segment % 2;
+    const int row = item / HEADS, cached = OWN ? least(count, s.slot - in) : count;
     float q[8];
-    {
-      const u16* from = (OWN ? a.heads : a.query) + row * 2 * NEXT + head * 64 + part * 8;
-      uint4 units[2];
-      ask(units, 3, [&](int i) { return from + i * NEXT; },
-          [&](int, const uint4& unit) { return all_fresh(unit, s.tag); });
-      float rest[8];
-      widen_eight(q, units[0]);
-      widen_eight(rest, units[1]);
 #pragma unroll
-      for (int i = 0; i < 8; i++) q[i] += rest[i];
+    for (int i = 0; i < 2; i++) {
+      const float4 four = *(const float4*)&sh.queries[segment][part * 8 + 4 * i];
+      q[4 * i] = four.x, q[4 * i + 1] = four.y, q[4 * i + 2] = four.z, q[4 * i + 3] = four.w;
     }
     float best = NOTHING, total = 0, out[8] = {};
 #pragma unroll 1
@@ -818,16 +844,18 @@ __device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& 
 #pragma unroll
     for (int j = 0; j < 8; j++) out[j] *= shrink;
     gather(out);
-    *(float2*)&sh.runs[turn][warp][part * 8 + of * 2] = {out[0], out[1]};
-    if (lane == 0) sh.tops[turn][warp] = top, sh.totals[turn][warp] = total;
-    // A warp that is behind by one segment still reads the other turn's.
-    together();
-    if (warp == segment % WARPS) {
-      const int run = program() - item * keys / share;
-      finish_run(a, s, sh, turn, (OWN ? a.own_runs : a.cross_runs) + (item * RUNS + run) * 64,
-                 (OWN ? a.own_logs : a.cross_logs) + item * LOGS + run, OWN && in + count == keys, item);
-    }
+    *(float2*)&sh.runs[segment][warp][part * 8 + of * 2] = {out[0], out[1]};
+    if (lane == 0) sh.tops[segment][warp] = top, sh.totals[segment][warp] = total;
     segment++;
+  });
+  together();
+  // A warp for each item again.
+  int finished = 0;
+  for_segments(keys, [&](int item, int in, int count) {
+    if (finished++ != warp) return;
+    const int run = program() - item * keys / share;
+    finish_run(a, s, sh, warp, (OWN ? a.own_runs : a.cross_runs) + (item * RUNS + run) * 64,
+               (OWN ? a.own_logs : a.cross_logs) + item * LOGS + run, OWN && in + count == keys, item);
   });
 }
 
