@@ -146,7 +146,7 @@ def emulated(shape):
 
 def launch_emulated(shape, arguments, seed=0):
     library = emulated(shape)
-    status = library.decode_layers_emulated(ctypes.byref(arguments), shape.programs, shape.threads, shape.memory, seed)
+    status = library.decode_layers_emulated(ctypes.byref(arguments), shape.programs, ops.THREADS, shape.memory, seed)
     assert status == 0, library.decode_layers_message().decode()
 
 

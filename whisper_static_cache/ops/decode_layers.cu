@@ -209,9 +209,8 @@ constexpr float NOTHING = -1e30f, LOG2E = 1.4426950408889634f;
 constexpr float SHRINK = 1.0f / 16, GROW = 16.0f;  // Keeps activations times gains far from float16's largest number.
 constexpr int WARPS = 8;
 // Warps that multiply, one that fetches, and those that finish what is multiplied, sixteen features each. With several
-// rows the former finish, too.
-constexpr int FETCHER = WARPS, FIRST_FINISHER = WARPS + 1, FINISHERS = BATCH == 1 ? 3 : 0;
-constexpr int THREADS = 32 * (WARPS + 1 + FINISHERS);
+// rows the first finish, too, and the last leave their registers to them.
+constexpr int FETCHER = WARPS, FIRST_FINISHER = WARPS + 1, FINISHERS = 3, THREADS = 32 * (WARPS + 4);
 
 constexpr int up(int n, int to) { return (n + to - 1) / to * to; }
 constexpr int least(int a, int b) { return a < b ? a : b; }
@@ -310,8 +309,9 @@ static_assert(HEADS * SELF_SPLITS <= GIVERS && SELF_SPLITS <= 8 && (CROSS_SPLITS
 #endif
 
 constexpr int RINGS = 32;  // Chunks in shared memory, at most.
-// On their way at a time, or a chunk at least.
-constexpr int FLIGHT_BYTES = (BITS == 8 || BITS == 16 ? 56 : 42) * 1024;
+// On their way at a time, or a chunk at least. For two to four rows less is faster, as long as the weights are large.
+constexpr bool SOME_ROWS = BATCH > 1 && BATCH <= 4 && BITS == 16;
+constexpr int FLIGHT_BYTES = (SOME_ROWS ? 28 : BITS == 8 || BITS == 16 ? 56 : 42) * 1024;
 static_assert(BATCH > 1 || finishers(QKV) <= FINISHERS && finishers(FC1) <= FINISHERS, "");
 // Named barriers: one for each product and attention, of those that multiply with those that finish; and one for the
 // way back.

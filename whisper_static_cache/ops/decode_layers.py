@@ -27,6 +27,8 @@ MAX_SPLITS = 8
 MAX_ROWS = 16
 # Device pointers of a layer, in the order of the kernel's table; with 8-bit keys and values of cross-attention two more.
 POINTERS = 40
+# Threads of a program: eight warps that multiply, and four that fetch and finish.
+THREADS = 384
 # The compute capability whose instructions the kernel is made of.
 CAPABILITY = (9, 0)
 _SOURCE = Path(__file__).with_suffix(".cu")
@@ -65,11 +67,6 @@ class Shape(NamedTuple):
     memory: int
     batch: int = 1
     cross_int8: bool = False
-
-    @property
-    def threads(self):
-        """Threads of a program: eight warps that multiply, one that fetches, and three that finish for one row."""
-        return 32 * (8 + 1 + (3 if self.batch == 1 else 0))
 
     @property
     def heads(self):
@@ -289,7 +286,7 @@ class _Kernel:
         status = self._driver.cuLaunchCooperativeKernel(
             self._function,
             *(self._shape.programs, 1, 1),
-            *(self._shape.threads, 1, 1),
+            *(THREADS, 1, 1),
             self._shape.memory,
             ctypes.c_void_p(stream),
             parameters,

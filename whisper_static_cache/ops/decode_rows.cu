@@ -240,68 +240,68 @@ __device__ __forceinline__ Lines lines_of(int place, int step, int tile) {
   return lines;
 }
 
-// All blocks of a warp of a product with `WIDTH` elements.
-template <int TILES, int S>
-__device__ __forceinline__ void multiply_width(float (&c)[TILES][EIGHTS][4], int place, int step,
-                                               const u32 (&x)[OF_WARP][EIGHTS][S][4]) {
-  const int warp = thread() / 32, t = thread() % 4;
-#pragma unroll
-  for (int tile = 0; tile < TILES; tile++) {
-    if (tile && 16 * tile >= chunks_of(step) * ROWS) continue;
+// Whether weights are loaded before their activations are waited for. To unpack integers takes longer than the wait, and
+// registers.
+constexpr bool EARLY = BITS == 16;
+// A warp's blocks of a tile of sixteen rows of `WIDTH` elements, as the tensor cores take them.
+struct Tile {
+  u32 of[OF_WARP][2][4];
+
+  __device__ __forceinline__ void load(int place, int step, int tile) {
+    const int warp = thread() / 32, t = thread() % 4;
     const Lines lines = lines_of(place, step, tile);
 #pragma unroll
-    for (int turn = 0; turn < OWN; turn++) {
-      const int in = (turn * WARPS + warp) * 32 + t * 8;
-      u32 w[2][4];
-      Packed packed[2];
+    for (int i = 0; i < 2; i++) {
 #pragma unroll
-      for (int i = 0; i < 2; i++)
-        if (BITS == 16)
-          load16(w[i], dynamic_shared() + lines.row[i] + 2 * in);
-        else
-          load_packed<WIDTH>(packed[i], lines.row[i], in, in);
-#pragma unroll
-      for (int digit = 0; digit < DIGITS; digit++) {
-        if (BITS != 16)
-#pragma unroll
-          for (int i = 0; i < 2; i++)
-            dequantise(w[i], packed[i], digit, steps_of<WIDTH>(lines.meta[i], digit * plane(WIDTH) + in));
-        multiply_block(c[tile], w[0], w[1], x[turn * DIGITS + digit]);
-      }
-    }
-#pragma unroll
-    for (int late = 0; late < LATE; late++) {
-      const Block block = block_of(OWN_BLOCKS + late);
-      if (!block.there) continue;
-      const int in = block.run * 32 + t * 8, element = element_of<WIDTH>(block.run, block.digit);
-      u32 w[2][4];
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
+      for (int turn = 0; turn < OWN; turn++) {
+        const int in = (turn * WARPS + warp) * 32 + t * 8;
         if (BITS == 16) {
-          load16(w[i], dynamic_shared() + lines.row[i] + 2 * in);
+          load16(of[turn][i], dynamic_shared() + lines.row[i] + 2 * in);
           continue;
         }
         Packed packed;
         load_packed<WIDTH>(packed, lines.row[i], in, in);
-        const u32 steps = steps_of<WIDTH>(lines.meta[i], element);
+#pragma unroll
+        for (int digit = 0; digit < DIGITS; digit++)
+          dequantise(of[turn * DIGITS + digit][i], packed, digit,
+                     steps_of<WIDTH>(lines.meta[i], digit * plane(WIDTH) + in));
+      }
+#pragma unroll
+      for (int late = 0; late < LATE; late++) {
+        const Block block = block_of(OWN_BLOCKS + late);
+        u32(&w)[4] = of[OWN_BLOCKS + late][i];
+        w[0] = w[1] = w[2] = w[3] = 0;
+        if (!block.there) continue;
+        const int in = block.run * 32 + t * 8;
+        if (BITS == 16) {
+          load16(w, dynamic_shared() + lines.row[i] + 2 * in);
+          continue;
+        }
+        Packed packed;
+        load_packed<WIDTH>(packed, lines.row[i], in, in);
+        const u32 steps = steps_of<WIDTH>(lines.meta[i], element_of<WIDTH>(block.run, block.digit));
         if (BITS == 158) {
 #pragma unroll
           for (int digit = 0; digit < DIGITS; digit++)
-            if (digit == block.digit) dequantise(w[i], packed, digit, steps);
+            if (digit == block.digit) dequantise(w, packed, digit, steps);
         } else {
           // The digit is brought to where the first one lies.
 #pragma unroll
           for (int k = 0; k < 2; k++) {
             packed.raw[k] >>= LOW_BITS * block.digit;
-            packed.high[k][0] >>= 2 * block.digit, packed.high[k][1] >>= 2 * block.digit;
+            if (BITS == 3) packed.high[k][0] >>= 2 * block.digit, packed.high[k][1] >>= 2 * block.digit;
           }
-          dequantise(w[i], packed, 0, steps);
+          dequantise(w, packed, 0, steps);
         }
       }
-      multiply_block(c[tile], w[0], w[1], x[OWN_BLOCKS + late]);
     }
   }
-}
+  template <int S>
+  __device__ __forceinline__ void multiply(float (&c)[EIGHTS][4], const u32 (&x)[OF_WARP][EIGHTS][S][4]) const {
+#pragma unroll
+    for (int b = 0; b < OF_WARP; b++) multiply_block(c, of[b][0], of[b][1], x[b]);
+  }
+};
 
 // The warps' sums to shared memory, once all have finished what was there before.
 template <int TILES>
@@ -481,6 +481,7 @@ __device__ __forceinline__ void product_of_stream(const Arguments& a, State& s, 
   const u32 id = thread();
   const int warp = id / 32, lane = id % 32, g = id / 4 % 8;
   const int place = take(sh, s.cursor, chunks_of(step));
+  auto has = [&](int tile) { return tile == 0 || 16 * tile < chunks_of(step) * ROWS; };
   Moments moments;
   moments.expect();
   auto at = [&](int i) {
@@ -496,13 +497,25 @@ __device__ __forceinline__ void product_of_stream(const Arguments& a, State& s, 
   }
   Asked<UNITS> asked;
   asked.begin(missing, at);
+  Tile first;
+  if (EARLY) first.load(place, step, 0);
   asked.wait(at, [&](int, const uint4& unit) { return all_fresh(unit, s.stream_tag); });
   moments.look(a);
   u32 x[OF_WARP][EIGHTS][1][4];
 #pragma unroll
   for (int i = 0; i < UNITS; i++) operands(x[i / EIGHTS][i % EIGHTS][0], asked.units[i]);
   float c[TILES][EIGHTS][4] = {};
-  multiply_width(c, place, step, x);
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++) {
+    if (!has(tile)) continue;
+    if (EARLY && tile == 0) {
+      first.multiply(c[0], x);
+    } else {
+      Tile late;
+      late.load(place, step, tile);
+      late.multiply(c[tile], x);
+    }
+  }
   Patience patience;
   while (true) {
     moments.check(s.stream_tag);
@@ -556,6 +569,8 @@ __device__ __forceinline__ void product_of_runs(const Arguments& a, State& s, Sh
   static_assert(2 * PLACES <= 32, "");
   Asked<UNITS> asked;
   asked.begin(missing, at);
+  Tile tile;
+  if (EARLY) tile.load(place, step, 0);
   asked.wait(at, [&](int i, const uint4& unit) {
     if (i >= PLACES) return fresh(unit.x, s.tag);
     const int count = counts >> 2 * i & 3;
@@ -600,7 +615,8 @@ __device__ __forceinline__ void product_of_runs(const Arguments& a, State& s, Sh
     operands(x[i / EIGHTS][i % EIGHTS][1], {rests[0], rests[1], rests[2], rests[3]});
   }
   float c[1][EIGHTS][4] = {};
-  multiply_width(c, place, step, x);
+  if (!EARLY) tile.load(place, step, 0);
+  tile.multiply(c[0], x);
   together();
   leave_sums(sh, c, ROWS);
   together();
@@ -636,28 +652,37 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
 #pragma unroll
   for (int time = 0; time < TIMES; time++) {
     if (time + 1 < TIMES) begin(time + 1);
-    asked[time % 2].wait([&](int i) { return at(time, i); },
-                         [&](int, const uint4& unit) { return fresh(unit.x, s.tag); });
+    u32 w[AT_ONCE][2][4];
+    auto wait = [&] {
+      asked[time % 2].wait([&](int i) { return at(time, i); },
+                           [&](int, const uint4& unit) { return fresh(unit.x, s.tag); });
+    };
+    if (!EARLY) wait();
 #pragma unroll
     for (int k = 0; k < AT_ONCE; k++) {
       const int b = time * AT_ONCE + k, turn = b / DIGITS, run = turn * WARPS + warp;
-      if (b >= ALL || run >= runs(FFN)) continue;
       const int part = turn / PART, in_part = ((turn - part * PART) * WARPS + warp) * RUN_BYTES + t * (RUN_BYTES / 4);
       const u32 away = base_of(place, part) - base_of(place, 0);
-      u32 w[2][4], x[EIGHTS][1][4];
 #pragma unroll
       for (int i = 0; i < 2; i++) {
+        w[k][i][0] = w[k][i][1] = w[k][i][2] = w[k][i][3] = 0;
+        if (b >= ALL || run >= runs(FFN)) continue;
         if (BITS == 16) {
-          load16(w[i], dynamic_shared() + lines.row[i] + away + in_part);
+          load16(w[k][i], dynamic_shared() + lines.row[i] + away + in_part);
           continue;
         }
         Packed packed;
         load_packed<FFN>(packed, lines.row[i] + away, in_part, run * 32 + t * 8);
-        dequantise(w[i], packed, b % DIGITS, steps_of<FFN>(lines.meta[i], element_of<FFN>(run, b % DIGITS)));
+        dequantise(w[k][i], packed, b % DIGITS, steps_of<FFN>(lines.meta[i], element_of<FFN>(run, b % DIGITS)));
       }
+    }
+    if (EARLY) wait();
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; k++) {
+      u32 x[EIGHTS][1][4];
 #pragma unroll
       for (int e = 0; e < EIGHTS; e++) operands(x[e][0], asked[time % 2].units[k * EIGHTS + e]);
-      multiply_block(c[0], w[0], w[1], x);
+      multiply_block(c[0], w[k][0], w[k][1], x);
     }
   }
   together();
@@ -913,9 +938,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments
   // Tags alternate, an even number of times a launch: the first finds the buffers zeroed, or as the last one left them.
   s.stream_tag = s.tag = 1;
   s.residual[0] = s.residual[1] = 0;
-  if (thread() / 32 == FETCHER) {
-    fetch(a, sh, shared_address(memory), s.slot);
+  if (__shfl_sync(~0u, thread() / 128, 0) == WARPS / 4) {
+    few_registers();
+    if (thread() / 32 == FETCHER) fetch(a, sh, shared_address(memory), s.slot);
   } else {
+    many_registers();
     constexpr int OTHERS = 32 * WARPS;
     for (int i = thread(); i < LAYERS * 2; i += OTHERS) sh.caches[i / 2][i % 2] = a.table[i / 2 * POINTERS + KEYS + i % 2];
     for (int i = thread(); i < LAYERS * 3; i += OTHERS) sh.eps[i / 3][i % 3] = a.eps[i];
