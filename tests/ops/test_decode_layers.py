@@ -53,7 +53,7 @@ class Model:
             biases[1] = None
             norms = [(random(width, scale=0.1, mean=1.0), random(width, scale=0.1), EPS) for _ in range(3)]
             caches = [random(shape.batch, shape.heads, shape.slots, 64) for _ in range(2)]
-            caches += [random(shape.batch, shape.heads, shape.source, 64) for _ in range(2)]
+            caches += [random(shape.batch // shape.beams, shape.heads, shape.source, 64) for _ in range(2)]
             self.layers.append((weights, biases, norms))
             self.buffers.append(self.in_8_bits(caches) if shape.cross_int8 else caches)
             self.caches.append(caches)
@@ -124,6 +124,7 @@ class Model:
         caches = [[cache.double() for cache in layer] for layer in self.caches]
         x = self.embedding[self.tokens[:, slot]].double() + self.positions[slot - self.keep[1][:, 0]].double()
         for (weights, biases, norms), layer in zip(self.layers, caches):
+            layer[2:] = (states.repeat_interleave(self.shape.beams, 0) for states in layer[2:])
             dense = [weight.dense() for weight in weights]
             x = ops.reference_decode_layer(x, dense, biases, norms, layer, slot, self.valid, 0.125)
         return x, caches
@@ -191,6 +192,16 @@ SMALL = ops.Shape(128, 512, 2, 300, 50, False, 16, 0, 12, 120_000)
         {"bits": 3, "group_size": 32},
         {"bits": 2, "group_size": 16},
         {"bits": 1.58, "group_size": 16},
+        # Programs that have none of the hidden layer.
+        {"ffn": 192, "programs": 16, "layers": 4},
+        {"batch": 3, "ffn": 192, "programs": 16, "layers": 4},
+        {"batch": 16, "memory": 200_000},
+        {"batch": 8, "bits": 8, "group_size": 64, "bfloat16": True},
+        {"batch": 4, "bits": 4, "group_size": 64, "beams": 2},
+        {"batch": 12, "bits": 3, "group_size": 32, "memory": 200_000},
+        {"batch": 5, "bits": 2, "group_size": 16},
+        {"batch": 2, "bits": 1.58, "group_size": 16},
+        {"batch": 10, "cross_int8": True, "beams": 5, "bfloat16": True, "memory": 200_000},
     ],
     ids=lambda changes: "-".join(f"{name}={value}" for name, value in changes.items()) or "float16",
 )
@@ -203,19 +214,21 @@ def test_emulated(changes):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed: the kernel cannot be emulated")
+@pytest.mark.parametrize("batch, cross_int8", [(1, False), (2, False), (16, True)])
 @pytest.mark.parametrize("width", [384, 512, 768, 1024, 1280])
-def test_every_whisper_shape_fits(width):
+def test_every_whisper_shape_fits(width, batch, cross_int8):
     """What the source asserts of itself holds for the family, on an H100's multiprocessors and shared memory."""
     header = Path(__file__).with_name("cuda_emulation.h")
-    source = f'#include "{Path(ops.__file__).with_suffix(".cu")}"\n'
     for bits, group_size in ((16, 0), (8, 64), (4, 64), (3, 32), (2, 16), (1.58, 16)):
-        shape = ops.Shape(width, 4 * width, 4, 448, 1500, False, bits, group_size, 132, 232448)
+        shape = ops.Shape(width, 4 * width, 4, 448, 1500, False, bits, group_size, 132, 232448, batch, cross_int8)
         if ops.why_not(shape) is not None:
             assert bits == 1.58
             continue
         defines = [f"-D{name}={value}" for name, value in ops.definitions(shape).items()]
         command = ["g++", "-std=c++17", "-w", "-fsyntax-only", "-DEMULATED", *defines, "-include", str(header)]
-        result = subprocess.run([*command, "-x", "c++", "-"], input=source, text=True, capture_output=True)
+        result = subprocess.run(
+            [*command, "-x", "c++", "-"], input=ops.source_of(shape), text=True, capture_output=True
+        )
         assert result.returncode == 0, result.stderr
 
 
@@ -227,15 +240,13 @@ def run(model, slot, offset):
     torch.cuda.synchronize()
 
 
-def on_this_gpu(width, bits, group_size, dtype, batch=1, cross_int8=False):
+def on_this_gpu(width, bits, group_size, dtype, *rows):
     if torch.cuda.get_device_capability() != ops.CAPABILITY:
         pytest.skip(f"the persistent kernel is made for compute capability {ops.CAPABILITY[0]}.{ops.CAPABILITY[1]}")
     properties = torch.cuda.get_device_properties(0)
     programs, memory = properties.multi_processor_count, properties.shared_memory_per_block_optin
-    bfloat16 = dtype == "bfloat16"
-    shape = ops.Shape(
-        width, 4 * width, 2, 448, 1500, bfloat16, bits, group_size, programs, memory, batch, cross_int8
-    )  # fmt: skip
+    size = width, 4 * width, 2, 448, 1500
+    shape = ops.Shape(*size, dtype == "bfloat16", bits, group_size, programs, memory, *rows)
     reason = ops.why_not(shape)
     if reason is not None:
         assert bits == 1.58
@@ -265,9 +276,11 @@ def test_on_a_gpu(width, bits, group_size, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("bits, group_size", [(16, 0), (8, 64), (4, 64), (3, 32), (2, 16), (1.58, 16)])
-@pytest.mark.parametrize("width, batch, cross_int8", [(384, 4, False), (1280, 2, True), (1280, 8, False), (1280, 16, True)])
-def test_rows_on_a_gpu(width, batch, cross_int8, bits, group_size, dtype):
-    check_on_a_gpu(on_this_gpu(width, bits, group_size, dtype, batch, cross_int8))
+@pytest.mark.parametrize(
+    "width, rows", [(384, (4,)), (512, (10, False, 5)), (1280, (2, True)), (1280, (8,)), (1280, (16, True))], ids=str
+)
+def test_rows_on_a_gpu(width, rows, bits, group_size, dtype):
+    check_on_a_gpu(on_this_gpu(width, bits, group_size, dtype, *rows))
 
 
 def test_what_is_not_served():
@@ -277,8 +290,22 @@ def test_what_is_not_served():
     assert "even" in ops.why_not(SMALL._replace(layers=3))
     assert "tile" in ops.why_not(SMALL._replace(programs=4))
     assert "too many" in ops.why_not(SMALL._replace(slots=448 * 8))
-    assert "too much" in ops.why_not(SMALL._replace(ffn=4096))
-    assert "multiples of 128" in ops.why_not(SMALL._replace(bits=3, group_size=32, ffn=576))
+    assert "too much" in ops.why_not(SMALL._replace(ffn=4096, programs=16))
+    assert "hidden layer" in ops.why_not(SMALL._replace(ffn=192))
+    assert "17 rows" in ops.why_not(SMALL._replace(batch=17))
+    assert "8-bit keys" in ops.why_not(SMALL._replace(cross_int8=True))
+    assert ops.why_not(SMALL._replace(batch=2, slots=448 * 8)) is None
+
+
+def test_scales_that_halves_cannot_take():
+    def weight(scale, dtype):
+        return Weight(None, torch.full((2, 2), scale, dtype=dtype), None, 4, 64, 128)
+
+    assert ops.scales_fit([weight(0.1, torch.float16), weight(-120.0, torch.float16)])
+    assert not ops.scales_fit([weight(0.1, torch.float16), weight(-130.0, torch.float16)])
+    assert ops.scales_fit([weight(1e9, torch.bfloat16)])
+    assert ops.scales_fit([Weight(None, None, None, 16, 0, 128)])
+    assert "multiples of 128" in ops.why_not(SMALL._replace(bits=3, group_size=32, ffn=576, programs=16))
     assert "group_size 8" in ops.why_not(SMALL._replace(bits=4, group_size=8))
     assert "runs of 32 bytes" in ops.why_not(
         SMALL._replace(bits=1.58, group_size=16, width=384, ffn=1536, programs=132)

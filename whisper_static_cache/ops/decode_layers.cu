@@ -17,8 +17,8 @@
 //   (bytes of shared memory).
 //
 // Why every buffer can be used again without being cleared: a program that writes the next result into a buffer holds
-// values that depend on every reader's having read the last one. Layer by layer: all of `stream` was read before any
-// query, key or value of the layer could be published, all of those before all heads' runs, all of these before the
+// values that depend on every reader's having read the last one; who gives nothing that others wait for reads nothing.
+// Layer by layer: all of `stream` was read before any query, key or value of the layer could be published, all of those before all heads' runs, all of these before the
 // next `stream`, and so on around the layer. Of a program's warps one may read late what the others have left behind
 // them: none of them skips a use of what it reads.
 
@@ -115,11 +115,6 @@ __device__ __forceinline__ int program() {
 // Into the L2 cache.
 __device__ __forceinline__ void prefetch(const void* from, u32 bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0],%1;" ::"l"(from), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ u64 nanoseconds() {
-  u64 t;
-  asm volatile("mov.u64 %0,%%globaltimer;" : "=l"(t));
-  return t;
 }
 // A write to nowhere fails as surely as a trap, at which the compiler would give up on `many_registers`.
 __device__ __forceinline__ void trap() { asm volatile("st.global.u32 [%0],%1;" ::"l"(0ull), "r"(0) : "memory"); }
@@ -220,6 +215,7 @@ constexpr int ratio(int a, int b) { return (a + b - 1) / b; }
 // Output features of a program: pairs of them stay together, of the feed-forward layer eight.
 constexpr int ROWS = up(ratio(WIDTH, PROGRAMS), 2), ROWS_FFN = up(ratio(FFN, PROGRAMS), 8);
 constexpr int GIVERS = ratio(WIDTH, ROWS);  // Programs that have some of `WIDTH` features.
+static_assert(ratio(FFN, ROWS_FFN) <= GIVERS, "");
 constexpr int STATS = up(GIVERS, 2);        // Their moments are read two at a time.
 static_assert(ROWS <= 16, "");
 #if BATCH == 1
@@ -301,6 +297,12 @@ enum {
 constexpr int weight_of(int product) { return product == QKV ? 0 : product < CROSS_ATTENTION ? product + 1 : product; }
 constexpr int norm_of(int product) { return product < QUERY ? 0 : product < FC1 ? 1 : 2; }
 constexpr int side_of(int product) { return from_stream(product) ? 0 : 1; }  // Sums alternate.
+
+// Whether this program gives anything of a product with the stream. Who does not must not wait for the stream: nobody
+// waits for him, and the next stream may come before he has read this one.
+__device__ __forceinline__ bool gives(int step) {
+  return ratio(FFN, ROWS_FFN) == GIVERS || step != FC1 || program() < ratio(FFN, ROWS_FFN);
+}
 
 // Attention: a warp takes tiles of 16 keys. Self-attention is split where one program's tiles end.
 constexpr int SELF_RUN = 256, SELF_SPLITS = ratio(SLOTS, SELF_RUN);
@@ -388,16 +390,13 @@ struct Arguments {
 
 // -- Waiting -------------------------------------------------------------------------------------------------------
 
-// Every program is resident (the launch is cooperative) and every wait ends; should one not, fail rather than hang.
+// Every program is resident (the launch is cooperative) and every wait ends; should one not, fail rather than hang. What
+// is counted is looks, some seconds to some minutes of them, and not time: a process that shares the GPU with others
+// goes on where it was left, on another multiprocessor whose clock may be behind.
 struct Patience {
-  u64 since = 0;
   u32 rounds = 0;
   __device__ __forceinline__ void spend() {
-    if ((++rounds & 0xFFFF) == 0) {
-      u64 now = nanoseconds();
-      if (since == 0) since = now;
-      if (now - since > 10000000000ull) trap();
-    }
+    if (++rounds >> 28) trap();
   }
 };
 __device__ __forceinline__ void await(u32 barrier, u32 parity) {
@@ -757,9 +756,9 @@ struct Moments {
   uint4 two;
   bool missing;
   __device__ __forceinline__ int at() const { return 2 * (thread() / 32 * PAIRS + thread() % 32); }
-  __device__ __forceinline__ void expect() {
+  __device__ __forceinline__ void expect(bool any) {
     two = {};
-    missing = thread() % 32 < PAIRS && at() < GIVERS;
+    missing = any && thread() % 32 < PAIRS && at() < GIVERS;
   }
   __device__ __forceinline__ void look(const Arguments& a) {
     if (missing) two = peek16(a.stats + program() % COPIES * STATS + at());
@@ -840,8 +839,6 @@ constexpr int OF_PACKED = BITS == 16 ? 0 : OWN_BLOCKS + PACKED_WORDS * OWN;
 constexpr int FOR_OWN = FOR_WEIGHTS - shared_eights(MOST_EIGHTS) * DIGITS * OF_BLOCK;
 constexpr int KEPT_EIGHTS = most((FOR_OWN - MOST_EIGHTS * OF_PACKED) / most(OF_EIGHT - OF_PACKED, 1), 2);
 static_assert(ROWS <= 16 && (BITS != 16 || KEPT_EIGHTS >= MOST_EIGHTS), "");
-// Whoever waits for the stream publishes some of it, and is thus never two of its uses behind.
-static_assert(ratio(FFN, ROWS_FFN) <= GIVERS, "");
 
 // The weights of a product with `WIDTH` elements, from the ring into registers: `EIGHTS` eights of rows, of which the
 // step has `ALWAYS` at least, `KEPT` of them in the shape that the tensor cores take and the others packed. Rows behind
@@ -1028,10 +1025,10 @@ __device__ __forceinline__ void product_of_stream(const Arguments& a, State& s, 
 #pragma unroll
   for (int i = 0; i < UNITS; i++) {
     units[i] = {};
-    if (4 * i + lane / 8 < BLOCKS && element_of(4 * i + lane / 8) < WIDTH) missing |= 1u << i;
+    if (gives(step) && 4 * i + lane / 8 < BLOCKS && element_of(4 * i + lane / 8) < WIDTH) missing |= 1u << i;
   }
   Moments moments;
-  moments.expect();
+  moments.expect(gives(step));
   auto look = [&] {
 #pragma unroll
     for (int i = 0; i < UNITS; i++)

@@ -25,7 +25,7 @@ HEAD_DIM = 64
 MAX_SPLITS = 8
 # Rows that the kernel for several takes at most.
 MAX_ROWS = 16
-# Device pointers of a layer, in the order of the kernel's table; with 8-bit keys and values of cross-attention two more.
+# Device pointers of a layer, in the order of the kernel's table; with 8-bit cross-attention two more.
 POINTERS = 40
 # Threads of a program: eight warps that multiply, and four that fetch and finish.
 THREADS = 384
@@ -52,7 +52,8 @@ class Shape(NamedTuple):
     """What the kernel is compiled for.
 
     `bits` is 16 for weights in float16 or bfloat16, else the width of packed ones, all of one `group_size`;
-    `programs` is the number of multiprocessors and `memory` a program's bytes of shared memory.
+    `programs` is the number of multiprocessors and `memory` a program's bytes of shared memory. Of the `batch` rows,
+    `beams` have one input's cross-attention in common.
     """
 
     width: int
@@ -67,6 +68,7 @@ class Shape(NamedTuple):
     memory: int
     batch: int = 1
     cross_int8: bool = False
+    beams: int = 1
 
     @property
     def heads(self):
@@ -114,6 +116,7 @@ def shape_for(config, cache_layer, weight, device):
         properties.shared_memory_per_block_optin,
         len(cache_layer[0]),
         cache_layer[2].dtype == torch.int8,
+        len(cache_layer[0]) // len(cache_layer[2]),
     )
 
 
@@ -132,6 +135,9 @@ def why_not(shape, capability=CAPABILITY):
         return f"{shape.layers} layers; the persistent kernel takes an even number"
     if shape.rows > 16:
         return f"{shape.rows} features to a multiprocessor exceed the 16 of a tensor-core tile"
+    ffn_programs = _ratio(shape.ffn, _ratio(shape.ffn, 8 * shape.programs) * 8)
+    if ffn_programs > shape.givers:
+        return f"{ffn_programs} multiprocessors share the hidden layer, but {shape.givers} have output features"
     if shape.batch == 1:
         if _ratio(_ratio(_ratio(shape.ffn, 8 * shape.programs) * 8, shape.rows) * shape.rows, 16) > _FINISHERS:
             return f"decoder_ffn_dim {shape.ffn} is too much for {shape.programs} multiprocessors"
@@ -153,7 +159,8 @@ def scales_fit(weights):
 
     In float16 it multiplies scales by 512. No scale of weights that are numbers of use comes near the limit.
     """
-    scales = [weight.scales for weight in weights if weight.scales is not None and weight.scales.dtype == torch.float16]
+    scales = [weight.scales for weight in weights if weight.scales is not None]
+    scales = [scale for scale in scales if scale.dtype == torch.float16]
     return not scales or torch.stack([scale.abs().max() for scale in scales]).max().item() < 127
 
 
@@ -207,6 +214,7 @@ def definitions(shape):
         "SOURCE": shape.source,
         "BATCH": shape.batch,
         "CROSS8": int(shape.cross_int8),
+        "BEAMS": shape.beams,
         "CROSS_SPLITS": shape.cross_splits,
         "BF16": int(shape.bfloat16),
         "BITS": 158 if shape.bits == 1.58 else int(shape.bits),
@@ -391,6 +399,7 @@ def decode_layers(
         properties.shared_memory_per_block_optin,
         len(gained),
         cross_int8,
+        len(caches[0]) // len(caches[2]),
     )
     arguments = arguments_for(
         gained,

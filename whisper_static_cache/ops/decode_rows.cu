@@ -42,10 +42,18 @@ constexpr int scales_behind(int of_values) {
 }
 static_assert(chunk_keys(true) > 0 && (!CROSS8 || scales_behind(2) <= CHUNK), "");
 
+// Where an item's keys begin in the cache, in keys: beams of an input have its cross-attention in common.
+template <bool OWN>
+__device__ __forceinline__ long long first_key(int item) {
+  if (OWN || BEAMS == 1) return (long long)item * (OWN ? SLOTS : SOURCE);
+  const int row = item / HEADS;
+  return (long long)(row / BEAMS * HEADS + item - row * HEADS) * SOURCE;
+}
+
 template <bool OWN>
 __device__ __forceinline__ void fetch_keys(const Pointers& p, Shared& sh, u32 memory, Cursor& cursor, Cursor& landed,
                                            int& issued, int slot) {
-  constexpr int MOST = chunk_keys(OWN), BYTES = key_bytes(OWN), SLOTS_THERE = OWN ? SLOTS : SOURCE;
+  constexpr int MOST = chunk_keys(OWN), BYTES = key_bytes(OWN);
   constexpr bool SCALED = CROSS8 && !OWN;
   const int lane = thread() % 32;
   const u8* base = p.at((OWN ? KEYS : SCALED && lane / 2 % 2 ? CROSS_SCALES : CROSS_KEYS) + lane % 2);
@@ -54,7 +62,7 @@ __device__ __forceinline__ void fetch_keys(const Pointers& p, Shared& sh, u32 me
 #pragma unroll 1
     for (int at = 0; at < cached; at += MOST) {
       const int n = least(MOST, cached - at);
-      const long long key = (long long)item * SLOTS_THERE + in + at;
+      const long long key = first_key<OWN>(item) + in + at;
       const u8* from = base + key * BYTES;
       u32 to = lane * (MOST * BYTES), size = lane < 2 ? n * BYTES : 0, all = 2 * n * BYTES;
       if (SCALED) {
@@ -383,12 +391,12 @@ struct Moments {
   __device__ __forceinline__ int at(int i) const {
     return 2 * ((i * WARPS + thread() / 32) * LANES_OF_ROW + thread() % 32 / COLUMNS);
   }
-  __device__ __forceinline__ void expect() {
+  __device__ __forceinline__ void expect(bool any) {
     missing = 0;
 #pragma unroll
     for (int i = 0; i < TWOS; i++) {
       twos[i] = {};
-      if (thread() % COLUMNS < BATCH && at(i) < GIVERS) missing |= 1u << i;
+      if (any && thread() % COLUMNS < BATCH && at(i) < GIVERS) missing |= 1u << i;
     }
   }
   __device__ __forceinline__ void look(const Arguments& a) {
@@ -483,7 +491,7 @@ __device__ __forceinline__ void product_of_stream(const Arguments& a, State& s, 
   const int place = take(sh, s.cursor, chunks_of(step));
   auto has = [&](int tile) { return tile == 0 || 16 * tile < chunks_of(step) * ROWS; };
   Moments moments;
-  moments.expect();
+  moments.expect(gives(step));
   auto at = [&](int i) {
     const Block block = block_of(i / EIGHTS);
     return a.stream + (program() % COPIES * BATCH + i % EIGHTS * 8 + g) * WIDTH + element_of<WIDTH>(block.run, block.digit);
@@ -492,7 +500,7 @@ __device__ __forceinline__ void product_of_stream(const Arguments& a, State& s, 
 #pragma unroll
   for (int i = 0; i < UNITS; i++) {
     const Block block = block_of(i / EIGHTS);
-    if (block.there && i % EIGHTS * 8 + g < BATCH && element_of<WIDTH>(block.run, block.digit) < WIDTH)
+    if (gives(step) && block.there && i % EIGHTS * 8 + g < BATCH && element_of<WIDTH>(block.run, block.digit) < WIDTH)
       missing |= 1u << i;
   }
   Asked<UNITS> asked;
@@ -813,7 +821,7 @@ __device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& 
     for (int begin = 0; begin < cached; begin += MOST) {
       const int there = least(MOST, cached - begin), place = take(sh, s.cursor, 1);
       const u8* base = dynamic_shared() + place * CHUNK;
-      const int scales_from = CROSS8 && !OWN ? (item * SOURCE + in + begin) % 8 * 2 : 0;
+      const int scales_from = CROSS8 && !OWN ? (int)((first_key<OWN>(item) + in + begin) % 8) * 2 : 0;
       Eight k[TURNS], v[TURNS];
       float score[TURNS], scale[TURNS];
 #pragma unroll
