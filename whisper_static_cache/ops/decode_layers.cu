@@ -1,4 +1,5 @@
-// All decoder layers of a one-token step at batch 1, as one persistent kernel: one program to a multiprocessor.
+// All decoder layers of a one-token step, as one persistent kernel: one program to a multiprocessor. What is here is for
+// one row, and what `decode_rows.cu` has of it for several.
 //
 // A layer is six products and two attentions, each of which needs the whole result of the one before. As kernels of
 // their own they drain and fill the machine eight times a layer. Here the programs stay, and hand each other their
@@ -12,8 +13,9 @@
 // scales of its own. Low-bit weights are multiplied as integers, exactly, and their scales applied to the sums.
 //
 // Built by NVRTC without headers. Constants that the launcher defines:
-//   WIDTH, FFN, HEADS (of 64), LAYERS, SLOTS, SOURCE (keys of cross-attention), CROSS_SPLITS (programs to a head, at
-//   most 8), BF16 (0 or 1), BITS (16, 8, 4, 3, 2, or 158 for 1.58), GROUP (of the quantisation), PROGRAMS, MEMORY
+//   WIDTH, FFN, HEADS (of 64), LAYERS, SLOTS, SOURCE (keys of cross-attention), BATCH (rows), BEAMS (of these that share
+//   an input's cross-attention), CROSS8 (1 if its keys and values are int8), CROSS_SPLITS (programs to a head where there
+//   is one row, at most 8), BF16 (0 or 1), BITS (16, 8, 4, 3, 2, or 158 for 1.58), GROUP (of the quantisation), PROGRAMS, MEMORY
 //   (bytes of shared memory).
 //
 // Why every buffer can be used again without being cleared: a program that writes the next result into a buffer holds

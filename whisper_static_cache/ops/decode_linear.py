@@ -1,7 +1,7 @@
 """Products of some rows of activations with a decoder weight, for the one-token step: Triton kernel and reference.
 
-The kernel here takes up to FEW_ROWS, with packed weights FEW_PACKED_ROWS, row by row; for up to 32 rows `decode_dot`
-has one on the tensor cores.
+The kernel here takes up to FEW_ROWS of float32, FEW_NARROW_ROWS of narrower weights, row by row; for up to 32 rows
+`decode_dot` has one on the tensor cores.
 
 A step at a small batch reads every weight once and computes little, so that the time is that of the bytes as long as
 nothing stands in front of them. Weights are therefore fetched, and unpacked if they are low-bit, before the kernel
@@ -46,10 +46,10 @@ from .packing import PLANES, plane_width, unpack
 
 
 HEAD_DIM = 64
-# Rows up to which products are made row by row. Those with packed weights unpack what is in their registers for every
-# row, which soon takes longer than the tensor cores' many rows.
+# Rows up to which products are made row by row, in float32 and with narrower weights. For each row packed ones are
+# unpacked again and half-precision ones widened, and all of it is code, which takes seconds to compile.
 FEW_ROWS = 8
-FEW_PACKED_ROWS = 2
+FEW_NARROW_ROWS = 2
 _ONE: tl.constexpr = tl.constexpr(0x3F800000)  # the bits of float32 1.0
 
 # What the activations are ...
@@ -310,10 +310,10 @@ def plan_for(weight, parts=1, splits=0, rows=1, normed=False):
     """The plan of a product of `rows` with `weight`, or with `parts` of its shape: it says which kernel makes it.
 
     `splits`: runs of attention that it merges, if it does; `normed`: whether a layer norm stands in front. Up to
-    FEW_ROWS (or FEW_PACKED_ROWS) are multiplied one by one, more on the tensor cores.
+    FEW_ROWS (or FEW_NARROW_ROWS) are multiplied one by one, more on the tensor cores.
     """
     merges = splits > 0
-    if rows > (FEW_ROWS if weight.scales is None else FEW_PACKED_ROWS):
+    if rows > (FEW_ROWS if weight.bits == 32 else FEW_NARROW_ROWS):
         plan = None
         if rows <= 16:
             if normed:
