@@ -14,15 +14,15 @@
 //
 // Built by NVRTC without headers. Constants that the launcher defines:
 //   WIDTH, FFN, HEADS (of 64), LAYERS, SLOTS, SOURCE (keys of cross-attention), BATCH (rows), BEAMS (of these that share
-//   an input's cross-attention), CROSS8 (1 if its keys and values are int8), CROSS_SPLITS (programs to a head where there
-//   is one row, at most 8), BF16 (0 or 1), BITS (16, 8, 4, 3, 2, or 158 for 1.58), GROUP (of the quantisation), PROGRAMS, MEMORY
-//   (bytes of shared memory).
+//   an input's cross-attention), CROSS8 (1 if its keys and values are int8), CROSS_SPLITS (programs to a head where
+//   there is one row, at most 8), BF16 (0 or 1), BITS (16, 8, 4, 3, 2, or 158 for 1.58), GROUP (of the quantisation),
+//   PROGRAMS, MEMORY (bytes of shared memory).
 //
 // Why every buffer can be used again without being cleared: a program that writes the next result into a buffer holds
 // values that depend on every reader's having read the last one; who gives nothing that others wait for reads nothing.
-// Layer by layer: all of `stream` was read before any query, key or value of the layer could be published, all of those before all heads' runs, all of these before the
-// next `stream`, and so on around the layer. Of a program's warps one may read late what the others have left behind
-// them: none of them skips a use of what it reads.
+// Layer by layer: all of `stream` was read before any query, key or value of the layer could be published, all of those
+// before all heads' runs, all of these before the next `stream`, and so on around the layer. Of a program's warps one may
+// read late what the others have left behind them: none of them skips a use of what it reads.
 
 #ifndef EMULATED
 
