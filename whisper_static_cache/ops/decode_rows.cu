@@ -4,8 +4,9 @@
 // A row is a column of every product, which needs no more weights and one more instruction for each eight rows. The
 // weights stay in the ring until their activations are there: what many rows wait for is memory, of which the ring
 // holds a fifth of a layer. Every warp takes some blocks of 32 elements of all rows of a weight, asks the L2 cache for
-// their activations, and has them in its registers as the tensor cores take them. Low-bit weights are unpacked into
-// halves, `(q - zero) * scale` with two roundings, as PyTorch has them.
+// their activations, and has them in its registers as the tensor cores take them. Of the stream these are halves, without
+// their remainders: twice the words would be twice the wait. Low-bit weights are unpacked into halves,
+// `(q - zero) * scale` with two roundings, as PyTorch has them.
 //
 // Attention is what many rows read the most for. The keys of all rows and heads, one after another, are cut into a
 // share for each program, of which one head of one row, an item, may have several. They come through the ring too.
