@@ -404,7 +404,9 @@ class TritonEngine(EagerEngine):
         from .ops import decode_layers
 
         device = rows.session.device
-        buffers.no_bias = torch.zeros(self._config.d_model, dtype=rows.buffers[0][0].dtype, device=device)
+        if buffers.no_bias is None:
+            # One for all numbers of rows: their tables hold its address.
+            buffers.no_bias = torch.zeros(self._config.d_model, dtype=rows.buffers[0][0].dtype, device=device)
         following = [layer.qkv.norm for layer in self._layers[1:]] + [self._head.norm]
         table = [
             _pointers(layer, norm, buffers.no_bias, caches)
