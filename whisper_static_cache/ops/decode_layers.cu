@@ -699,6 +699,28 @@ __device__ __forceinline__ void gather(float (&sums)[8]) {
   }
 }
 
+// The newest key's product with the query, and its value, of which a lane has two dimensions, `from` on in `heads`.
+__device__ __forceinline__ float newest_key(const u16* from, u32 tag, float (&value)[2]) {
+  u32 words[3][2] = {}, missing = 63;
+  Patience patience;
+  do {
+#pragma unroll
+    for (int i = 0; i < 6; i++)
+      if (missing >> i & 1) words[i / 2][i % 2] = peek4(from + i / 2 * WIDTH + i % 2 * (3 * WIDTH));
+#pragma unroll
+    for (int i = 0; i < 6; i++)
+      if (fresh(words[i / 2][i % 2], tag)) missing &= ~(1u << i);
+    patience.spend();
+  } while (__any_sync(~0u, missing));
+  float dot = (low_of(words[0][0]) + low_of(words[0][1])) * (low_of(words[1][0]) + low_of(words[1][1])) +
+              (high_of(words[0][0]) + high_of(words[0][1])) * (high_of(words[1][0]) + high_of(words[1][1]));
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) dot += __shfl_xor_sync(~0u, dot, step);
+  value[0] = low_of(words[2][0]) + low_of(words[2][1]);
+  value[1] = high_of(words[2][0]) + high_of(words[2][1]);
+  return dot;
+}
+
 #if BATCH == 1
 // -- A product -----------------------------------------------------------------------------------------------------
 
@@ -1563,24 +1585,8 @@ __device__ __forceinline__ void finish_attention(const Arguments& a, State& s, S
   float newest = NOTHING, new_value[2] = {};
   if (own && split == s.slot / SELF_RUN) {
     const u16* from = a.heads + head * 64 + lane % 8 * 8 + lane / 8 * 2;
-    u32 words[3][2] = {}, missing = 63;
-    Patience patience;
-    do {
-#pragma unroll
-      for (int i = 0; i < 6; i++)
-        if (missing >> i & 1) words[i / 2][i % 2] = peek4(from + i / 2 * WIDTH + i % 2 * (3 * WIDTH));
-#pragma unroll
-      for (int i = 0; i < 6; i++)
-        if (fresh(words[i / 2][i % 2], s.tag)) missing &= ~(1u << i);
-      patience.spend();
-    } while (__any_sync(~0u, missing));
-    float dot = (low_of(words[0][0]) + low_of(words[0][1])) * (low_of(words[1][0]) + low_of(words[1][1])) +
-                (high_of(words[0][0]) + high_of(words[0][1])) * (high_of(words[1][0]) + high_of(words[1][1]));
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) dot += __shfl_xor_sync(~0u, dot, step);
+    const float dot = newest_key(from, s.tag, new_value);
     if (sh.valid[s.slot]) newest = dot;
-    new_value[0] = low_of(words[2][0]) + low_of(words[2][1]);
-    new_value[1] = high_of(words[2][0]) + high_of(words[2][1]);
   }
   bar_sync(STEP_DONE + (own ? OWN_ATTENTION : CROSS_ATTENTION), 32 * (WARPS + 1));
   float best = newest;

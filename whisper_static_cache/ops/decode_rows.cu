@@ -710,24 +710,8 @@ __device__ __forceinline__ void finish_run(const Arguments& a, const State& s, c
   float newest = NOTHING, new_value[2] = {};
   if (with_newest) {
     const u16* from = a.heads + row * 2 * (3 * WIDTH) + head * 64 + lane % 8 * 8 + lane / 8 * 2;
-    u32 words[3][2] = {}, missing = 63;
-    Patience patience;
-    do {
-#pragma unroll
-      for (int i = 0; i < 6; i++)
-        if (missing >> i & 1) words[i / 2][i % 2] = peek4(from + i / 2 * WIDTH + i % 2 * (3 * WIDTH));
-#pragma unroll
-      for (int i = 0; i < 6; i++)
-        if (fresh(words[i / 2][i % 2], s.tag)) missing &= ~(1u << i);
-      patience.spend();
-    } while (__any_sync(~0u, missing));
-    float dot = (low_of(words[0][0]) + low_of(words[0][1])) * (low_of(words[1][0]) + low_of(words[1][1])) +
-                (high_of(words[0][0]) + high_of(words[0][1])) * (high_of(words[1][0]) + high_of(words[1][1]));
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) dot += __shfl_xor_sync(~0u, dot, step);
+    const float dot = newest_key(from, s.tag, new_value);
     if (sh.valid[row][s.slot]) newest = dot;
-    new_value[0] = low_of(words[2][0]) + low_of(words[2][1]);
-    new_value[1] = high_of(words[2][0]) + high_of(words[2][1]);
   }
   float best = newest, all[8] = {}, total = 0;
 #pragma unroll
