@@ -121,6 +121,30 @@ KERNEL(product) {
     for (int i = 0; i < 4; i++) x.out[from + at[i]] = __float_as_uint(c[i]);
 }
 
+// a: the bytes of a matrix of 16 rows of 32, then of one of 32 rows of 8; b: 16 rows of 8 integers to add.
+KERNEL(product_of_bytes) {
+    const u8* left = reinterpret_cast<const u8*>(x.a) + threadIdx.x / 32 * 768;
+    const u8* right = left + 512;
+    const u32 group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
+    auto row_word = [&](u32 row, u32 k) {
+        u32 word = 0;
+        for (u32 i = 0; i < 4; i++) word |= u32(left[row * 32 + k + i]) << 8 * i;
+        return word;
+    };
+    auto column_word = [&](u32 k) {
+        u32 word = 0;
+        for (u32 i = 0; i < 4; i++) word |= u32(right[(k + i) * 8 + group]) << 8 * i;
+        return word;
+    };
+    const u32 from = threadIdx.x / 32 * 128;
+    int c[4], d[4];
+    for (u32 i = 0; i < 4; i++) c[i] = x.b[from + (group + i / 2 * 8) * 8 + 2 * member + i % 2];
+    const u32 k = 4 * member;
+    multiply_bytes(d, row_word(group, k), row_word(group + 8, k), row_word(group, k + 16), row_word(group + 8, k + 16),
+                   column_word(k), column_word(k + 16), c);
+    for (u32 i = 0; i < 4; i++) x.out[from + (group + i / 2 * 8) * 8 + 2 * member + i % 2] = d[i];
+}
+
 KERNEL(elementwise) {
     for (int i = threadIdx.x; i < x.n; i += blockDim.x) {
         const u32 a = x.a[i], b = x.b ? x.b[i] : 0;
@@ -360,6 +384,16 @@ def test_multiply(libraries, bf16):
     left, right = halves[:, :256].reshape(7, 16, 16), halves[:, 256:].reshape(7, 16, 8)
     reference = left @ right + added.double().numpy()
     np.testing.assert_allclose(out.view(np.float32).reshape(7, 16, 8), reference, rtol=0, atol=1e-5)
+
+
+def test_multiply_bytes(library):
+    generator = np.random.default_rng(0)
+    factors = generator.integers(0, 256, (7, 768), dtype=np.uint8)
+    added = generator.integers(-(2**20), 2**20, (7, 16, 8), dtype=np.int32)
+    operands = {"a": copied(factors), "b": copied(added.view(np.uint32)), "out": aligned(7 * 128)}
+    out = library.run("product_of_bytes", 1, 7 * 32, **operands)
+    left, right = factors[:, :512].reshape(7, 16, 32).astype(np.int64), factors[:, 512:].view(np.int8).reshape(7, 32, 8)
+    np.testing.assert_array_equal(out.view(np.int32).reshape(7, 16, 8), left @ right.astype(np.int64) + added)
 
 
 def rounded(values, bf16):

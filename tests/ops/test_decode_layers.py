@@ -192,6 +192,12 @@ SMALL = ops.Shape(128, 512, 2, 300, 50, False, 16, 0, 12, 120_000)
         {"bits": 3, "group_size": 32},
         {"bits": 2, "group_size": 16},
         {"bits": 1.58, "group_size": 16},
+        {"bits": 1.58, "group_size": 64, "bfloat16": True},
+        # Weights that go around a ring, as they do not fit into shared memory.
+        {"memory": 72_000},
+        {"bits": 4, "group_size": 64, "memory": 50_000},
+        # Runs of one group in one warp.
+        {"bits": 4, "group_size": 64, "width": 1024, "ffn": 1024, "programs": 66, "memory": 200_000},
         # Programs that have none of the hidden layer.
         {"ffn": 192, "programs": 16, "layers": 4},
         {"batch": 3, "ffn": 192, "programs": 16, "layers": 4},

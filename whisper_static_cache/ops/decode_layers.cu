@@ -9,8 +9,9 @@
 // into a ring in shared memory, several products ahead; low-bit ones are unpacked while the program would only wait.
 //
 // Products run on the tensor cores: a tile of the weight, eight columns of activations. One row of a batch needs one
-// column; the others hold what single half-precision numbers cannot, the remainders of the activations, and what has
-// scales of its own. Low-bit weights are multiplied as integers, exactly, and their scales applied to the sums.
+// column; the others hold what single half-precision numbers cannot, the remainders of the activations. Packed weights
+// are multiplied as the integers that they are, by activations made integers of three digits, exactly; scales are
+// applied to the sums. (For several rows they are made halves, and columns are rows.)
 //
 // Built by NVRTC without headers. Constants that the launcher defines:
 //   WIDTH, FFN, HEADS (of 64), LAYERS, SLOTS, SOURCE (keys of cross-attention), BATCH (rows), BEAMS (of these that share
@@ -132,6 +133,9 @@ __device__ __forceinline__ void many_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
 #endif
 }
+// A pointer is computed here, and not where it is used.
+template <class T>
+__device__ __forceinline__ void settle(T*& p) { asm volatile("" : "+l"(p)); }
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
@@ -162,6 +166,23 @@ __device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, 
                ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
+// d = a b + c of bytes: a 16 x 32 without sign, b 32 x 8 with one.
+__device__ __forceinline__ void multiply_bytes(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1,
+                                               const int (&c)[4]) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%11,%12,%13};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+}
+__device__ __forceinline__ u32 largest_of_warp(u32 x) {
+  u32 y;
+  asm volatile("redux.sync.max.u32 %0,%1,0xffffffff;" : "=r"(y) : "r"(x));
+  return y;
+}
+__device__ __forceinline__ u32 larger_of_pairs(u32 a, u32 b) {
+  u32 c;
+  asm("max.u16x2 %0,%1,%2;" : "=r"(c) : "r"(a), "r"(b));
+  return c;
+}
 // Two floats as a pair of halves, the first in the low one; a half as a float; pairs' arithmetic, rounded once.
 __device__ __forceinline__ u32 pack(float low, float high) {
   u32 pair;
@@ -185,7 +206,20 @@ __device__ __forceinline__ u32 half_fma(u32 a, u32 b, u32 c) {
 
 #else
 #define thread() ((u32)threadIdx.x)
+template <class T>
+inline void settle(T*&) {}
 #define program() ((int)blockIdx.x)
+inline u32 largest_of_warp(u32 x) {
+  for (int step = 1; step < 32; step *= 2) {
+    const u32 other = __shfl_xor_sync(~0u, x, step);
+    x = x < other ? other : x;
+  }
+  return x;
+}
+inline u32 larger_of_pairs(u32 a, u32 b) {
+  const u32 low = (a & 0xFFFF) > (b & 0xFFFF) ? a : b, high = a >> 16 > b >> 16 ? a : b;
+  return (low & 0xFFFF) | (high & 0xFFFF0000);
+}
 #endif  // EMULATED
 
 __device__ __forceinline__ void load16(u32 (&r)[4], const u8* at) {
@@ -249,32 +283,40 @@ constexpr int CROSS_RUN = ratio(SOURCE, CROSS_SPLITS);
 // Of several rows there are many keys, which come by 64 at least.
 constexpr int KEYS_AT_LEAST = 256 * (BATCH > 1 ? 64 : up(ratio(CROSS_RUN, 4), 8));
 constexpr int ROW_AT_LEAST = most(row_bytes(WIDTH), KEYS_AT_LEAST / ROWS - 5 * groups(FFN));
-constexpr int PART = PARTED ? most(ROW_AT_LEAST / (WARPS * RUN_BYTES), 1) : turns(FFN);
-constexpr int parts(int depth) { return depth == WIDTH ? 1 : ratio(turns(depth), PART); }
-constexpr int part_bytes(int depth) { return parts(depth) == 1 ? row_bytes(depth) : PART * WARPS * RUN_BYTES; }
 // Rows in shared memory lie so that lanes served together meet different banks: two rows of 64 bytes, four of 32.
-constexpr int stride(int depth) {
-  return BITS == 16 ? up(part_bytes(depth) + 64, 128) - 64 : up(part_bytes(depth) + 96, 128) - 96;
-}
-static_assert(stride(WIDTH) >= part_bytes(WIDTH) && stride(FFN) >= part_bytes(FFN), "");
+constexpr int stride_of(int bytes) { return BITS == 16 ? up(bytes + 64, 128) - 64 : up(bytes + 96, 128) - 96; }
 // Behind the rows: scales, zero points, two vectors, each from the multiple of 16 bytes at or below its first element.
 // Those of the second feed-forward product lie a little further apart where a row of them is a multiple of 64 bytes:
 // four or eight rows would meet the same bank.
 constexpr bool APART = BITS != 16 && groups(FFN) * 2 % 64 == 0;
 constexpr int meta_stride(int depth) { return groups(depth) * 2 + (depth == FFN && APART ? 16 : 0); }
 constexpr int meta_bytes(int depth) { return BITS == 16 ? 0 : up(ROWS * meta_stride(depth), 16) + 16; }
-constexpr int scales_at(int depth) { return ROWS * stride(depth); }
 constexpr int vector_bytes = up(ROWS * 4, 16) + 16;
+constexpr int behind_rows(int depth) { return 2 * meta_bytes(depth) + 2 * vector_bytes; }
+
+// Where all of a layer's weights and keys fit into shared memory, each step has a home of its own there, which its next
+// layer's fill as soon as they have been read. Else chunks follow each other around a ring.
+constexpr int FFN_CHUNKS = ratio(ROWS_FFN, ROWS);
+constexpr int HOME = up(ROWS * stride_of(row_bytes(WIDTH)) + behind_rows(WIDTH), 128);
+constexpr int KEYS_PIECE = up(ratio(CROSS_RUN, 4), 8), KEYS_HOME = ratio(CROSS_RUN, KEYS_PIECE) * KEYS_PIECE * 256;
+constexpr int HIDDEN_HOME = up(ROWS * stride_of(row_bytes(FFN)) + behind_rows(FFN), 128);
+constexpr int HOMES = (6 + FFN_CHUNKS) * HOME + KEYS_HOME + HIDDEN_HOME;
+constexpr bool AT_HOME = BATCH == 1 && HOMES + 3 * FFN + 13 * 1024 <= MEMORY;  // As much is for `Shared`.
+constexpr int PART = PARTED && !AT_HOME ? most(ROW_AT_LEAST / (WARPS * RUN_BYTES), 1) : turns(FFN);
+constexpr int parts(int depth) { return depth == WIDTH ? 1 : ratio(turns(depth), PART); }
+constexpr int part_bytes(int depth) { return parts(depth) == 1 ? row_bytes(depth) : PART * WARPS * RUN_BYTES; }
+constexpr int stride(int depth) { return stride_of(part_bytes(depth)); }
+static_assert(stride(WIDTH) >= part_bytes(WIDTH) && stride(FFN) >= part_bytes(FFN), "");
+constexpr int scales_at(int depth) { return ROWS * stride(depth); }
 constexpr int vectors_at(int depth) { return scales_at(depth) + 2 * meta_bytes(depth); }
 constexpr int chunk_bytes(int depth) { return vectors_at(depth) + 2 * vector_bytes; }
 
-constexpr int CHUNK = up(most(most(chunk_bytes(WIDTH), chunk_bytes(FFN)), KEYS_AT_LEAST), 128);
+constexpr int CHUNK = AT_HOME ? HOME : up(most(most(chunk_bytes(WIDTH), chunk_bytes(FFN)), KEYS_AT_LEAST), 128);
 #if BATCH == 1
-constexpr int CHUNK_KEYS = CHUNK / 256 / 8 * 8, KEY_CHUNKS = ratio(CROSS_RUN, CHUNK_KEYS);
+constexpr int CHUNK_KEYS = AT_HOME ? KEYS_PIECE : CHUNK / 256 / 8 * 8, KEY_CHUNKS = ratio(CROSS_RUN, CHUNK_KEYS);
 #else
 constexpr int KEY_CHUNKS = 1;
 #endif
-constexpr int FFN_CHUNKS = ratio(ROWS_FFN, ROWS);
 constexpr int MOST_ROWS = up(most(3 * ROWS, FFN_CHUNKS * ROWS), 16);
 
 // What is done for a layer, in this order; the products' weights are fetched in the same.
@@ -299,6 +341,10 @@ enum {
 constexpr int weight_of(int product) { return product == QKV ? 0 : product < CROSS_ATTENTION ? product + 1 : product; }
 constexpr int norm_of(int product) { return product < QUERY ? 0 : product < FC1 ? 1 : 2; }
 constexpr int side_of(int product) { return from_stream(product) ? 0 : 1; }  // Sums alternate.
+constexpr int home_of(int step) {
+  return step == QKV ? 0 : step == OWN_OUT ? 3 * HOME : step == QUERY ? 4 * HOME : step == CROSS_ATTENTION ? 5 * HOME :
+         KEYS_HOME + (step == CROSS_OUT ? 5 * HOME : step == FC1 ? 6 * HOME : (6 + FFN_CHUNKS) * HOME);
+}
 
 // Whether this program gives anything of a product with the stream. Who does not must not wait for the stream: nobody
 // waits for him, and the next stream may come before he has read this one.
@@ -320,11 +366,22 @@ static_assert(BATCH > 1 || finishers(QKV) <= FINISHERS && finishers(FC1) <= FINI
 // Named barriers: one for each product and attention, of those that multiply with those that finish; and one for the
 // way back.
 enum { TABLES = 1, STEP_DONE = 2, PUBLISHED = STEP_DONE + STEPS };
-// Of a product with `WIDTH` elements a warp takes `OWN` runs of all rows. Of those that are left over, fewer than there
-// are warps, each is shared by `SHARERS` warps: one takes the first eight rows, the next the second, and so on around.
+// Of a product with `WIDTH` elements a warp takes `OWN` runs. Those that are left over, fewer than there are warps, are
+// shared: packed ones, and those of several rows, by their blocks, which are dealt to the warps one after another; in 16
+// bits and for one row each by `SHARERS` warps, of which one takes the first eight rows, the next the second, and so on
+// around.
 constexpr int OWN = runs(WIDTH) / WARPS, LEFT = runs(WIDTH) % WARPS, SHARERS = LEFT ? WARPS / LEFT : 1;
-constexpr int OWN_BLOCKS = OWN * DIGITS, BLOCKS = turns(WIDTH) * DIGITS;  // Without and with those of a shared run.
+// Two runs of packed weights that have a group in common go to one warp, one behind the other.
+constexpr bool fuses(int depth) {
+  return BITS != 16 && GROUP % 64 == 0 && plane(depth) % 64 == 0 && runs(depth) / WARPS % 2 == 0;
+}
+constexpr int FUSED = BATCH == 1 && fuses(WIDTH) ? 2 : 1;
+constexpr int OWN_BLOCKS = OWN * DIGITS, LATE = ratio(LEFT * DIGITS, WARPS), OF_WARP = OWN_BLOCKS + LATE;
 constexpr int HIDDEN_BLOCKS = turns(FFN) * DIGITS;
+// What packed integers are multiplied by, for one row: activations as integers of this many digits of base 256.
+constexpr int DIGITS_OF_X = 3;
+// Eights of rows of the large products, of both or of one of them; the others have two.
+constexpr int MOST_EIGHTS = ratio(most(3, FFN_CHUNKS) * ROWS, 8), LEAST_EIGHTS = ratio(least(3, FFN_CHUNKS) * ROWS, 8);
 #if BATCH > 1
 // Rows in eights: columns of products. Sums of so many columns lie so that those of four pairs of features do not meet
 // the same banks.
@@ -349,12 +406,17 @@ struct Shared {
   union {
     alignas(16) float runs[WARPS][64 + 4];
     // A warp's activations on their way to the lanes that multiply them: blocks of the hidden layer; of the stream and
-    // of attention's result each block's halves and remainders.
+    // of attention's result each block's halves and remainders, or its digits.
+#if BITS == 16
     alignas(16) u16 hidden[WARPS][HIDDEN_BLOCKS][32];
-    alignas(16) u16 staged[WARPS][BLOCKS][2][32];
+    alignas(16) u16 staged[WARPS][OF_WARP][2][32];
+#else
+    alignas(16) u8 staged[WARPS][most(OF_WARP, HIDDEN_BLOCKS)][DIGITS_OF_X][32];
+#endif
   };
   alignas(16) float tops[WARPS], totals[WARPS];
   alignas(16) float2 moments[WARPS];  // Of the stream, from the programs that a warp asks.
+  alignas(8) uint2 lines[2 * 8 * MOST_EIGHTS];
   u64 caches[LAYERS][4];
   float eps[LAYERS][3];
   u8 valid[SLOTS];
@@ -364,7 +426,9 @@ struct Shared {
 constexpr int IN_RING = least((MEMORY - (int)sizeof(Shared)) / CHUNK, RINGS);
 constexpr int IN_FLIGHT = most(least(FLIGHT_BYTES / CHUNK, IN_RING - 1), 1);
 constexpr int MOST_CHUNKS = most(most(FFN_CHUNKS, KEY_CHUNKS), most(parts(FFN), 3));
-static_assert(IN_RING > MOST_CHUNKS, "a step exceeds the shared memory");
+constexpr int SHARED_AT = AT_HOME ? HOMES : IN_RING * CHUNK;
+static_assert(AT_HOME || IN_RING > MOST_CHUNKS, "a step exceeds the shared memory");
+static_assert(SHARED_AT + (int)sizeof(Shared) <= MEMORY, "");
 
 // What all programs read is there four times: a line that all of them ask for at once keeps its part of the L2 cache
 // busy for longer than the way there takes.
@@ -459,28 +523,54 @@ struct Pointers {
   }
 };
 
-// Room for the next chunk, when few enough are on their way; its barrier expects `bytes`.
+// At home a step's chunks have a barrier in common, but for pieces of keys.
+__device__ __forceinline__ u32 home_barrier(Shared& sh, int step, int chunk) {
+  return shared_address(&sh.full[step == CROSS_ATTENTION ? STEPS + chunk : step]);
+}
+// Where the fetching warp is.
+struct Fetching {
+  Cursor cursor, landed;
+  int issued = 0, layer = 0;
+  // At home: the barriers of what was fetched last, with their layers.
+  u32 last = 0, last_but_one = 0;
+  int last_layer = 0, last_but_one_layer = 0;
+};
+// Room for a chunk of a step, when few enough are on their way; its barrier expects `bytes`. Where the chunk goes.
 template <class Prefetch>
-__device__ __forceinline__ u32 make_room(Shared& sh, const Cursor& cursor, Cursor& landed, int& issued, u32 bytes,
+__device__ __forceinline__ u32 make_room(Shared& sh, Fetching& f, int step, int chunk, u32 bytes, u32& barrier,
                                          Prefetch prefetch_it) {
   // Few bytes on their way keep the memory busy. More would only stand in front of what the programs exchange.
-  if (issued++ >= IN_FLIGHT) {
-    await(shared_address(&sh.full[landed.place]), landed.phase);
-    landed.next();
+  u32 at, empty, phase;
+  bool first = true;
+  if (AT_HOME) {
+    at = home_of(step) + chunk * (step == CROSS_ATTENTION ? KEYS_PIECE * 256 : CHUNK);
+    empty = shared_address(&sh.empty[step]), phase = f.layer & 1, barrier = home_barrier(sh, step, chunk);
+    first = chunk == 0;
+    if (f.last != barrier) {
+      if (f.last_but_one) await(f.last_but_one, f.last_but_one_layer & 1);
+      f.last_but_one = f.last, f.last_but_one_layer = f.last_layer, f.last = barrier, f.last_layer = f.layer;
+    }
+  } else {
+    if (f.issued++ >= IN_FLIGHT) {
+      await(shared_address(&sh.full[f.landed.place]), f.landed.phase);
+      f.landed.next();
+    }
+    at = f.cursor.place * CHUNK, barrier = shared_address(&sh.full[f.cursor.place]);
+    empty = shared_address(&sh.empty[f.cursor.place]), phase = f.cursor.phase;
+    f.cursor.next();
   }
   // The first round finds every place empty. In 16 bits the ring holds less than half a layer: what has to wait for
   // room goes as far as the L2 cache meanwhile.
-  if (BITS == 16 && !barrier_try(shared_address(&sh.empty[cursor.place]), cursor.phase ^ 1)) prefetch_it();
-  await(shared_address(&sh.empty[cursor.place]), cursor.phase ^ 1);
-  const u32 barrier = shared_address(&sh.full[cursor.place]);
+  if (BITS == 16 && first && !barrier_try(empty, phase ^ 1)) prefetch_it();
+  if (first) await(empty, phase ^ 1);
   if (thread() % 32 == 0) barrier_expect(barrier, bytes);
   __syncwarp();
-  return barrier;
+  return at;
 }
 
 // A chunk's copies: lanes below 16 take a row each, the next four what lies behind the rows.
-__device__ __forceinline__ void fetch_chunk(const Pointers& p, Shared& sh, u32 memory, Cursor& cursor, Cursor& landed,
-                                            int& issued, int product, int chunk) {
+__device__ __forceinline__ void fetch_chunk(const Pointers& p, Shared& sh, u32 memory, Fetching& f, int product,
+                                            int chunk) {
   const int lane = thread() % 32;
   const bool deep = product == FC2;
   int first = program() * (product == FC1 ? ROWS_FFN : ROWS), count = (product == FC1 ? FFN : WIDTH) - first;
@@ -523,61 +613,66 @@ __device__ __forceinline__ void fetch_chunk(const Pointers& p, Shared& sh, u32 m
   const bool row_by_row = APART && deep && chunk == 0;
   constexpr int META = groups(FFN) * 2;
   if (row_by_row) all += 2 * count * META;
-  const u32 barrier = make_room(sh, cursor, landed, issued, all, [&] {
+  u32 barrier;
+  const u32 place = memory + make_room(sh, f, product, chunk, all, barrier, [&] {
     if (size) prefetch(base + from, size);
   });
-  if (size) copy_async(memory + cursor.place * CHUNK + at, base + from, size, barrier);
+  if (size) copy_async(place + at, base + from, size, barrier);
   if (row_by_row) {
 #pragma unroll
     for (int zeros = 0; zeros < 2; zeros++) {
       const u8* metas = p.at((zeros ? ZEROS : SCALES) + matrix) + (long long)(first + lane) * META;
       const int to = scales_at(FFN) + zeros * meta_bytes(FFN) + lane * meta_stride(FFN);
-      if (lane < count) copy_async(memory + cursor.place * CHUNK + to, metas, META, barrier);
+      if (lane < count) copy_async(place + to, metas, META, barrier);
     }
   }
-  cursor.next();
 }
 
 #if BATCH == 1
 // Keys and values of cross-attention: the first lane copies keys, the second values.
-__device__ __forceinline__ void fetch_keys(const Pointers& p, Shared& sh, u32 memory, Cursor& cursor, Cursor& landed,
-                                           int& issued, int chunk) {
+__device__ __forceinline__ void fetch_keys(const Pointers& p, Shared& sh, u32 memory, Fetching& f, int chunk) {
   const int lane = thread() % 32;
   const Span keys = keys_of(false, 0);
   const int begin = chunk * CHUNK_KEYS, size = most(least(keys.count - begin, CHUNK_KEYS), 0) * 128;
   const u8* from = p.at(CROSS_KEYS + lane % 2) + ((long long)(program() % HEADS) * SOURCE + keys.first + begin) * 128;
   const bool copies = lane < 2 && size;
-  const u32 barrier = make_room(sh, cursor, landed, issued, 2 * size, [&] {
+  u32 barrier;
+  const u32 place = memory + make_room(sh, f, CROSS_ATTENTION, chunk, 2 * size, barrier, [&] {
     if (copies) prefetch(from, size);
   });
-  if (copies) copy_async(memory + cursor.place * CHUNK + lane * (CHUNK_KEYS * 128), from, size, barrier);
-  cursor.next();
+  if (copies) copy_async(place + lane * (CHUNK_KEYS * 128), from, size, barrier);
 }
 
 // The fetching warp: every chunk of every layer, as soon as there is room for it.
 __device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory, int slot) {
   const int lane = thread() % 32;
-  Cursor cursor, landed;
-  int issued = 0;
+  Fetching f;
   Pointers p, ahead;
   ahead.load(a.table, 0);
 #pragma unroll 1
   for (int layer = 0; layer < LAYERS; layer++) {
+    f.layer = layer;
     p = ahead;
     ahead.load(a.table, layer + 1);
     // Self-attention's keys and values are loaded into registers when their turn comes, from the L2 cache by then.
     const Span own = keys_of(true, slot);
     const u8* cache = p.at(KEYS + lane % 2) + ((long long)(program() % HEADS) * SLOTS + own.first) * 128;
     if (lane < 2 && attends(true) && own.count > 0) prefetch(cache, own.count * 128);
+    // At home half of the keys comes behind the next weights: all together would be in the way of the words that are
+    // waited for.
+    constexpr int FIRST_KEYS = AT_HOME ? least(2, KEY_CHUNKS) : KEY_CHUNKS;
+    auto fetch_some = [&](int from, int to) {
+      if (!attends(false)) return;
+#pragma unroll 1
+      for (int chunk = from; chunk < to; chunk++) fetch_keys(p, sh, memory, f, chunk);
+    };
 #pragma unroll 1
     for (int step = 0; step < STEPS; step++) {
-      if (step == CROSS_ATTENTION && attends(false))
-#pragma unroll 1
-        for (int chunk = 0; chunk < KEY_CHUNKS; chunk++) fetch_keys(p, sh, memory, cursor, landed, issued, chunk);
+      if (step == CROSS_ATTENTION) fetch_some(0, FIRST_KEYS);
       if (!is_attention(step))
 #pragma unroll 1
-        for (int chunk = 0; chunk < chunks_of(step); chunk++)
-          fetch_chunk(p, sh, memory, cursor, landed, issued, step, chunk);
+        for (int chunk = 0; chunk < chunks_of(step); chunk++) fetch_chunk(p, sh, memory, f, step, chunk);
+      if (step == CROSS_OUT) fetch_some(FIRST_KEYS, KEY_CHUNKS);
     }
   }
 }
@@ -586,15 +681,7 @@ __device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory
 
 // -- Low-bit integers ----------------------------------------------------------------------------------------------
 
-// An integer's bits are those of a subnormal float16, q * 2 ** -24: the tensor cores take it as it is, exactly, and the
-// sums make good the factor. Subnormals of bfloat16 are too small for sums in float32: there integers sit in the mantissa
-// of `ORIGIN`, 128, from which they are taken by one instruction. A digit stays where it lies in its byte if the mantissa
-// has room for it there, and is else moved down.
-constexpr u32 ORIGIN = BF16 ? 0x43004300 : 0;
-constexpr int MANTISSA = BF16 ? 7 : 10, EXPONENT_OF_ONE = BF16 ? 127 : 15;
 constexpr int LOW_BITS = BITS == 3 ? 2 : BITS == 158 ? 8 : BITS;  // That a byte of the first plane holds of a digit.
-constexpr bool stays(int digit) { return BITS != 158 && LOW_BITS * digit + BITS <= MANTISSA; }
-constexpr int place_of(int digit) { return stays(digit) ? LOW_BITS * digit : 0; }
 constexpr u32 twice(u32 half) { return half * 0x10001u; }
 
 // Two bytes in 16-bit halves, divided by 3 ** power: by multiplication, exact below 256.
@@ -604,54 +691,31 @@ __device__ __forceinline__ u32 third(u32 pair, int power) {
   return (pair * factor >> shift) & (0xFFFFu >> shift) * 0x10001u;
 }
 
-// What a lane holds of a run: eight packed bytes and, in 3 bits, the eight that hold the high bits, of the even bytes
-// and of the odd ones, moved to where they belong if a digit stays.
+// What a lane holds of a run: eight packed bytes and, in 3 bits, the eight that hold the high bits, moved to where they
+// belong. For one row: of the first three digits and of the last; for several: of the even bytes and of the odd ones.
 struct Packed {
   u32 raw[2], high[2][2];
 };
 
-// Digit `digit` of eight packed bytes as halves, in float16 times 2 ** (place_of(digit) - 24): pairs of the first and
-// third byte of a word, of the second and fourth.
-__device__ __forceinline__ void integers(u32 (&q)[4], const Packed& packed, int digit) {
-#pragma unroll
-  for (int i = 0; i < 2; i++)
-#pragma unroll
-    for (int odd = 0; odd < 2; odd++) {
-      u32& to = q[2 * i + odd];
-      const u32 word = packed.raw[i];
-      if (BITS == 8 && BF16) {
-        // Beyond bfloat16's mantissa: through float32's, where the same trick takes 23 bits.
-        const float low = __uint_as_float(byte_permute(word, 0x4B000000, odd ? 0x7441 : 0x7440));
-        const float high = __uint_as_float(byte_permute(word, 0x4B000000, odd ? 0x7443 : 0x7442));
-        to = pack(low - 8388608.0f, high - 8388608.0f);
-        continue;
-      }
-      const int place = place_of(digit);
-      if (BITS == 158) {
-        const u32 pair = word >> 8 * odd & 0x00FF00FF;
-        to = third(pair, digit);
-        if (digit < 4) to -= 3 * third(pair, digit + 1);
-        to |= ORIGIN;
-      } else {
-        to = and_or(word >> (8 * odd + LOW_BITS * digit - place), twice(((1 << LOW_BITS) - 1) << place), ORIGIN);
-        if (BITS == 3) to = and_or(packed.high[i][odd] >> (2 * digit - place), twice(4 << place), to);
-      }
-      // Times 2 ** -place, less the origin: exact.
-      if (BF16)
-        to = half_fma(to, twice(EXPONENT_OF_ONE - place << MANTISSA),
-                      twice(0x8000 | EXPONENT_OF_ONE + MANTISSA - place << MANTISSA));
-    }
-}
-
 // The next `chunks` chunks are there; the place of the first.
 __device__ __forceinline__ int take(Shared& sh, Cursor& cursor, int chunks) {
   const int place = cursor.place;
-#pragma unroll 1
-  for (int chunk = 0; chunk < chunks; chunk++) {
-    await(shared_address(&sh.full[cursor.place]), cursor.phase);
-    cursor.next();
+  Patience patience;
+  while (true) {
+    // All are looked at, one behind the other, before any answer is waited for.
+    bool there = true;
+    Cursor at = cursor;
+#pragma unroll
+    for (int chunk = 0; chunk < MOST_CHUNKS; chunk++) {
+      if (chunk < chunks) there &= barrier_try(shared_address(&sh.full[at.place]), at.phase);
+      if (chunk < chunks) at.next();
+    }
+    if (there) {
+      cursor = at;
+      return place;
+    }
+    patience.spend();
   }
-  return place;
 }
 
 // The warp has read what it needs of the chunks from `place` on.
@@ -663,6 +727,7 @@ __device__ __forceinline__ void release(Shared& sh, int place, int chunks) {
 }
 
 __device__ __forceinline__ u32 base_of(u32 place, u32 chunk) {
+  if (AT_HOME) return place + chunk * CHUNK;
   const u32 at = place + chunk;
   return (at < IN_RING ? at : at - IN_RING) * CHUNK;
 }
@@ -680,8 +745,27 @@ __device__ __forceinline__ void load_packed(Packed& packed, u32 row, int at, int
     u32 high[2];
     load8(high, memory + row + PLANE + in_plane - upper * HIGH);
 #pragma unroll
-    for (int i = 0; i < 2; i++) packed.high[i][0] = high[i] << (2 - upper), packed.high[i][1] = high[i] >> (6 + upper);
+    for (int i = 0; i < 2; i++) {
+      packed.high[i][0] = high[i] << (2 - upper), packed.high[i][1] = high[i] >> (BATCH == 1 ? upper : 6 + upper);
+    }
   }
+}
+
+// Where a warp's block of `WIDTH` elements is: the run, the digit, and whether there is such a block.
+struct Block {
+  int run, digit;
+  bool there;
+};
+__device__ __forceinline__ Block block_of(int b) {
+  const int warp = thread() / 32;
+  if (b < OWN_BLOCKS) return {(b / (DIGITS * FUSED) * WARPS + warp) * FUSED + b % FUSED, b / FUSED % DIGITS, true};
+  const int late = (b - OWN_BLOCKS) * WARPS + warp;
+  return {OWN * WARPS + late / DIGITS, late % DIGITS, late < LEFT * DIGITS};
+}
+// The first of a lane's eight elements of it.
+template <int DEPTH>
+__device__ __forceinline__ int element_of(int run, int digit) {
+  return digit * plane(DEPTH) + run * 32 + thread() % 4 * 8;
 }
 
 // Four lanes hold sums for the same eight dimensions: each ends up with two.
@@ -731,45 +815,64 @@ struct State {
   float residual;       // Of the feature that this thread finishes.
 };
 
-// Float32 values as halves and remainders, of which both carry the tag, for features `n` and `n + 1`: two lanes finish
-// a feature, and of the four lanes of a pair each publishes a copy. The tag costs the half a bit that the remainder
-// makes good.
-__device__ __forceinline__ void publish_split(u16* halves, int total, int copies, int n, float value, float other,
-                                              bool there, u32 tag) {
-  const int copy = thread() % 4;
-  const float first = copy & 2 ? other : value, second = copy & 2 ? value : other;
-  if (there && copy < copies) {
+// What a step's fetching has brought is there: the place of its first chunk. And it has been read.
+__device__ __forceinline__ int take(Shared& sh, State& s, int step, int chunks) {
+  if (!AT_HOME) return take(sh, s.cursor, chunks);
+  // A layer's tag and its barriers' parity alternate alike.
+  const int barriers = step == CROSS_ATTENTION ? KEY_CHUNKS : 1;
+  for (int piece = 0; piece < barriers; piece++) await(home_barrier(sh, step, piece), s.tag ^ 1);
+  return home_of(step);
+}
+__device__ __forceinline__ void release(Shared& sh, int place, int step, int chunks) {
+  if (!AT_HOME) return release(sh, place, chunks);
+  __syncwarp();
+  if (thread() % 32 == 0) barrier_arrive(shared_address(&sh.empty[step]));
+}
+
+// Float32 values of two features as halves and, `rests` behind them, remainders, of which both carry the tag: two lanes
+// finish a feature, and of the four lanes of a pair each publishes a copy. The tag costs the half a bit that the
+// remainder makes good.
+__device__ __forceinline__ void publish_split(u16* to, int rests, int lane, float value, float other, bool there,
+                                              u32 tag) {
+  const float first = lane & 2 ? other : value, second = lane & 2 ? value : other;
+  if (there) {
     u32 half = tagged(pack(first, second), tag);
     u32 rest = tagged(pack(first - low_of(half), second - high_of(half)), tag);
-    halves += copy * 2 * total + (n & ~1);
-    poke4(halves, half);
-    poke4(halves + total, rest);
+    poke4(to, half);
+    poke4(to + rests, rest);
   }
 }
 
+// Where a lane of a finishing warp publishes the residual stream, and the moments of the program's features.
+struct StreamPlace {
+  u16* to;
+  float* stats;
+  bool copies, gives;  // A program's first feature is there if any is.
+};
+__device__ __forceinline__ StreamPlace stream_place(const Arguments& a, int n, int lane) {
+  return {a.stream + lane % 4 * (2 * WIDTH) + (n & ~1), (float*)(a.stats + lane / 2 * STATS + program()) + lane % 2,
+          lane % 4 < COPIES, share(WIDTH, ROWS).count > 0 && lane < 2 * COPIES};
+}
 // The residual stream times the gain of the layer norm that reads it, and what that norm's moments need. Of the last
 // layer for the head, which is a kernel of its own.
-__device__ __forceinline__ void publish_stream(const Arguments& a, const State& s, int n, float gain, bool there,
-                                               bool last) {
+__device__ __forceinline__ void publish_stream(const Arguments& a, const State& s, const StreamPlace& place, int n,
+                                               int lane, float gain, bool there, bool last) {
   const float x = s.residual;
-  const int lane = thread() % 32;
   const float value = x * gain * SHRINK, other = __shfl_xor_sync(~0u, value, 2);
   // Of the two lanes of a feature, one adds up the values and the other their squares. The stream is published while
   // the shuffles are on their way.
   float sum = !there ? 0 : lane % 2 ? x * x : x;
   sum += __shfl_xor_sync(~0u, sum, 2);
   const float next = __shfl_xor_sync(~0u, sum, 4);
-  if (!last) publish_split(a.stream, WIDTH, COPIES, n, value, other, there, s.stream_tag);
+  if (!last) publish_split(place.to, WIDTH, lane, value, other, there && place.copies, s.stream_tag);
   sum += next;
   sum += __shfl_xor_sync(~0u, sum, 8);
   sum += __shfl_xor_sync(~0u, sum, 16);
-  // A program's first feature is there if any is.
-  const bool gives = share(WIDTH, ROWS).count > 0;
   if (last) {
     if (there && lane % 2 == 0) a.gained[n] = x * gain;
     if (there && lane < 2) a.last_stats[lane * GIVERS + program()] = sum;
-  } else if (gives && lane < 2 * COPIES) {
-    poke4((float*)(a.stats + lane / 2 * STATS + program()) + lane % 2, tagged(__float_as_uint(sum), s.stream_tag));
+  } else if (place.gives) {
+    poke4(place.stats, tagged(__float_as_uint(sum), s.stream_tag));
   }
 }
 
@@ -779,13 +882,16 @@ static_assert(PAIRS <= 16, "");
 struct Moments {
   uint4 two;
   bool missing;
-  __device__ __forceinline__ int at() const { return 2 * (thread() / 32 * PAIRS + thread() % 32); }
+  static __device__ __forceinline__ int at() { return 2 * (thread() / 32 * PAIRS + thread() % 32); }
+  static __device__ __forceinline__ const float2* from(const Arguments& a) {
+    return a.stats + program() % COPIES * STATS + at();
+  }
   __device__ __forceinline__ void expect(bool any) {
     two = {};
     missing = any && thread() % 32 < PAIRS && at() < GIVERS;
   }
-  __device__ __forceinline__ void look(const Arguments& a) {
-    if (missing) two = peek16(a.stats + program() % COPIES * STATS + at());
+  __device__ __forceinline__ void look(const float2* from) {
+    if (missing) two = peek16(from);
   }
   __device__ __forceinline__ void check(u32 tag) {
     // Behind an odd number of programs nobody writes.
@@ -805,27 +911,6 @@ struct Moments {
   }
 };
 
-// Scale (in the low half) and zero point of a lane's row and block. Sixteen elements are of one group, a block of 32
-// may be of two: the lanes with an even `t` answer for its first half, the others for its second. `lane_part` is where
-// the lane's half lies in the blocks of turn 0.
-template <int DEPTH>
-__device__ __forceinline__ u32 load_steps(u32 meta, int lane_part, int turn, int digit) {
-  constexpr int PLANE = plane(DEPTH), EACH = most(GROUP, 1), TURN = WARPS * 32;
-  const u16* from = (const u16*)(dynamic_shared() + meta);
-  if (even(DEPTH) && PLANE % EACH == 0 && TURN % EACH == 0)
-    from += lane_part / EACH + (turn * (TURN / EACH) + digit * (PLANE / EACH));
-  else
-    from += least(digit * PLANE + turn * TURN + lane_part, DEPTH - 1) / EACH;
-  return from[0] | (u32)from[meta_bytes(DEPTH) / 2] << 16;
-}
-
-// `before` and the sum of (q - zero) * scale * x, where `sum` is that of x times what `integers` makes of q, and `total`
-// that of x.
-__device__ __forceinline__ float scaled(float sum, u32 steps, float total, float before, int digit) {
-  const float of_products = BF16 ? sum : sum * (1 << 24 - place_of(digit));
-  return before + low_of(steps) * (of_products - high_of(steps) * total);
-}
-
 // A lane's eight elements of a row are all four registers of a tensor-core operand: the instruction takes the first and
 // third pair for elements of row g, the second and fourth for elements of row g + 8. With the first and third pair of
 // activations in an even column and the others in the odd one behind it, the sum of c[0] and c[3] is the row's.
@@ -835,183 +920,108 @@ __device__ __forceinline__ void multiply_row(float (&c)[4], const u32 (&w)[4], u
 __device__ __forceinline__ void multiply_row(float (&c)[4], const uint4& w, u32 x0, u32 x1) {
   multiply(c, w.x, w.y, w.z, w.w, x0, x1);
 }
-// The product of a row of ones: the sum of the activations.
-__device__ __forceinline__ float total_of(u32 x0, u32 x1) {
-  const u32 one = twice(EXPONENT_OF_ONE << MANTISSA);
-  float c[4] = {};
-  multiply(c, one, one, one, one, x0, x1);
-  return c[0] + c[3];
-}
-// What column `g` takes of eight activations: the first and third pair or the others, in the order of the weights'.
-__device__ __forceinline__ void operands(u32 (&y)[2], const uint4& unit, bool odd) {
-  if (BITS == 16) {
-    y[0] = odd ? unit.y : unit.x, y[1] = odd ? unit.w : unit.z;
-  } else {
-    const u32 bytes = odd ? 0x7632 : 0x5410;
-    y[0] = byte_permute(unit.x, unit.y, bytes), y[1] = byte_permute(unit.z, unit.w, bytes);
+// Where a row of a product with `WIDTH` elements lies behind the place of the product's first chunk, and its scales, of
+// `FC1` or of the others: from a table, which takes fewer instructions than to compute it. Rows behind the last one give
+// sums that nobody reads.
+__device__ __forceinline__ void fill_lines(Shared& sh) {
+  for (u32 i = thread(); i < 2 * 8 * MOST_EIGHTS; i += 32 * WARPS) {
+    const bool fc1 = i >= 8 * MOST_EIGHTS;
+    const int row = fc1 ? i - 8 * MOST_EIGHTS : i, chunk = least(row / ROWS, most(3, FFN_CHUNKS) - 1);
+    const int in_chunk = least(row - chunk * ROWS, ROWS - 1);
+    const int first = (program() * (fc1 ? ROWS_FFN : ROWS) + (fc1 ? chunk * ROWS : 0)) * (groups(WIDTH) * 2);
+    sh.lines[i] = {(u32)(chunk * CHUNK + in_chunk * stride(WIDTH)),
+                   (u32)(chunk * CHUNK + scales_at(WIDTH) + first % 16 + in_chunk * meta_stride(WIDTH))};
   }
 }
-
-// Registers for weights: what is left of a thread's when everything else has what it needs without spilling.
-constexpr int FOR_WEIGHTS = 130, PACKED_WORDS = BITS == 3 ? 6 : 2;
-// Eights of rows of the large products, of both or of one of them; the others have two. While their activations are
-// waited for, all of them are in registers: as many as there is room for as they are multiplied, the others packed.
-constexpr int MOST_EIGHTS = ratio(most(3, FFN_CHUNKS) * ROWS, 8), LEAST_EIGHTS = ratio(least(3, FFN_CHUNKS) * ROWS, 8);
-constexpr int shared_eights(int eights) { return LEFT ? ratio(eights, SHARERS) : 0; }
-constexpr int OF_BLOCK = BITS == 16 ? 4 : 5, OF_EIGHT = OF_BLOCK * OWN_BLOCKS;
-constexpr int OF_PACKED = BITS == 16 ? 0 : OWN_BLOCKS + PACKED_WORDS * OWN;
-constexpr int FOR_OWN = FOR_WEIGHTS - shared_eights(MOST_EIGHTS) * DIGITS * OF_BLOCK;
-constexpr int KEPT_EIGHTS = most((FOR_OWN - MOST_EIGHTS * OF_PACKED) / most(OF_EIGHT - OF_PACKED, 1), 2);
-static_assert(ROWS <= 16 && (BITS != 16 || KEPT_EIGHTS >= MOST_EIGHTS), "");
-
-// The weights of a product with `WIDTH` elements, from the ring into registers: `EIGHTS` eights of rows, of which the
-// step has `ALWAYS` at least, `KEPT` of them in the shape that the tensor cores take and the others packed. Rows behind
-// the last one give sums that nobody reads.
-template <int EIGHTS, int ALWAYS, int KEPT>
-struct Weights {
-  static constexpr int SHARED = shared_eights(EIGHTS);
-  u32 kept[KEPT][most(OWN_BLOCKS, 1)][4], steps[EIGHTS][most(OWN_BLOCKS, 1)];
-  Packed packed[EIGHTS - KEPT + 1][most(OWN, 1)];
-  u32 shared[most(SHARED, 1)][DIGITS][4], shared_steps[most(SHARED, 1)][DIGITS];
-
-  // `look` asks for activations for the first time: they may be there when the weights are.
-  template <class Look>
-  __device__ __forceinline__ void load(State& s, Shared& sh, int step, Look look) {
-    const u32 id = thread();
-    const int warp = id / 32, g = id / 4 % 8, t = id % 4;
-    const int chunks = chunks_of(step), rows_there = chunks * ROWS;
-    const int place = take(sh, s.cursor, chunks);
-    const int misplaced = program() * (step == FC1 ? ROWS_FFN : ROWS) * (groups(WIDTH) * 2);
-    const int in_plane = warp * 32 + t * 8, lane_part = warp * 32 + t % 2 * 16;
-    u32 row, meta;
-    auto find = [&](int eight) {
-      const u32 of = least(8 * eight + g, rows_there - 1), chunk = of / ROWS, in_chunk = of - chunk * ROWS;
-      const int first = misplaced + (step == FC1 ? chunk * (ROWS * groups(WIDTH) * 2) : 0);
-      const u32 base = base_of(place, chunk);
-      row = base + in_chunk * stride(WIDTH);
-      meta = base + scales_at(WIDTH) + first % 16 + in_chunk * meta_stride(WIDTH);
-    };
-#pragma unroll
-    for (int h = 0; h < EIGHTS; h++) {
-      // Written whatever the step, or the registers would be thought in use through all the others.
-      Packed(&to)[most(OWN, 1)] = packed[most(h - KEPT, -1) + 1];
-      const bool sometimes = h >= ALWAYS;
-#pragma unroll
-      for (int b = 0; b < OWN_BLOCKS; b++) {
-        if (BITS == 16 || sometimes) steps[h][b] = 0;
-        if (h < KEPT && sometimes) kept[h][b][0] = kept[h][b][1] = kept[h][b][2] = kept[h][b][3] = 0;
-      }
-#pragma unroll
-      for (int turn = 0; turn < OWN; turn++)
-        if (h >= KEPT && sometimes) to[turn] = {};
-      if (h == EIGHTS / 2) look();
-      if (sometimes && 8 * h >= rows_there) continue;
-      find(h);
-#pragma unroll
-      for (int turn = 0; turn < OWN; turn++) {
-        const int in = turn * (WARPS * 32) + in_plane;
-        if (BITS == 16) {
-          load16(kept[least(h, KEPT - 1)][turn], dynamic_shared() + row + 2 * in);
-        } else {
-          load_packed<WIDTH>(to[turn], row, in, in);
-#pragma unroll
-          for (int digit = 0; digit < DIGITS; digit++)
-            steps[h][turn * DIGITS + digit] = load_steps<WIDTH>(meta, lane_part, turn, digit);
-        }
-      }
-      if (BITS != 16 && h < KEPT)
-#pragma unroll
-        for (int turn = 0; turn < OWN; turn++)
-#pragma unroll
-          for (int digit = 0; digit < DIGITS; digit++)
-            integers(kept[least(h, KEPT - 1)][turn * DIGITS + digit], to[turn], digit);
-    }
-#pragma unroll
-    for (int i = 0; i < SHARED; i++) {
-      const int of = warp % most(LEFT, 1), in = (OWN * WARPS + of) * 32 + t * 8;
-      find(warp / most(LEFT, 1) + i * SHARERS);
-      if (BITS == 16) {
-        load16(shared[i][0], dynamic_shared() + row + 2 * in);
-      } else {
-        Packed packed;
-        load_packed<WIDTH>(packed, row, in, in);
-#pragma unroll
-        for (int digit = 0; digit < DIGITS; digit++) {
-          shared_steps[i][digit] = load_steps<WIDTH>(meta, of * 32 + t % 2 * 16, OWN, digit);
-          integers(shared[i][digit], packed, digit);
-        }
-      }
-    }
-    release(sh, place, chunks);
-  }
-  // A block of an eight that is known when the program is compiled.
-  __device__ __forceinline__ void get(u32 (&w)[4], int h, int b) const {
-    if (h < KEPT)
-#pragma unroll
-      for (int i = 0; i < 4; i++) w[i] = kept[least(h, KEPT - 1)][b][i];
-    else
-      integers(w, packed[most(h - KEPT, -1) + 1][b / DIGITS], b % DIGITS);
-  }
+struct Line {
+  u32 row, meta;
 };
+__device__ __forceinline__ Line line_of(const Shared& sh, int place, int step, int eight) {
+  const uint2 line = sh.lines[(step == FC1 ? 8 * MOST_EIGHTS : 0) + 8 * eight + thread() / 4 % 8];
+  if (AT_HOME) return {place + line.x, place + line.y};
+  const u32 row = place * CHUNK + line.x, meta = place * CHUNK + line.y;
+  constexpr u32 END = IN_RING * CHUNK;
+  return {row < END ? row : row - END, row < END ? meta : meta - END};
+}
+
+#if BITS == 16
+// -- A product's weights and activations in 16 bits
+
+// Eight activations in the order of the weights': of an even column and of the odd one behind it.
+__device__ __forceinline__ void stage(u16* to, const uint4& unit) { *(uint4*)to = {unit.x, unit.z, unit.y, unit.w}; }
+__device__ __forceinline__ uint2 staged(const u16* from) { return *(const uint2*)from; }
+
+constexpr int shared_eights(int eights) { return LEFT ? ratio(eights, SHARERS) : 0; }
 
 // The first of a lane's eight elements of a warp's block.
 __device__ __forceinline__ int element_of(int b) {
-  const int warp = thread() / 32, turn = b / DIGITS;
-  const int run = turn * WARPS + (turn < OWN ? warp : warp % most(LEFT, 1));
-  return b % DIGITS * plane(WIDTH) + run * 32 + thread() % 4 * 8;
+  const int warp = thread() / 32;
+  return b < OF_WARP ? (b * WARPS + (b < OWN ? warp : warp % most(LEFT, 1))) * 32 + thread() % 4 * 8 : WIDTH;
 }
+// Where a lane's activations are, which asks for halves or remainders of one block in four: computed time and again, as
+// in 16 bits the registers hold weights.
+struct Lane {
+  __device__ __forceinline__ void fill(const Arguments&) {}
+  __device__ __forceinline__ const u16* stream_at(const Arguments& a, int i) const {
+    const int lane = thread() % 32, element = element_of(4 * i + lane / 8);
+    return element < WIDTH ? a.stream + (2 * (program() % COPIES) + lane / 4 % 2) * WIDTH + element : nullptr;
+  }
+  __device__ __forceinline__ const float2* stats_at(const Arguments& a) const { return Moments::from(a); }
+};
 
-// This warp's share of every sum is in shared memory: the finishing warps go on. Until they have published what comes
-// of it, loading the next weights would only take shared memory's time from them.
-__device__ __forceinline__ void hand_over(int step) {
-  __syncwarp();
-  bar_arrive(STEP_DONE + step, 32 * (WARPS + finishers(step)));
-  bar_sync(PUBLISHED, 32 * (WARPS + finishers(step)));
-}
+// The weights of a product with `WIDTH` elements, from the ring into registers: `EIGHTS` eights of rows, of which the
+// step has `ALWAYS` at least.
+template <int EIGHTS, int ALWAYS>
+struct Weights {
+  static constexpr int SHARED = shared_eights(EIGHTS);
+  u32 kept[EIGHTS][most(OWN, 1)][4], shared[most(SHARED, 1)][4];
 
-// Activations in the order of the columns.
-__device__ __forceinline__ void stage(u16* to, const uint4& unit) {
-  u32 even[2], odd[2];
-  operands(even, unit, false);
-  operands(odd, unit, true);
-  *(uint4*)to = {even[0], even[1], odd[0], odd[1]};
-}
-__device__ __forceinline__ uint2 staged(const u16* from) { return *(const uint2*)from; }
+  // `look` asks for activations for the first time: they may be there when the weights are.
+  template <class Look>
+  __device__ __forceinline__ void load(const Lane&, State& s, Shared& sh, int step, Look look) {
+    const int warp = thread() / 32, t = thread() % 4, chunks = chunks_of(step);
+    const int place = take(sh, s, step, chunks);
+#pragma unroll
+    for (int h = 0; h < EIGHTS; h++) {
+      // Written whatever the step, or the registers would be thought in use through all the others.
+      const bool sometimes = h >= ALWAYS;
+#pragma unroll
+      for (int b = 0; b < OWN; b++)
+        if (sometimes) kept[h][b][0] = kept[h][b][1] = kept[h][b][2] = kept[h][b][3] = 0;
+      if (h == EIGHTS / 2) look();
+      if (sometimes && 8 * h >= chunks * ROWS) continue;
+      const Line line = line_of(sh, place, step, h);
+#pragma unroll
+      for (int b = 0; b < OWN; b++) load16(kept[h][b], dynamic_shared() + line.row + 2 * ((b * WARPS + warp) * 32 + t * 8));
+    }
+#pragma unroll
+    for (int i = 0; i < SHARED; i++) {
+      const Line line = line_of(sh, place, step, least(warp / most(LEFT, 1) + i * SHARERS, EIGHTS - 1));
+      load16(shared[i], dynamic_shared() + line.row + 2 * ((OWN * WARPS + warp % most(LEFT, 1)) * 32 + t * 8));
+    }
+    release(sh, place, step, chunks);
+  }
+};
 
 // The product of weights with a warp's staged activations.
-template <int EIGHTS, int ALWAYS, int KEPT>
-__device__ __forceinline__ void multiply_staged(const Weights<EIGHTS, ALWAYS, KEPT>& weights, Shared& sh, int step) {
+template <int EIGHTS, int ALWAYS>
+__device__ __forceinline__ void multiply_staged(const Weights<EIGHTS, ALWAYS>& weights, Shared& sh, int step, float) {
   const u32 id = thread();
   const int warp = id / 32, g = id / 4 % 8, t = id % 4;
-  // A lane has those of column g: the halves are in the first two and the remainders in the next two columns; with
-  // packed weights, the halves of each block's first and second half in two each, and likewise the remainders, as the
-  // halves of a block may differ in scale.
-  const bool has_units = BITS == 16 ? g < 4 : t >> 1 == (g >> 1 & 1);
-  const int part = BITS == 16 ? g >> 1 & 1 : g >> 2;
-  uint2 y[BLOCKS];
-  float totals[BLOCKS];
+  // A lane has those of column g: the halves are in the first two and the remainders in the next two columns.
+  uint2 y[OF_WARP];
 #pragma unroll
-  for (int b = 0; b < BLOCKS; b++) {
+  for (int b = 0; b < OF_WARP; b++) {
     y[b] = {};
-    if (has_units) y[b] = staged(&sh.staged[warp][b][part][t * 8 + g % 2 * 4]);
+    if (g < 4) y[b] = staged(&sh.staged[warp][b][g >> 1][t * 8 + g % 2 * 4]);
   }
-#pragma unroll
-  for (int b = 0; b < BLOCKS; b++) totals[b] = BITS == 16 ? 0 : total_of(y[b].x, y[b].y);
   constexpr int SHARED = shared_eights(EIGHTS);
   float of_shared[most(SHARED, 1)];
 #pragma unroll
   for (int i = 0; i < SHARED; i++) {
-    of_shared[i] = 0;
-#pragma unroll
-    for (int digit = 0; digit < DIGITS; digit++) {
-      const int b = OWN_BLOCKS + digit;
-      float c[4] = {};
-      multiply_row(c, weights.shared[i][digit], y[b].x, y[b].y);
-      if (BITS == 16)
-        of_shared[i] = c[0] + c[3];
-      else
-        of_shared[i] = scaled(c[0] + c[3], weights.shared_steps[i][digit], totals[b], of_shared[i], digit);
-    }
+    float c[4] = {};
+    multiply_row(c, weights.shared[i], y[OF_WARP - 1].x, y[OF_WARP - 1].y);
+    of_shared[i] = c[0] + c[3];
   }
 #pragma unroll
   for (int h = 0; h < EIGHTS; h++) {
@@ -1019,48 +1029,550 @@ __device__ __forceinline__ void multiply_staged(const Weights<EIGHTS, ALWAYS, KE
     float c[4] = {}, sum = 0;
     if (LEFT && warp / most(LEFT, 1) == h % SHARERS) sum = of_shared[least(h / SHARERS, most(SHARED, 1) - 1)];
 #pragma unroll
-    for (int b = 0; b < OWN_BLOCKS; b++) {
-      u32 w[4];
-      weights.get(w, h, b);
-      multiply_row(c, w, y[b].x, y[b].y);
-      if (BITS != 16) {
-        sum = scaled(c[0] + c[3], weights.steps[h][b], totals[b], sum, b % DIGITS);
-        c[0] = c[1] = c[2] = c[3] = 0;
-      }
-    }
-    // Of four lanes, each has the sum of its pair of columns; in 16 bits the first two.
-    if (BITS == 16) sum += c[0] + c[3];
+    for (int b = 0; b < OWN; b++) multiply_row(c, weights.kept[h][b], y[b].x, y[b].y);
+    // Of four lanes, the first two have the sums of their pairs of columns.
+    sum += c[0] + c[3];
     sum += __shfl_xor_sync(~0u, sum, 1);
-    if (BITS != 16) sum += __shfl_xor_sync(~0u, sum, 2);
     if (t == 0) sh.sums[side_of(step)][8 * h + g][warp] = sum;
   }
 }
 
-// A product with the stream.
-template <bool LARGE>
-__device__ __forceinline__ void product_of_stream(const Arguments& a, State& s, Shared& sh, int step) {
-  constexpr int EIGHTS = LARGE ? MOST_EIGHTS : 2, ALWAYS = LARGE ? LEAST_EIGHTS : 2, UNITS = ratio(BLOCKS, 4);
-  // The activations: a lane asks for halves or remainders of one block in four.
+// What `product_of_stream` asked for, staged.
+__device__ __forceinline__ float stage_stream(Shared& sh, const uint4 (&units)[ratio(OF_WARP, 4)]) {
   const u32 id = thread();
-  const int warp = id / 32, lane = id % 32, t = id % 4;
-  const u16* const stream = a.stream + (2 * (program() % COPIES) + lane / 4 % 2) * WIDTH;
+  const int lane = id % 32;
+#pragma unroll
+  for (int i = 0; i < ratio(OF_WARP, 4); i++)
+    if (4 * i + lane / 8 < OF_WARP)
+      stage(&sh.staged[id / 32][4 * i + lane / 8][lane / 4 % 2][id % 4 * 8], units[i]);
+  return 0;
+}
+// Activations of block `b`, of which a lane has eight, likewise.
+__device__ __forceinline__ float stage_eight(Shared& sh, int b, const float (&x)[8]) {
+  const int warp = thread() / 32, t = thread() % 4;
+  if (b >= OF_WARP) return 0;
+  u32 halves[4], rests[4];
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    halves[j] = pack(x[2 * j], x[2 * j + 1]);
+    rests[j] = pack(x[2 * j] - low_of(halves[j]), x[2 * j + 1] - high_of(halves[j]));
+  }
+  stage(&sh.staged[warp][b][0][t * 8], {halves[0], halves[1], halves[2], halves[3]});
+  stage(&sh.staged[warp][b][1][t * 8], {rests[0], rests[1], rests[2], rests[3]});
+  return 0;
+}
+#else
+// -- A product's weights and activations as integers
+
+// Activations are made integers of 22 bits and a sign, multiples of a power of two that the largest one of the warp's
+// sets: three digits of base 256, from -128 to 127. The tensor cores multiply them by packed integers as they are, exactly.
+struct Grain {
+  float up, down;  // The power's inverse and the power.
+};
+__device__ __forceinline__ u32 magnitude(float x) { return __float_as_uint(x) & 0x7FFFFFFF; }
+// Of the largest magnitude of each lane.
+__device__ __forceinline__ Grain grain_of(u32 largest) {
+  const u32 exponent = most(largest_of_warp(largest) >> 23, 32);
+  // What is no number is to stay none.
+  return {__uint_as_float(274 - exponent << 23), __uint_as_float(exponent == 255 ? 0x7FC00000 : exponent - 20 << 23)};
+}
+// Four activations as words of their digits, the most significant first.
+__device__ __forceinline__ void digits_of(u32 (&words)[DIGITS_OF_X], const float (&x)[4], float up) {
+  // In the mantissa of what lies behind 2 ** 23, with as much added to each digit as makes it positive.
+  constexpr float ADDED = 8388608.0f + 0x408080;
+  u32 in[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) in[i] = __float_as_uint(x[i] * up + ADDED);
+  const u32 low01 = byte_permute(in[0], in[1], 0x5140), low23 = byte_permute(in[2], in[3], 0x5140);
+  const u32 high = byte_permute(byte_permute(in[0], in[1], 0x0062), byte_permute(in[2], in[3], 0x0062), 0x5410);
+  words[0] = high + 0x40404040 ^ 0x80808080;
+  words[1] = byte_permute(low01, low23, 0x7632) ^ 0x80808080;
+  words[2] = byte_permute(low01, low23, 0x5410) ^ 0x80808080;
+}
+
+// Bytes that hold digit `digit` of eight packed ones times 2 ** byte_place(digit).
+constexpr int byte_place(int digit) { return BITS == 158 ? 0 : BITS == 3 ? least(2 * digit, 4) : LOW_BITS * digit; }
+__device__ __forceinline__ void bytes_of(u32 (&q)[2], const Packed& packed, int digit) {
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const u32 word = packed.raw[i];
+    if (BITS == 158) {
+      const u32 even = word & 0x00FF00FF, odd = word >> 8 & 0x00FF00FF;
+      q[i] = third(even, digit) + (third(odd, digit) << 8);
+      if (digit < 4) q[i] -= 3 * (third(even, digit + 1) + (third(odd, digit + 1) << 8));
+    } else if (BITS == 8) {
+      q[i] = word;
+    } else {
+      const int place = byte_place(digit);
+      q[i] = (word >> (LOW_BITS * digit - place)) & ((1 << LOW_BITS) - 1) * 0x01010101u << place;
+      if (BITS == 3) q[i] = and_or(packed.high[i][digit == 3], 0x04040404u << place, q[i]);
+    }
+  }
+}
+
+// Which blocks a lane's columns of a product are of: four columns each, for three digits. Where the halves of a block may
+// differ in scale, columns are of either of them; else a span is of two units, each of as many blocks as have a scale in
+// common: `FUSE` of the `OWN_OF` first ones.
+constexpr bool HALVES = GROUP % 32 != 0;
+constexpr int EACH_SPAN = HALVES ? 1 : 2;
+template <int BLOCKS, int OWN_OF, int FUSE>
+struct Spans {
+  static constexpr int OWN_UNITS = OWN_OF / FUSE, UNITS = OWN_UNITS + BLOCKS - OWN_OF, COUNT = ratio(UNITS, EACH_SPAN);
+  static constexpr int unit_of(int b) { return b < OWN_OF ? b / FUSE : b - OWN_OF + OWN_UNITS; }
+  // The first block of a lane's unit.
+  static __device__ __forceinline__ int block_of_lane(int span) {
+    const int unit = HALVES ? span : least(2 * span + (thread() % 4 >> 1), UNITS - 1);
+    return unit < OWN_UNITS ? unit * FUSE : unit - OWN_UNITS + OWN_OF;
+  }
+  // What brings a span's sums to scale: digits of own blocks stay where they lie in their bytes.
+  static __device__ __forceinline__ float shrink_of(int span) {
+    auto of = [](int unit) { return unit < OWN_UNITS ? 1.0f / (1 << byte_place(unit % DIGITS)) : 1.0f; };
+    return HALVES ? of(span) : thread() % 4 >> 1 ? of(2 * span + 1) : of(2 * span);
+  }
+};
+using OfWidth = Spans<OF_WARP, OWN_BLOCKS, FUSED>;
+constexpr int SPANS = OfWidth::COUNT;
+
+// What a thread needs time and again: where its bytes of a row's late blocks begin and how far their digits are moved,
+// where the scales of its columns lie behind those of the row, where its activations are.
+struct Lane {
+  u32 late_at[most(LATE, 1)], late_digit[most(LATE, 1)], scale_at[SPANS];
+  const u16* stream[ratio(OF_WARP, 4)];
+  const float2* stats;
+
+  __device__ __forceinline__ void fill(const Arguments& a) {
+    const int lane = thread() % 32, t = lane % 4;
+#pragma unroll
+    for (int i = 0; i < LATE; i++) {
+      // Behind the last block the activations are zero.
+      const Block block = block_of(OWN_BLOCKS + i);
+      late_at[i] = least(block.run, runs(WIDTH) - 1) * 32 + t * 8, late_digit[i] = block.digit;
+    }
+#pragma unroll
+    for (int i = 0; i < SPANS; i++) {
+      const Block block = block_of(OfWidth::block_of_lane(i));
+      const int element = block.digit * plane(WIDTH) + block.run * 32 + (HALVES ? 16 * (t >> 1) : 0);
+      scale_at[i] = least(element, WIDTH - 1) / most(GROUP, 1) * 2;
+    }
+    // A lane asks for halves or remainders of one block in four.
+#pragma unroll
+    for (int i = 0; i < ratio(OF_WARP, 4); i++) {
+      const int b = 4 * i + lane / 8;
+      const Block block = block_of(b);
+      const int element = b < OF_WARP && block.there ? element_of<WIDTH>(block.run, block.digit) : WIDTH;
+      stream[i] = element < WIDTH ? a.stream + (2 * (program() % COPIES) + lane / 4 % 2) * WIDTH + element : nullptr;
+    }
+    stats = Moments::from(a);
+  }
+  __device__ __forceinline__ const u16* stream_at(const Arguments&, int i) const { return stream[i]; }
+  __device__ __forceinline__ const float2* stats_at(const Arguments&) const { return stats; }
+};
+// The first of a lane's eight elements of a warp's block.
+__device__ __forceinline__ int element_of(int b) {
+  const Block block = block_of(b);
+  return b < OF_WARP && block.there ? element_of<WIDTH>(block.run, block.digit) : WIDTH;
+}
+
+// The weights of a product with `WIDTH` elements, from the ring into registers, as bytes: `EIGHTS` eights of rows, of
+// which the step has `ALWAYS` at least, with scales and zero points for a lane's columns.
+template <int EIGHTS, int ALWAYS>
+struct Weights {
+  u32 kept[EIGHTS][OF_WARP][2];
+  float scale[EIGHTS][SPANS], offset[EIGHTS][SPANS];  // An offset is scale times zero point.
+
+  // `look` asks for activations for the first time: they may be there when the weights are.
+  template <class Look>
+  __device__ __forceinline__ void load(const Lane& lane, State& s, Shared& sh, int step, Look look) {
+    const int warp = thread() / 32, t = thread() % 4, chunks = chunks_of(step);
+    const int place = take(sh, s, step, chunks);
+#pragma unroll
+    for (int h = 0; h < EIGHTS; h++) {
+      // Written whatever the step, or the registers would be thought in use through all the others.
+      if (h >= ALWAYS) {
+#pragma unroll
+        for (int b = 0; b < OF_WARP; b++) kept[h][b][0] = kept[h][b][1] = 0;
+#pragma unroll
+        for (int i = 0; i < SPANS; i++) scale[h][i] = offset[h][i] = 0;
+      }
+      if (h == EIGHTS / 2) look();
+      if (h >= ALWAYS && 8 * h >= chunks * ROWS) continue;
+      const Line line = line_of(sh, place, step, h);
+#pragma unroll
+      for (int turn = 0; turn < OWN; turn++) {
+        Packed packed;
+        const int in = ((turn / FUSED * WARPS + warp) * FUSED + turn % FUSED) * 32 + t * 8;
+        load_packed<WIDTH>(packed, line.row, in, in);
+#pragma unroll
+        for (int digit = 0; digit < DIGITS; digit++)
+          bytes_of(kept[h][(turn / FUSED * DIGITS + digit) * FUSED + turn % FUSED], packed, digit);
+      }
+#pragma unroll
+      for (int late = 0; late < LATE; late++) {
+        Packed packed;
+        const u32 digit = lane.late_digit[late];
+        load_packed<WIDTH>(packed, line.row, lane.late_at[late], lane.late_at[late]);
+        u32(&q)[2] = kept[h][OWN_BLOCKS + late];
+        if (BITS == 158) {
+          q[0] = q[1] = 0;
+#pragma unroll
+          for (int i = 0; i < DIGITS; i++)
+            if (i == digit) bytes_of(q, packed, i);
+        } else {
+          // The digit is brought to where the first one lies.
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            packed.raw[i] >>= LOW_BITS * digit;
+            if (BITS == 3) packed.high[i][0] = packed.high[i][1] >> 2 * digit << 2;
+          }
+          bytes_of(q, packed, 0);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < SPANS; i++) {
+        const u16* from = (const u16*)(dynamic_shared() + line.meta + lane.scale_at[i]);
+        scale[h][i] = widen(from[0]);
+        offset[h][i] = scale[h][i] * widen(from[meta_bytes(WIDTH) / 2]);
+        scale[h][i] *= OfWidth::shrink_of(i);
+      }
+    }
+    release(sh, place, step, chunks);
+  }
+};
+
+// Sums are counted from the number in whose mantissa integers below 2 ** 22 lie as they are. Of four lanes the even ones
+// have the first two digits' and the odd ones the last digit's, with nothing in their other column.
+constexpr int ORIGIN_OF_SUMS = 0x4B400000;
+__device__ __forceinline__ float sum_of(int first, int second) {
+  // The origin and a 256th of it, taken away where both are exact.
+  constexpr float BOTH = 12582912.0f + 49152.0f;
+  return __int_as_float(second) * (1.0f / 256) + (__int_as_float(first) - BOTH);
+}
+// What a sum of digits is worth.
+__device__ __forceinline__ float unit_of(float grain) { return thread() % 2 ? grain : grain * 65536; }
+// Four lanes have parts of both rows' sums: of the tile's first eight rows the first lane stores the sum, of the others
+// the second.
+__device__ __forceinline__ void store_sums(float (*to)[WARPS], float first, float second) {
+  const bool odd = thread() % 2;
+  float mine = odd ? second : first;
+  mine += __shfl_xor_sync(~0u, odd ? first : second, 1);
+  mine += __shfl_xor_sync(~0u, mine, 2);
+  const u32 id = thread();
+  if (id % 4 < 2) to[8 * (id % 4) + id / 4 % 8][id / 32] = mine;
+}
+
+// `BLOCKS` blocks of activations in the columns, with the sums of each span: the products of a row of ones.
+template <int BLOCKS, int OWN_OF, int FUSE>
+struct Columns {
+  using Of = Spans<BLOCKS, OWN_OF, FUSE>;
+  uint2 y[BLOCKS];
+  float total[Of::COUNT];
+
+  __device__ __forceinline__ void load(const u8 (*from)[DIGITS_OF_X][32]) {
+    const u32 id = thread();
+    const int g = id / 4 % 8, t = id % 4;
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) {
+      y[b] = {};
+      if (g % 4 < DIGITS_OF_X && (HALVES ? t >> 1 : Of::unit_of(b) % 2) == g >> 2)
+        y[b] = *(const uint2*)&from[b][least(g % 4, DIGITS_OF_X - 1)][t * 8];
+    }
+#pragma unroll
+    for (int i = 0; i < Of::COUNT; i++) {
+      int c[4];
+      multiply(c, i, [](u32(&q)[2], int, int) { q[0] = q[1] = 0x01010101; });
+      total[i] = sum_of(c[0], c[1]);
+    }
+  }
+  // The sums of a span for both of a lane's rows, `bytes(q, half, b)` of them.
+  template <class Bytes>
+  __device__ __forceinline__ void multiply(int (&c)[4], int span, Bytes bytes) const {
+    bool first = true;
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) {
+      if (Of::unit_of(b) / EACH_SPAN != span) continue;
+      u32 q[2][2];
+      bytes(q[0], 0, b);
+      bytes(q[1], 1, b);
+      const int origin[4] = {ORIGIN_OF_SUMS, ORIGIN_OF_SUMS, ORIGIN_OF_SUMS, ORIGIN_OF_SUMS};
+      if (first)
+        multiply_bytes(c, q[0][0], q[1][0], q[0][1], q[1][1], y[b].x, y[b].y, origin);
+      else
+        multiply_bytes(c, q[0][0], q[1][0], q[0][1], q[1][1], y[b].x, y[b].y, c);
+      first = false;
+    }
+  }
+};
+
+// The product of weights with a warp's staged activations, which are integers times `grain`.
+template <int EIGHTS, int ALWAYS>
+__device__ __forceinline__ void multiply_staged(const Weights<EIGHTS, ALWAYS>& weights, Shared& sh, int step, float grain) {
+  Columns<OF_WARP, OWN_BLOCKS, FUSED> columns;
+  columns.load(sh.staged[thread() / 32]);
+  const float unit = unit_of(grain);
+#pragma unroll
+  for (int tile = 0; tile < ratio(EIGHTS, 2); tile++) {
+    if (2 * tile >= ALWAYS && 16 * tile >= chunks_of(step) * ROWS) continue;
+    float sum[2] = {};
+#pragma unroll
+    for (int i = 0; i < SPANS; i++) {
+      int c[4];
+      columns.multiply(c, i, [&](u32(&q)[2], int half, int b) {
+        const int eight = 2 * tile + half;
+        q[0] = eight < EIGHTS ? weights.kept[least(eight, EIGHTS - 1)][b][0] : 0;
+        q[1] = eight < EIGHTS ? weights.kept[least(eight, EIGHTS - 1)][b][1] : 0;
+      });
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int eight = least(2 * tile + half, EIGHTS - 1);
+        sum[half] += weights.scale[eight][i] * sum_of(c[2 * half], c[2 * half + 1]);
+        sum[half] -= weights.offset[eight][i] * columns.total[i];
+      }
+    }
+    store_sums(&sh.sums[side_of(step)][16 * tile], sum[0] * unit, sum[1] * unit);
+  }
+}
+
+// Four activations of block `b`, from a lane's element `from` on, as digits.
+__device__ __forceinline__ void stage_digits(Shared& sh, int b, int from, const float (&x)[4], float up,
+                                             int blocks = OF_WARP) {
+  u32 words[DIGITS_OF_X];
+  digits_of(words, x, up);
+  if (b >= blocks) return;
+#pragma unroll
+  for (int digit = 0; digit < DIGITS_OF_X; digit++)
+    *(u32*)&sh.staged[thread() / 32][b][digit][thread() % 4 * 8 + from] = words[digit];
+}
+// What `product_of_stream` asked for, staged: the grain. A lane has halves and another one their remainders, eight; each
+// takes four of both.
+__device__ __forceinline__ float stage_stream(Shared& sh, const uint4 (&units)[ratio(OF_WARP, 4)]) {
+  constexpr int UNITS = ratio(OF_WARP, 4);
+  const int lane = thread() % 32;
+  const bool second = lane & 4;
+  float x[UNITS][4];
+  u32 largest = 0;
+#pragma unroll
+  for (int i = 0; i < UNITS; i++) {
+    const uint4& u = units[i];
+    const u32 mine[2] = {second ? u.z : u.x, second ? u.w : u.y};
+    const u32 others[2] = {__shfl_xor_sync(~0u, second ? u.x : u.z, 4), __shfl_xor_sync(~0u, second ? u.y : u.w, 4)};
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      x[i][2 * j] = low_of(mine[j]) + low_of(others[j]);
+      x[i][2 * j + 1] = high_of(mine[j]) + high_of(others[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j++) largest = most(largest, magnitude(x[i][j]));
+  }
+  const Grain grain = grain_of(largest);
+#pragma unroll
+  for (int i = 0; i < UNITS; i++) stage_digits(sh, 4 * i + lane / 8, second * 4, x[i], grain.up);
+  return grain.down;
+}
+// Activations of block `b`, of which a lane has eight, likewise.
+__device__ __forceinline__ float stage_eight(Shared& sh, int b, const float (&x)[8]) {
+  u32 largest = 0;
+#pragma unroll
+  for (int j = 0; j < 8; j++) largest = most(largest, magnitude(x[j]));
+  const Grain grain = grain_of(largest);
+  stage_digits(sh, b, 0, {x[0], x[1], x[2], x[3]}, grain.up);
+  stage_digits(sh, b, 4, {x[4], x[5], x[6], x[7]}, grain.up);
+  return grain.down;
+}
+#endif
+
+// This warp's share of every sum is in shared memory: the finishing warps go on. Until they have published what comes
+// of it, loading the next weights would only take shared memory's time from them.
+template <class Meanwhile>
+__device__ __forceinline__ void hand_over(int step, Meanwhile meanwhile) {
+  __syncwarp();
+  bar_arrive(STEP_DONE + step, 32 * (WARPS + finishers(step)));
+  meanwhile();
+  bar_sync(PUBLISHED, 32 * (WARPS + finishers(step)));
+}
+__device__ __forceinline__ void hand_over(int step) {
+  hand_over(step, [] {});
+}
+
+// Whether this program has a run of self-attention's keys, if only the newest.
+__device__ __forceinline__ bool has_run(int slot) { return slot >= (int)(program() / HEADS) * SELF_RUN; }
+
+// A warp's tiles of 16 keys of this program's head that the cache holds, with their values: keys as the tensor cores take
+// them, a lane two rows of a tile; values as vectors of eight, a lane four rows. Rows that lie next to each other take
+// their halves in turn, so that lanes served together meet different banks.
+template <bool OWN_KEYS>
+struct Cached {
+  static constexpr int TILES = ratio(OWN_KEYS ? least(SELF_RUN, SLOTS) : CROSS_RUN, 16 * WARPS);
+  uint4 k[TILES][2][2], v[TILES][4];
+  bool seen[TILES][2];
+
+  __device__ __forceinline__ void load(State& s, Shared& sh, int layer) {
+    const u32 id = thread();
+    const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4, head = program() % HEADS;
+    const Span span = keys_of(OWN_KEYS, s.slot);
+    const int piece = g & 1;
+    if (OWN_KEYS) {
+      const u16* keys = (const u16*)sh.caches[layer][0] + (long long)head * SLOTS * 64;
+      const u16* values = (const u16*)sh.caches[layer][1] + (long long)head * SLOTS * 64;
+#pragma unroll
+      for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          const int begin = (tile * WARPS + warp) * 16 + 8 * half, key = begin + g;
+          const int at = span.first + most(least(key, span.count - 1), 0);
+          seen[tile][half] = key < span.count && sh.valid[at];
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            k[tile][half][i] = {};
+            if (begin < span.count) k[tile][half][i] = fetch16(keys + at * 64 + 32 * (i ^ piece) + 8 * t);
+          }
+        }
+#pragma unroll
+      for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const int key = (tile * WARPS + warp) * 16 + 4 * i + lane / 8;
+          // A weight of zero does not hide what was never written.
+          v[tile][i] = {};
+          if (key < span.count) v[tile][i] = fetch16(values + (span.first + key) * 64 + lane % 8 * 8);
+        }
+    } else {
+      const int place = take(sh, s, CROSS_ATTENTION, KEY_CHUNKS);
+      // Rows of keys and of values lie in chunks, of which a tile's eights are in one each.
+      auto rows_of = [&](int tile, int half) {
+        const int begin = (tile * WARPS + warp) * 16 + 8 * half, chunk = least(begin / CHUNK_KEYS, KEY_CHUNKS - 1);
+        const u32 base = AT_HOME ? place + chunk * (KEYS_PIECE * 256) : base_of(place, chunk);
+        return dynamic_shared() + base + begin % CHUNK_KEYS * 128;
+      };
+#pragma unroll
+      for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          seen[tile][half] = (tile * WARPS + warp) * 16 + 8 * half + g < span.count;
+#pragma unroll
+          for (int i = 0; i < 2; i++)
+            k[tile][half][i] = *(const uint4*)(rows_of(tile, half) + g * 128 + 64 * (i ^ piece) + 16 * t);
+        }
+#pragma unroll
+      for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          const u8* rows = rows_of(tile, half) + CHUNK_KEYS * 128;
+          const int begin = (tile * WARPS + warp) * 16 + 8 * half;
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            v[tile][2 * half + i] = *(const uint4*)(rows + (4 * i + lane / 8) * 128 + lane % 8 * 16);
+            // What lies behind the last value may be no number, which a weight of zero does not hide.
+            if (begin + 4 * i + lane / 8 >= span.count) v[tile][2 * half + i] = {};
+          }
+        }
+      release(sh, place, CROSS_ATTENTION, KEY_CHUNKS);
+    }
+  }
+};
+
+// Attention over them, when the query is there.
+template <bool OWN_KEYS>
+__device__ __forceinline__ void attend(const Arguments& a, State& s, Shared& sh, const Cached<OWN_KEYS>& cached) {
+  constexpr int TILES = Cached<OWN_KEYS>::TILES;
+  const u32 id = thread();
+  const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4;
+  const int head = program() % HEADS, piece = g & 1;
+  // The query: halves in the first two columns, remainders in the next two, for the rows that take their first half
+  // first; in the other columns for the others.
+  const u16* query =
+      (OWN_KEYS ? a.heads + (g >> 1 & 1) * (3 * WIDTH) : a.query + (g >> 1 & 1) * WIDTH) + head * 64 + 8 * t;
+  const int swapped = g >> 2;
+  uint4 q[2];
+  u32 missing = 3;
+  auto look = [&] {
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+      if (missing >> i & 1) q[i] = peek16(query + 32 * (i ^ swapped));
+  };
+  look();
+  Patience patience;
+  while (true) {
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+      if (all_fresh(q[i], s.tag)) missing &= ~(1u << i);
+    if (!__any_sync(~0u, missing)) break;
+    patience.spend();
+    look();
+  }
+
+  float score[TILES][2], best = NOTHING;
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      float c[4] = {};
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        multiply_row(c, cached.k[tile][half][i], g & 1 ? q[i].y : q[i].x, g & 1 ? q[i].w : q[i].z);
+      // Two of four lanes have the row's columns.
+      float dot = t >> 1 == piece ? c[0] + c[3] : 0;
+      dot += __shfl_xor_sync(~0u, dot, 1);
+      dot += __shfl_xor_sync(~0u, dot, 2);
+      score[tile][half] = cached.seen[tile][half] ? dot : __int_as_float(0xFF800000);
+      best = fmaxf(best, score[tile][half]);
+    }
+  }
+#pragma unroll
+  for (int step = 4; step < 32; step *= 2) best = fmaxf(best, __shfl_xor_sync(~0u, best, step));
+  float total = 0, out[8] = {};
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      score[tile][half] = exp2_fast(score[tile][half] - best);
+      total += score[tile][half];
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const float weight = __shfl_sync(~0u, score[tile][i / 2], (4 * (i % 2) + lane / 8) * 4);
+      const u32 pairs[4] = {cached.v[tile][i].x, cached.v[tile][i].y, cached.v[tile][i].z, cached.v[tile][i].w};
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        out[2 * j] += weight * low_of(pairs[j]);
+        out[2 * j + 1] += weight * high_of(pairs[j]);
+      }
+    }
+  }
+#pragma unroll
+  for (int step = 4; step < 32; step *= 2) total += __shfl_xor_sync(~0u, total, step);
+  gather(out);
+  const int pair_at = lane % 8 * 8 + lane / 8 * 2;
+  *(float2*)&sh.runs[warp][pair_at] = {out[0], out[1]};
+  if (lane == 0) sh.tops[warp] = best, sh.totals[warp] = total;
+  __syncwarp();
+  bar_arrive(STEP_DONE + (OWN_KEYS ? OWN_ATTENTION : CROSS_ATTENTION), 32 * (WARPS + 1));
+  bar_sync(PUBLISHED, 32 * (WARPS + 1));
+}
+
+// A product with the stream, and the attention behind it.
+template <bool LARGE>
+__device__ __forceinline__ void product_of_stream(const Arguments& a, const Lane& own, State& s, Shared& sh, int layer,
+                                                  int step) {
+  constexpr int UNITS = ratio(OF_WARP, 4);
+  const u32 id = thread();
+  const int lane = id % 32;
   uint4 units[UNITS];
   u32 missing = 0;
 #pragma unroll
   for (int i = 0; i < UNITS; i++) {
     units[i] = {};
-    if (gives(step) && 4 * i + lane / 8 < BLOCKS && element_of(4 * i + lane / 8) < WIDTH) missing |= 1u << i;
+    if (gives(step) && own.stream_at(a, i)) missing |= 1u << i;
   }
   Moments moments;
   moments.expect(gives(step));
   auto look = [&] {
 #pragma unroll
     for (int i = 0; i < UNITS; i++)
-      if (missing >> i & 1) units[i] = peek16(stream + element_of(4 * i + lane / 8));
-    moments.look(a);
+      if (missing >> i & 1) units[i] = peek16(own.stream_at(a, i));
+    moments.look(own.stats_at(a));
   };
-  Weights<EIGHTS, ALWAYS, LARGE ? least(KEPT_EIGHTS, EIGHTS) : 2> weights;
-  weights.load(s, sh, step, look);
+  Weights<LARGE ? MOST_EIGHTS : 2, LARGE ? LEAST_EIGHTS : 2> weights;
+  weights.load(own, s, sh, step, look);
   Patience patience;
   while (true) {
 #pragma unroll
@@ -1071,21 +1583,28 @@ __device__ __forceinline__ void product_of_stream(const Arguments& a, State& s, 
     patience.spend();
     look();
   }
-  moments.look(a);
-#pragma unroll
-  for (int i = 0; i < UNITS; i++)
-    if (4 * i + lane / 8 < BLOCKS) stage(&sh.staged[warp][4 * i + lane / 8][lane / 4 % 2][t * 8], units[i]);
+  moments.look(own.stats_at(a));
+  const float grain = stage_stream(sh, units);
   __syncwarp();
-  multiply_staged(weights, sh, step);
+  multiply_staged(weights, sh, step, grain);
   while (true) {
     moments.check(s.stream_tag);
     if (!__any_sync(~0u, moments.missing)) break;
     patience.spend();
-    moments.look(a);
+    moments.look(own.stats_at(a));
   }
   const float2 sums = moments.sums();
-  if (lane == 0) sh.moments[warp] = sums;
-  hand_over(step);
+  if (lane == 0) sh.moments[id / 32] = sums;
+  // The cache's keys and values come while the finishing warps are at work, if weights leave the memory the time.
+  constexpr bool AHEAD = LARGE && BITS != 16;
+  const bool attending = LARGE ? step == QKV && attends(true) && has_run(s.slot) : attends(false);
+  Cached<LARGE> cached;
+  hand_over(step, [&] {
+    if (AHEAD && attending) cached.load(s, sh, layer);
+  });
+  if (!attending) return;
+  if (!AHEAD) cached.load(s, sh, layer);
+  attend(a, s, sh, cached);
 }
 
 // Eight elements of attention's result, of which each head is in several runs of keys, merged. The logarithms of the
@@ -1096,7 +1615,6 @@ __device__ __forceinline__ void merge(float (&x)[8], const u16* units_from, cons
   constexpr int UNITS_OF_LOGS = ratio(RUNS, 4);
   uint4 units[RUNS], logs[UNITS_OF_LOGS];
   u32 missing = inside ? (1u << (RUNS + UNITS_OF_LOGS)) - 1 : 0;
-  bool at_units = true, at_logs = true;
 #pragma unroll
   for (int i = 0; i < RUNS; i++) units[i] = {};
 #pragma unroll
@@ -1105,10 +1623,10 @@ __device__ __forceinline__ void merge(float (&x)[8], const u16* units_from, cons
   while (true) {
 #pragma unroll
     for (int i = 0; i < RUNS; i++)
-      if (at_units && missing >> i & 1) units[i] = peek16(units_from + i * 64);
+      if (missing >> i & 1) units[i] = peek16(units_from + i * 64);
 #pragma unroll
     for (int i = 0; i < UNITS_OF_LOGS; i++)
-      if (at_logs && missing >> (RUNS + i) & 1) logs[i] = peek16(logs_from + i * 4);
+      if (missing >> (RUNS + i) & 1) logs[i] = peek16(logs_from + i * 4);
 #pragma unroll
     for (int i = 0; i < RUNS; i++)
       if (fresh(units[i].x, tag)) missing &= ~(1u << i);
@@ -1125,8 +1643,6 @@ __device__ __forceinline__ void merge(float (&x)[8], const u16* units_from, cons
     }
     if (!__any_sync(~0u, missing)) break;
     patience.spend();
-    // Attention is waited for the longest. To ask for all of it all the while would delay the very words, and weights.
-    at_logs = __any_sync(~0u, missing >> RUNS), at_units = !at_logs;
   }
   float share[RUNS], best = NOTHING, all = 0;
 #pragma unroll
@@ -1157,15 +1673,14 @@ __device__ __forceinline__ void merge(float (&x)[8], const u16* units_from, cons
 }
 
 // A product with attention's result.
-__device__ __forceinline__ void product_of_runs(const Arguments& a, State& s, Shared& sh, int step) {
-  static_assert(BLOCKS <= 8, "");
-  Weights<2, 2, 2> weights;
-  weights.load(s, sh, step, [] {});
+__device__ __forceinline__ void product_of_runs(const Arguments& a, const Lane& own, State& s, Shared& sh, int step) {
+  static_assert(OF_WARP <= 8, "");
+  Weights<2, 2> weights;
+  weights.load(own, s, sh, step, [] {});
 
   // A lane takes eight elements of a block. Heads lie 8 runs apart.
-  const u32 id = thread();
-  const int warp = id / 32, lane = id % 32, t = id % 4, b = lane / 4, element = element_of(b);
-  const bool inside = b < BLOCKS && element < WIDTH;
+  const int b = thread() % 32 / 4, element = element_of(b);
+  const bool inside = element < WIDTH;
   const int head = program() % COPIES * HEADS + element / 64;
   const int unit = head * (8 * 64) + element % 64;
   float x[8];
@@ -1173,58 +1688,37 @@ __device__ __forceinline__ void product_of_runs(const Arguments& a, State& s, Sh
     merge<SELF_SPLITS>(x, a.own_runs + unit, a.own_logs + head * LOGS, inside, s.tag);
   else
     merge<CROSS_SPLITS>(x, a.cross_runs + unit, a.cross_logs + head * LOGS, inside, s.tag);
-  u32 halves[4], rests[4];
-#pragma unroll
-  for (int j = 0; j < 4; j++) {
-    halves[j] = pack(x[2 * j], x[2 * j + 1]);
-    rests[j] = pack(x[2 * j] - low_of(halves[j]), x[2 * j + 1] - high_of(halves[j]));
-  }
-  if (b < BLOCKS) {
-    stage(&sh.staged[warp][b][0][t * 8], {halves[0], halves[1], halves[2], halves[3]});
-    stage(&sh.staged[warp][b][1][t * 8], {rests[0], rests[1], rests[2], rests[3]});
-  }
+  const float grain = stage_eight(sh, b, x);
   __syncwarp();
-  multiply_staged(weights, sh, step);
+  multiply_staged(weights, sh, step, grain);
   s.stream_tag ^= 1;
   hand_over(step);
 }
 
+#if BITS == 16
 // The product with the hidden layer: many elements, few rows. Eight of them fill a tile's rows. The others take its
 // rows several times over, each time with another turn, whose activations are in columns of their own.
 __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, Shared& sh) {
-  constexpr int TURNS = turns(FFN), BLOCKS = TURNS * DIGITS, UNITS = ratio(BLOCKS * 4, 32), PLANE = plane(FFN);
+  constexpr int BLOCKS = turns(FFN), UNITS = ratio(BLOCKS * 4, 32);
   constexpr int REST = most(ROWS - 8, 0), EACH = REST > 4 ? 8 : REST > 2 ? 4 : 2;
-  // Whether the halves of a block may differ in scale: each then has columns of its own.
-  constexpr bool SPLIT = BITS != 16 && (GROUP % 32 || PLANE % 32);
-  constexpr int SUBS = least(8 / EACH, SPLIT ? 2 : 4), REST_TURNS = REST ? ratio(TURNS, SUBS) : 0;
-  constexpr int REST_BLOCKS = REST_TURNS * DIGITS;
-  // Where a turn's digits are many, the rest is held as it is packed.
-  constexpr bool REST_PACKED = DIGITS > (BF16 ? 1 : 2);
+  constexpr int SUBS = least(8 / EACH, 4), REST_BLOCKS = REST ? ratio(BLOCKS, SUBS) : 0;
   const u32 id = thread();
   const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4;
-  const int place = take(sh, s.cursor, chunks_of(FC2));
+  const int place = take(sh, s, FC2, chunks_of(FC2));
   auto has_hidden = [&](int turn) { return turn * WARPS + warp < runs(FFN); };
-  auto load = [&](u32(&w)[4], Packed& packed, int turn, int row) {
+  auto load = [&](u32(&w)[4], int turn, int row) {
     const int part = turn / PART, in_part = ((turn - part * PART) * WARPS + warp) * RUN_BYTES + t * (RUN_BYTES / 4);
-    const u32 from = base_of(place, part) + row * stride(FFN);
-    if (BITS == 16)
-      load16(w, dynamic_shared() + from + in_part);
-    else
-      load_packed<FFN>(packed, from, in_part, (turn * WARPS + warp) * 32 + t * 8);
+    load16(w, dynamic_shared() + base_of(place, part) + row * stride(FFN) + in_part);
   };
-  const u32 metas = base_of(place, 0) + scales_at(FFN) + program() * ROWS * (groups(FFN) * 2) % 16;
-  const int lane_part = warp * 32 + t % 2 * 16;
-  u32 kept[BLOCKS][4], steps[BLOCKS], rest[most(REST_PACKED ? 1 : REST_BLOCKS, 1)][4], rest_steps[most(REST_BLOCKS, 1)];
-  Packed packed_rest[most(REST_TURNS, 1)];
+  u32 kept[BLOCKS][4], rest[most(REST_BLOCKS, 1)][4];
   // The activations pass through shared memory, so that the lanes of other columns need not hold them.
   const bool idle = runs(FFN) < WARPS && warp >= runs(FFN);
   uint4 units[UNITS];
   u32 missing = 0;
   bool there;
   auto unit_at = [&](int i) {
-    const int b = (i * 32 + lane) / 4, in_plane = (b / DIGITS * WARPS + (idle ? 0 : warp)) * 32 + t * 8;
-    const int element = b % DIGITS * PLANE + in_plane;
-    there = b < BLOCKS && in_plane < PLANE && element < FFN;
+    const int b = (i * 32 + lane) / 4, element = (b * WARPS + (idle ? 0 : warp)) * 32 + t * 8;
+    there = b < BLOCKS && element < FFN;
     return a.hidden + program() % COPIES * FFN + element;
   };
 #pragma unroll
@@ -1239,52 +1733,23 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
       if (missing >> i & 1) units[i] = peek16(unit_at(i));
   };
   constexpr bool FULL = runs(FFN) % WARPS == 0;
-  {
-    const int row = least(g, ROWS - 1);
 #pragma unroll
-    for (int turn = 0; turn < TURNS; turn++) {
-      Packed packed = {};
-      u32 w[4] = {};
-      if (turn == TURNS / 2) look();
-      if (FULL || has_hidden(turn)) load(w, packed, turn, row);
-#pragma unroll
-      for (int digit = 0; digit < DIGITS; digit++) {
-        const int b = turn * DIGITS + digit;
-        steps[b] = 0;
-        if (BITS == 16) {
-#pragma unroll
-          for (int i = 0; i < 4; i++) kept[b][i] = w[i];
-        } else {
-          integers(kept[b], packed, digit);
-          if (FULL || has_hidden(turn))
-            steps[b] = load_steps<FFN>(metas + row * meta_stride(FFN), lane_part, turn, digit);
-        }
-      }
-    }
-  }
-  const int row = least(8 + g % EACH, ROWS - 1), sub = g / EACH % SUBS;
-#pragma unroll
-  for (int i = 0; i < REST_TURNS; i++) {
-    const int turn = i * SUBS + sub;
-    Packed& packed = packed_rest[i];
-    packed = {};
+  for (int b = 0; b < BLOCKS; b++) {
     u32 w[4] = {};
-    if (has_hidden(turn)) load(w, packed, turn, row);
+    if (b == BLOCKS / 2) look();
+    if (FULL || has_hidden(b)) load(w, b, least(g, ROWS - 1));
 #pragma unroll
-    for (int digit = 0; digit < DIGITS; digit++) {
-      const int b = i * DIGITS + digit;
-      rest_steps[b] = 0;
-      if (BITS != 16 && has_hidden(turn))
-        rest_steps[b] = load_steps<FFN>(metas + row * meta_stride(FFN), lane_part, turn, digit);
-      if (REST_PACKED) continue;
-      if (BITS == 16)
-#pragma unroll
-        for (int k = 0; k < 4; k++) rest[b][k] = w[k];
-      else
-        integers(rest[b], packed, digit);
-    }
+    for (int i = 0; i < 4; i++) kept[b][i] = w[i];
   }
-  release(sh, place, chunks_of(FC2));
+#pragma unroll
+  for (int b = 0; b < REST_BLOCKS; b++) {
+    const int turn = b * SUBS + g / EACH % SUBS;
+    u32 w[4] = {};
+    if (has_hidden(turn)) load(w, turn, least(8 + g % EACH, ROWS - 1));
+#pragma unroll
+    for (int i = 0; i < 4; i++) rest[b][i] = w[i];
+  }
+  release(sh, place, FC2, chunks_of(FC2));
   Patience patience;
   while (true) {
 #pragma unroll
@@ -1299,44 +1764,29 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
     if (i * 32 + lane < BLOCKS * 4) stage(&sh.hidden[warp][(i * 32 + lane) / 4][t * 8], units[i]);
   __syncwarp();
 
-  // In 16 bits two chains of products, or one would be waited for.
-  float c[2][4] = {}, sum = 0;
+  // Two chains of products, or one would be waited for.
+  float c[2][4] = {};
 #pragma unroll
   for (int b = 0; b < BLOCKS; b++) {
     uint2 x = {};
-    if (BITS == 16 ? g < 2 : g < 4 && t >> 1 == g >> 1) x = staged(&sh.hidden[warp][b][t * 8 + g % 2 * 4]);
-    float(&to)[4] = c[b % 2];
-    multiply_row(to, kept[b], x.x, x.y);
-    if (BITS != 16) {
-      sum = scaled(to[0] + to[3], steps[b], total_of(x.x, x.y), sum, b % DIGITS);
-      to[0] = to[1] = to[2] = to[3] = 0;
-    }
+    if (g < 2) x = staged(&sh.hidden[warp][b][t * 8 + g % 2 * 4]);
+    multiply_row(c[b % 2], kept[b], x.x, x.y);
   }
-  if (BITS == 16)
-    sum = c[0][0] + c[0][3] + (c[1][0] + c[1][3]);
-  else
-    sum += __shfl_xor_sync(~0u, sum, 1);
+  const float sum = c[0][0] + c[0][3] + (c[1][0] + c[1][3]);
   if (t == 0) sh.sums[1][g][warp] = sum;
   if (REST) {
-    const int of = SPLIT ? g >> 2 : g >> 1;
-    const bool takes = of < SUBS && (!SPLIT || t >> 1 == (g >> 1 & 1));
-    float d[4] = {}, all = 0;
+    const int of = g >> 1;
+    float d[4] = {};
 #pragma unroll
     for (int b = 0; b < REST_BLOCKS; b++) {
-      const int turn = b / DIGITS * SUBS + of;
+      const int turn = b * SUBS + of;
       uint2 x = {};
-      if (takes && turn < TURNS) x = staged(&sh.hidden[warp][turn * DIGITS + b % DIGITS][t * 8 + g % 2 * 4]);
-      u32 late[4];
-      if (REST_PACKED) integers(late, packed_rest[b / DIGITS], b % DIGITS);
-      multiply_row(d, REST_PACKED ? late : rest[REST_PACKED ? 0 : b], x.x, x.y);
-      if (BITS != 16) {
-        all = scaled(d[0] + d[3], rest_steps[b], total_of(x.x, x.y), all, b % DIGITS);
-        d[0] = d[1] = d[2] = d[3] = 0;
-      }
+      if (of < SUBS && turn < BLOCKS) x = staged(&sh.hidden[warp][turn][t * 8 + g % 2 * 4]);
+      multiply_row(d, rest[b], x.x, x.y);
     }
     // A lane has the sums of its row with the turn of its columns: where that is the row's turn, they count.
-    if (BITS == 16) all = d[0] + d[3];
-    if ((SPLIT ? t >> 1 : t) != g / EACH) all = 0;
+    float all = d[0] + d[3];
+    if (t != g / EACH) all = 0;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2)
       if (step < 4 || step >= 4 * EACH) all += __shfl_xor_sync(~0u, all, step);
@@ -1345,6 +1795,112 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
   s.stream_tag ^= 1;
   hand_over(FC2);
 }
+#else
+// The product with the hidden layer: many elements, few rows. Two runs of a group follow each other.
+__device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, Shared& sh) {
+  constexpr int FUSE = fuses(FFN) && runs(FFN) % WARPS == 0 ? 2 : 1;
+  constexpr int BLOCKS = HIDDEN_BLOCKS, UNITS = ratio(BLOCKS * 4, 32);
+  using Of = Spans<BLOCKS, BLOCKS, FUSE>;
+  constexpr int HALVES_OF_TILE = ROWS > 8 ? 2 : 1;
+  const u32 id = thread();
+  const int warp = id / 32, lane = id % 32, t = id % 4, upper = t >> 1;
+  const int place = take(sh, s, FC2, chunks_of(FC2));
+  // Blocks of a run, and of those that are fused with it, stand together.
+  auto run_of = [&](int b) { return (b / (DIGITS * FUSE) * WARPS + warp) * FUSE + b % FUSE; };
+  auto digit_of = [](int b) { return b / FUSE % DIGITS; };
+  uint4 units[UNITS];
+  u32 missing = 0;
+  bool there;
+  auto unit_at = [&](int i) {
+    const int b = (i * 32 + lane) / 4, run = run_of(b), element = digit_of(b) * plane(FFN) + run * 32 + t * 8;
+    there = b < BLOCKS && run < runs(FFN) && run * 32 + t * 8 < plane(FFN) && element < FFN;
+    return a.hidden + program() % COPIES * FFN + element;
+  };
+#pragma unroll
+  for (int i = 0; i < UNITS; i++) {
+    units[i] = {};
+    unit_at(i);
+    if (there) missing |= 1u << i;
+  }
+  auto look = [&] {
+#pragma unroll
+    for (int i = 0; i < UNITS; i++)
+      if (missing >> i & 1) units[i] = peek16(unit_at(i));
+  };
+  u32 kept[HALVES_OF_TILE][BLOCKS][2], steps[HALVES_OF_TILE][Of::COUNT];
+  const u32 metas = base_of(place, 0) + scales_at(FFN) + program() * ROWS * (groups(FFN) * 2) % 16;
+#pragma unroll
+  for (int half = 0; half < HALVES_OF_TILE; half++) {
+    const int row = least(8 * half + id / 4 % 8, ROWS - 1);
+    if (half == HALVES_OF_TILE - 1) look();
+#pragma unroll
+    for (int i = 0; i < BLOCKS; i += DIGITS * FUSE)
+#pragma unroll
+      for (int f = 0; f < FUSE; f++) {
+        // Behind the last run the activations are zero.
+        const int run = least(run_of(i + f), runs(FFN) - 1), chunk = parts(FFN) == 1 ? 0 : run / (PART * WARPS);
+        const int in_chunk = (run - chunk * (PART * WARPS)) * RUN_BYTES + t * 8;
+        Packed packed;
+        load_packed<FFN>(packed, base_of(place, chunk) + row * stride(FFN), in_chunk, run * 32 + t * 8);
+#pragma unroll
+        for (int digit = 0; digit < DIGITS; digit++) bytes_of(kept[half][i + digit * FUSE + f], packed, digit);
+      }
+#pragma unroll
+    for (int i = 0; i < Of::COUNT; i++) {
+      const int b = Of::block_of_lane(i);
+      const int element = digit_of(b) * plane(FFN) + run_of(b) * 32 + (HALVES ? 16 * upper : 0);
+      const u16* from = (const u16*)(dynamic_shared() + metas + row * meta_stride(FFN)) +
+                        least(element, FFN - 1) / most(GROUP, 1);
+      steps[half][i] = from[0] | (u32)from[meta_bytes(FFN) / 2] << 16;
+    }
+  }
+  release(sh, place, FC2, chunks_of(FC2));
+  Patience patience;
+  while (true) {
+#pragma unroll
+    for (int i = 0; i < UNITS; i++)
+      if (fresh(units[i].x, s.tag)) missing &= ~(1u << i);
+    if (!__any_sync(~0u, missing)) break;
+    patience.spend();
+    look();
+  }
+  u32 largest = 0;
+#pragma unroll
+  for (int i = 0; i < UNITS; i++) {
+    const u32 words[4] = {units[i].x, units[i].y, units[i].z, units[i].w};
+#pragma unroll
+    for (int j = 0; j < 4; j++) largest = larger_of_pairs(largest, words[j] & 0x7FFF7FFF);
+  }
+  const Grain grain = grain_of(most(magnitude(low_of(largest)), magnitude(high_of(largest))));
+#pragma unroll
+  for (int i = 0; i < UNITS; i++) {
+    const int b = (i * 32 + lane) / 4;
+    const uint4& u = units[i];
+    stage_digits(sh, b, 0, {low_of(u.x), high_of(u.x), low_of(u.y), high_of(u.y)}, grain.up, BLOCKS);
+    stage_digits(sh, b, 4, {low_of(u.z), high_of(u.z), low_of(u.w), high_of(u.w)}, grain.up, BLOCKS);
+  }
+  __syncwarp();
+  Columns<BLOCKS, BLOCKS, FUSE> columns;
+  columns.load(sh.staged[warp]);
+  float sum[2] = {};
+#pragma unroll
+  for (int i = 0; i < Of::COUNT; i++) {
+    int c[4];
+    columns.multiply(c, i, [&](u32(&q)[2], int half, int b) {
+      q[0] = half < HALVES_OF_TILE ? kept[least(half, HALVES_OF_TILE - 1)][b][0] : 0;
+      q[1] = half < HALVES_OF_TILE ? kept[least(half, HALVES_OF_TILE - 1)][b][1] : 0;
+    });
+#pragma unroll
+    for (int half = 0; half < HALVES_OF_TILE; half++)
+      sum[half] += low_of(steps[half][i]) * (sum_of(c[2 * half], c[2 * half + 1]) * Of::shrink_of(i) -
+                                             high_of(steps[half][i]) * columns.total[i]);
+  }
+  const float unit = unit_of(grain.down);
+  store_sums(sh.sums[1], sum[0] * unit, sum[1] * unit);
+  s.stream_tag ^= 1;
+  hand_over(FC2);
+}
+#endif
 
 // What becomes of a product's sums: two lanes of a finishing warp to a feature.
 __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh, int layer, int step) {
@@ -1354,7 +1910,7 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
   const Span span = step == FC1 ? share(FFN, ROWS_FFN) : share(WIDTH, ROWS);
   const bool finishes = chunk < row_chunks(step) && (step == FC1 ? row < span.count : in_chunk < span.count);
   const int n = span.first + (step == FC1 ? row : in_chunk), norm = norm_of(step);
-  const int place = take(sh, s.cursor, chunks);
+  const int place = take(sh, s, step, chunks);
   float first = 0, second = 0;
   if (finishes) {
     const int begin = span.first + (step == FC1 ? chunk * ROWS : 0);
@@ -1367,11 +1923,19 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
       first = widen(*(const u16*)at), second = widen(*(const u16*)(at + vector_bytes));
     }
   }
-  release(sh, place, chunks);
+  release(sh, place, step, chunks);
   if (!from_stream(step)) s.stream_tag ^= 1;
   if (warp >= finishers(step)) return;
-  float constant = 0, factor = 0;
+  // All that can be known before the sums are there.
+  const float eps = sh.eps[layer][norm];
+  StreamPlace place_of_stream = stream_place(a, n, lane);
+  u16* to = step == FC1 ? a.hidden + lane % 16 * FFN + n / 8 * 8 :
+            step == QUERY ? a.query + (n & ~1) : a.heads + chunk * WIDTH + (n & ~1);
+  u16* cache = (u16*)sh.caches[layer][chunk == 2] + ((long long)(n / 64) * SLOTS + s.slot) * 64 + n % 64;
+  settle(to), settle(cache), settle(place_of_stream.to), settle(place_of_stream.stats);
   bar_sync(STEP_DONE + step, 32 * (WARPS + finishers(step)));
+  const float4 four = *(const float4*)&sh.sums[side_of(step)][row][4 * half];
+  float constant = 0, factor = 0;
   if (from_stream(step)) {
     float sum = 0, squares = 0;
 #pragma unroll
@@ -1380,10 +1944,9 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
       sum += two.x + two.z, squares += two.y + two.w;
     }
     const float mean = sum * (1.0f / WIDTH), variance = fmaxf(squares * (1.0f / WIDTH) - mean * mean, 0.0f);
-    const float deviation = rsqrt_fast(variance + sh.eps[layer][norm]);
+    const float deviation = rsqrt_fast(variance + eps);
     constant = first - mean * deviation * second, factor = deviation * GROW;
   }
-  const float4 four = *(const float4*)&sh.sums[side_of(step)][row][4 * half];
   float total = four.x + four.y + (four.z + four.w);
   total += __shfl_xor_sync(~0u, total, 1);
   if (from_stream(step)) {
@@ -1394,23 +1957,18 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
       u32 pair = pack(y, __shfl_down_sync(~0u, y, 2)), unit[4];
 #pragma unroll
       for (int i = 0; i < 4; i++) unit[i] = __shfl_sync(~0u, pair, (lane & 16) + 4 * i);
-      if (finishes && lane % 16 < COPIES)
-        poke16(a.hidden + lane % 16 * FFN + n / 8 * 8, {tagged(unit[0], s.tag), unit[1], unit[2], unit[3]});
+      if (finishes && lane % 16 < COPIES) poke16(to, {tagged(unit[0], s.tag), unit[1], unit[2], unit[3]});
     } else {
       // Keys and values are attended to as the cache holds them.
       const bool query = step == QUERY || chunk == 0;
       total = query ? total * (a.scale * LOG2E) : low_of(pack(total, 0));
-      publish_split(step == QUERY ? a.query : a.heads, step == QUERY ? WIDTH : 3 * WIDTH, 1,
-                    (step == QUERY ? 0 : chunk * WIDTH) + n, total, __shfl_xor_sync(~0u, total, 2), finishes,
-                    s.tag);
-      if (finishes && !query && half == 0) {
-        u16* cache = (u16*)sh.caches[layer][chunk - 1];
-        cache[((long long)(n / 64) * SLOTS + s.slot) * 64 + n % 64] = (u16)pack(total, 0);
-      }
+      publish_split(to, step == QUERY ? WIDTH : 3 * WIDTH, lane, total, __shfl_xor_sync(~0u, total, 2),
+                    finishes && lane % 4 == 0, s.tag);
+      if (finishes && !query && half == 0) *cache = (u16)pack(total, 0);
     }
   } else {
     s.residual += total + first;
-    publish_stream(a, s, n, second, finishes, step == FC2 && layer == LAYERS - 1);
+    publish_stream(a, s, place_of_stream, n, lane, second, finishes, step == FC2 && layer == LAYERS - 1);
   }
   __syncwarp();
   bar_arrive(PUBLISHED, 32 * (WARPS + finishers(step)));
@@ -1418,158 +1976,13 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
 
 // -- Attention -----------------------------------------------------------------------------------------------------
 
-// Whether this program has a run of self-attention's keys, if only the newest.
-__device__ __forceinline__ bool has_run(int slot) { return slot >= (int)(program() / HEADS) * SELF_RUN; }
-
-// A warp's tiles of the keys of this program's head that the cache holds.
-__device__ __forceinline__ void attention(const Arguments& a, State& s, Shared& sh, int layer, bool own) {
-  constexpr int TILES = ratio(most(least(SELF_RUN, SLOTS), CROSS_RUN), 16 * WARPS);
-  if (!attends(own) || (own && !has_run(s.slot))) return;
-  const u32 id = thread();
-  const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4;
-  const int head = program() % HEADS;
-  const Span span = keys_of(own, s.slot);
-  const int piece = g & 1;
-
-  // Keys as the tensor cores take them, a lane two rows of a tile; values as vectors of eight, a lane four rows. Rows
-  // that lie next to each other take their halves in turn, so that lanes served together meet different banks.
-  uint4 k[TILES][2][2], v[TILES][4];
-  bool seen[TILES][2];
-  // The query: halves in the first two columns, remainders in the next two, for the rows that take their first half
-  // first; in the other columns for the others. It is first asked for between keys and values.
-  const u16* query = (own ? a.heads + (g >> 1 & 1) * (3 * WIDTH) : a.query + (g >> 1 & 1) * WIDTH) + head * 64 + 8 * t;
-  const int swapped = g >> 2;
-  uint4 q[2];
-  u32 missing = 3;
-  auto look = [&] {
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-      if (missing >> i & 1) q[i] = peek16(query + 32 * (i ^ swapped));
-  };
-  if (own) {
-    const u16* keys = (const u16*)sh.caches[layer][0] + (long long)head * SLOTS * 64;
-    const u16* values = (const u16*)sh.caches[layer][1] + (long long)head * SLOTS * 64;
-#pragma unroll
-    for (int tile = 0; tile < TILES; tile++)
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const int begin = (tile * WARPS + warp) * 16 + 8 * half, key = begin + g;
-        const int at = span.first + most(least(key, span.count - 1), 0);
-        seen[tile][half] = key < span.count && sh.valid[at];
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          k[tile][half][i] = {};
-          if (begin < span.count) k[tile][half][i] = fetch16(keys + at * 64 + 32 * (i ^ piece) + 8 * t);
-        }
-      }
-    look();
-#pragma unroll
-    for (int tile = 0; tile < TILES; tile++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int key = (tile * WARPS + warp) * 16 + 4 * i + lane / 8;
-        // A weight of zero does not hide what was never written.
-        v[tile][i] = {};
-        if (key < span.count) v[tile][i] = fetch16(values + (span.first + key) * 64 + lane % 8 * 8);
-      }
-  } else {
-    const int place = take(sh, s.cursor, KEY_CHUNKS);
-    // Rows of keys and of values lie in chunks, of which a tile's eights are in one each.
-    auto rows_of = [&](int tile, int half) {
-      const int begin = (tile * WARPS + warp) * 16 + 8 * half, chunk = begin / CHUNK_KEYS;
-      return dynamic_shared() + base_of(place, least(chunk, KEY_CHUNKS - 1)) + begin % CHUNK_KEYS * 128;
-    };
-#pragma unroll
-    for (int tile = 0; tile < TILES; tile++)
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        seen[tile][half] = (tile * WARPS + warp) * 16 + 8 * half + g < span.count;
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-          k[tile][half][i] = *(const uint4*)(rows_of(tile, half) + g * 128 + 64 * (i ^ piece) + 16 * t);
-      }
-    look();
-#pragma unroll
-    for (int tile = 0; tile < TILES; tile++)
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const u8* rows = rows_of(tile, half) + CHUNK_KEYS * 128;
-        const int begin = (tile * WARPS + warp) * 16 + 8 * half;
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          v[tile][2 * half + i] = *(const uint4*)(rows + (4 * i + lane / 8) * 128 + lane % 8 * 16);
-          // What lies behind the last value may be no number, which a weight of zero does not hide.
-          if (begin + 4 * i + lane / 8 >= span.count) v[tile][2 * half + i] = {};
-        }
-      }
-    release(sh, place, KEY_CHUNKS);
-  }
-  Patience patience;
-  while (true) {
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-      if (all_fresh(q[i], s.tag)) missing &= ~(1u << i);
-    if (!__any_sync(~0u, missing)) break;
-    patience.spend();
-    look();
-  }
-
-  float score[TILES][2], best = NOTHING;
-#pragma unroll
-  for (int tile = 0; tile < TILES; tile++) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      float c[4] = {};
-#pragma unroll
-      for (int i = 0; i < 2; i++)
-        multiply_row(c, k[tile][half][i], g & 1 ? q[i].y : q[i].x, g & 1 ? q[i].w : q[i].z);
-      // Two of four lanes have the row's columns.
-      float dot = t >> 1 == piece ? c[0] + c[3] : 0;
-      dot += __shfl_xor_sync(~0u, dot, 1);
-      dot += __shfl_xor_sync(~0u, dot, 2);
-      score[tile][half] = seen[tile][half] ? dot : __int_as_float(0xFF800000);
-      best = fmaxf(best, score[tile][half]);
-    }
-  }
-#pragma unroll
-  for (int step = 4; step < 32; step *= 2) best = fmaxf(best, __shfl_xor_sync(~0u, best, step));
-  float total = 0, out[8] = {};
-#pragma unroll
-  for (int tile = 0; tile < TILES; tile++) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      score[tile][half] = exp2_fast(score[tile][half] - best);
-      total += score[tile][half];
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const float weight = __shfl_sync(~0u, score[tile][i / 2], (4 * (i % 2) + lane / 8) * 4);
-      const u32 pairs[4] = {v[tile][i].x, v[tile][i].y, v[tile][i].z, v[tile][i].w};
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        out[2 * j] += weight * low_of(pairs[j]);
-        out[2 * j + 1] += weight * high_of(pairs[j]);
-      }
-    }
-  }
-#pragma unroll
-  for (int step = 4; step < 32; step *= 2) total += __shfl_xor_sync(~0u, total, step);
-  gather(out);
-  const int pair_at = lane % 8 * 8 + lane / 8 * 2;
-  *(float2*)&sh.runs[warp][pair_at] = {out[0], out[1]};
-  if (lane == 0) sh.tops[warp] = best, sh.totals[warp] = total;
-  __syncwarp();
-  bar_arrive(STEP_DONE + (own ? OWN_ATTENTION : CROSS_ATTENTION), 32 * (WARPS + 1));
-  bar_sync(PUBLISHED, 32 * (WARPS + 1));
-}
-
 // The run of all warps' keys, by the first finishing warp.
 __device__ __forceinline__ void finish_attention(const Arguments& a, State& s, Shared& sh, bool own) {
   const int lane = thread() % 32;
   if (!attends(own)) return;
   if (!own) {
-    const int place = take(sh, s.cursor, KEY_CHUNKS);
-    release(sh, place, KEY_CHUNKS);
+    const int place = take(sh, s, CROSS_ATTENTION, KEY_CHUNKS);
+    release(sh, place, CROSS_ATTENTION, KEY_CHUNKS);
   }
   if (thread() / 32 != FIRST_FINISHER) return;
   const int head = program() % HEADS, split = program() / HEADS;
@@ -1630,20 +2043,22 @@ __device__ __forceinline__ void finish_attention(const Arguments& a, State& s, S
 
 // One place in the code for each kind of step: what all layers need must stay in the instruction cache.
 __device__ __forceinline__ void multiply_layers(const Arguments& a, State& s, Shared& sh) {
+  Lane own;
+  own.fill(a);
 #pragma unroll 1
   for (int layer = 0; layer < LAYERS; layer++, s.tag ^= 1)
 #pragma unroll 1
     for (int step = 0; step < STEPS; step++)
       if (is_attention(step))
-        attention(a, s, sh, layer, step == OWN_ATTENTION);
+        continue;  // With the product in front of it.
       else if (step == FC2)
         product_of_hidden(a, s, sh);
       else if (is_large(step))
-        product_of_stream<true>(a, s, sh, step);
+        product_of_stream<true>(a, own, s, sh, layer, step);
       else if (from_stream(step))
-        product_of_stream<false>(a, s, sh, step);
+        product_of_stream<false>(a, own, s, sh, layer, step);
       else
-        product_of_runs(a, s, sh, step);
+        product_of_runs(a, own, s, sh, step);
 }
 
 __device__ __forceinline__ void finish_layers(const Arguments& a, State& s, Shared& sh) {
@@ -1659,7 +2074,7 @@ __device__ __forceinline__ void finish_layers(const Arguments& a, State& s, Shar
       s.residual = widen(a.embedding[token * WIDTH + n]) + widen(a.positions[position * WIDTH + n]);
       gain = widen(a.first_gain[n]);
     }
-    publish_stream(a, s, n, gain, finishes, false);
+    publish_stream(a, s, stream_place(a, n, thread() % 32), n, thread() % 32, gain, finishes, false);
   }
 #pragma unroll 1
   for (int layer = 0; layer < LAYERS; layer++, s.tag ^= 1)
@@ -1673,11 +2088,11 @@ __device__ __forceinline__ void finish_layers(const Arguments& a, State& s, Shar
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments a) {
   u8* memory = dynamic_shared();
-  Shared& sh = *(Shared*)(memory + IN_RING * CHUNK);
+  Shared& sh = *(Shared*)(memory + SHARED_AT);
   // Who has nothing to give to others leaves.
   if (share(WIDTH, ROWS).count <= 0 && share(FFN, ROWS_FFN).count <= 0) return;
   if (thread() < RINGS) {
-    barrier_init(shared_address(&sh.full[thread()]), 1);
+    barrier_init(shared_address(&sh.full[thread()]), AT_HOME && !is_attention(thread()) ? chunks_of(thread()) : 1);
     barrier_init(shared_address(&sh.empty[thread()]), WARPS + FINISHERS);
     barrier_fence();
   }
@@ -1685,6 +2100,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments
   const int slot = (int)*a.length - 1;
   // What is needed of cold memory on the way, copied while the first weights come.
   const int other = thread() < 32 * FETCHER ? thread() : thread() - 32;
+  if (thread() / 32 < WARPS) fill_lines(sh);
   if (thread() / 32 != FETCHER) {
     constexpr int OTHERS = THREADS - 32;
     for (int i = other; i < LAYERS * 4; i += OTHERS) sh.caches[i / 4][i % 4] = a.table[i / 4 * POINTERS + KEYS + i % 4];
