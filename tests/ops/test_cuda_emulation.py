@@ -392,8 +392,9 @@ def test_multiply_bytes(library):
     added = generator.integers(-(2**20), 2**20, (7, 16, 8), dtype=np.int32)
     operands = {"a": copied(factors), "b": copied(added.view(np.uint32)), "out": aligned(7 * 128)}
     out = library.run("product_of_bytes", 1, 7 * 32, **operands)
-    left, right = factors[:, :512].reshape(7, 16, 32).astype(np.int64), factors[:, 512:].view(np.int8).reshape(7, 32, 8)
-    np.testing.assert_array_equal(out.view(np.int32).reshape(7, 16, 8), left @ right.astype(np.int64) + added)
+    left = factors[:, :512].reshape(7, 16, 32).astype(np.int64)
+    right = factors[:, 512:].view(np.int8).reshape(7, 32, 8).astype(np.int64)
+    np.testing.assert_array_equal(out.view(np.int32).reshape(7, 16, 8), left @ right + added)
 
 
 def rounded(values, bf16):

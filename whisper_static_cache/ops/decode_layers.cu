@@ -1180,7 +1180,7 @@ struct Weights {
   u32 kept[EIGHTS][OF_WARP][2];
   float scale[EIGHTS][SPANS], offset[EIGHTS][SPANS];  // An offset is scale times zero point.
 
-  // `look` asks for activations for the first time: they may be there when the weights are.
+  // `look` asks for activations for the first time: by now they may be there.
   template <class Look>
   __device__ __forceinline__ void load(const Lane& lane, State& s, Shared& sh, int step, Look look) {
     const int warp = thread() / 32, t = thread() % 4, chunks = chunks_of(step);
@@ -1194,7 +1194,6 @@ struct Weights {
 #pragma unroll
         for (int i = 0; i < SPANS; i++) scale[h][i] = offset[h][i] = 0;
       }
-      if (h == EIGHTS / 2) look();
       if (h >= ALWAYS && 8 * h >= chunks * ROWS) continue;
       const Line line = line_of(sh, place, step, h);
 #pragma unroll
@@ -1236,6 +1235,7 @@ struct Weights {
       }
     }
     release(sh, place, step, chunks);
+    look();
   }
 };
 
@@ -1268,20 +1268,23 @@ struct Columns {
   float total[Of::COUNT];
 
   __device__ __forceinline__ void load(const u8 (*from)[DIGITS_OF_X][32]) {
+#pragma unroll
+    for (int i = 0; i < Of::COUNT; i++) load(from, i);
+  }
+  // Of one span.
+  __device__ __forceinline__ void load(const u8 (*from)[DIGITS_OF_X][32], int span) {
     const u32 id = thread();
     const int g = id / 4 % 8, t = id % 4;
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) {
+      if (Of::unit_of(b) / EACH_SPAN != span) continue;
       y[b] = {};
       if (g % 4 < DIGITS_OF_X && (HALVES ? t >> 1 : Of::unit_of(b) % 2) == g >> 2)
         y[b] = *(const uint2*)&from[b][least(g % 4, DIGITS_OF_X - 1)][t * 8];
     }
-#pragma unroll
-    for (int i = 0; i < Of::COUNT; i++) {
-      int c[4];
-      multiply(c, i, [](u32(&q)[2], int, int) { q[0] = q[1] = 0x01010101; });
-      total[i] = sum_of(c[0], c[1]);
-    }
+    int c[4];
+    multiply(c, span, [](u32(&q)[2], int, int) { q[0] = q[1] = 0x01010101; });
+    total[span] = sum_of(c[0], c[1]);
   }
   // The sums of a span for both of a lane's rows, `bytes(q, half, b)` of them.
   template <class Bytes>
@@ -1881,10 +1884,10 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
   }
   __syncwarp();
   Columns<BLOCKS, BLOCKS, FUSE> columns;
-  columns.load(sh.staged[warp]);
   float sum[2] = {};
 #pragma unroll
   for (int i = 0; i < Of::COUNT; i++) {
+    columns.load(sh.staged[warp], i);
     int c[4];
     columns.multiply(c, i, [&](u32(&q)[2], int half, int b) {
       q[0] = half < HALVES_OF_TILE ? kept[least(half, HALVES_OF_TILE - 1)][b][0] : 0;
