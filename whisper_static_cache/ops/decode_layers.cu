@@ -173,11 +173,6 @@ __device__ __forceinline__ void multiply_bytes(int (&d)[4], u32 a0, u32 a1, u32 
       : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
 }
-__device__ __forceinline__ u32 largest_of_warp(u32 x) {
-  u32 y;
-  asm volatile("redux.sync.max.u32 %0,%1,0xffffffff;" : "=r"(y) : "r"(x));
-  return y;
-}
 __device__ __forceinline__ u32 larger_of_pairs(u32 a, u32 b) {
   u32 c;
   asm("max.u16x2 %0,%1,%2;" : "=r"(c) : "r"(a), "r"(b));
@@ -209,13 +204,6 @@ __device__ __forceinline__ u32 half_fma(u32 a, u32 b, u32 c) {
 template <class T>
 inline void settle(T*&) {}
 #define program() ((int)blockIdx.x)
-inline u32 largest_of_warp(u32 x) {
-  for (int step = 1; step < 32; step *= 2) {
-    const u32 other = __shfl_xor_sync(~0u, x, step);
-    x = x < other ? other : x;
-  }
-  return x;
-}
 inline u32 larger_of_pairs(u32 a, u32 b) {
   const u32 low = (a & 0xFFFF) > (b & 0xFFFF) ? a : b, high = a >> 16 > b >> 16 ? a : b;
   return (low & 0xFFFF) | (high & 0xFFFF0000);
@@ -379,7 +367,7 @@ constexpr int FUSED = BATCH == 1 && fuses(WIDTH) ? 2 : 1;
 constexpr int OWN_BLOCKS = OWN * DIGITS, LATE = ratio(LEFT * DIGITS, WARPS), OF_WARP = OWN_BLOCKS + LATE;
 constexpr int HIDDEN_BLOCKS = turns(FFN) * DIGITS;
 // What packed integers are multiplied by, for one row: activations as integers of this many digits of base 256.
-constexpr int DIGITS_OF_X = 3;
+constexpr int DIGITS_OF_X = 2;
 // Eights of rows of the large products, of both or of one of them; the others have two.
 constexpr int MOST_EIGHTS = ratio(most(3, FFN_CHUNKS) * ROWS, 8), LEAST_EIGHTS = ratio(least(3, FFN_CHUNKS) * ROWS, 8);
 #if BATCH > 1
@@ -411,7 +399,10 @@ struct Shared {
     alignas(16) u16 hidden[WARPS][HIDDEN_BLOCKS][32];
     alignas(16) u16 staged[WARPS][OF_WARP][2][32];
 #else
-    alignas(16) u8 staged[WARPS][most(OF_WARP, HIDDEN_BLOCKS)][DIGITS_OF_X][32];
+    struct {
+      alignas(16) u8 staged[WARPS][most(OF_WARP, HIDDEN_BLOCKS)][DIGITS_OF_X][32];
+      float grains[WARPS][most(OF_WARP, HIDDEN_BLOCKS)];
+    };
 #endif
   };
   alignas(16) float tops[WARPS], totals[WARPS];
@@ -1005,7 +996,7 @@ struct Weights {
 
 // The product of weights with a warp's staged activations.
 template <int EIGHTS, int ALWAYS>
-__device__ __forceinline__ void multiply_staged(const Weights<EIGHTS, ALWAYS>& weights, Shared& sh, int step, float) {
+__device__ __forceinline__ void multiply_staged(const Weights<EIGHTS, ALWAYS>& weights, Shared& sh, int step) {
   const u32 id = thread();
   const int warp = id / 32, g = id / 4 % 8, t = id % 4;
   // A lane has those of column g: the halves are in the first two and the remainders in the next two columns.
@@ -1038,19 +1029,18 @@ __device__ __forceinline__ void multiply_staged(const Weights<EIGHTS, ALWAYS>& w
 }
 
 // What `product_of_stream` asked for, staged.
-__device__ __forceinline__ float stage_stream(Shared& sh, const uint4 (&units)[ratio(OF_WARP, 4)]) {
+__device__ __forceinline__ void stage_stream(Shared& sh, const uint4 (&units)[ratio(OF_WARP, 4)]) {
   const u32 id = thread();
   const int lane = id % 32;
 #pragma unroll
   for (int i = 0; i < ratio(OF_WARP, 4); i++)
     if (4 * i + lane / 8 < OF_WARP)
       stage(&sh.staged[id / 32][4 * i + lane / 8][lane / 4 % 2][id % 4 * 8], units[i]);
-  return 0;
 }
 // Activations of block `b`, of which a lane has eight, likewise.
-__device__ __forceinline__ float stage_eight(Shared& sh, int b, const float (&x)[8]) {
+__device__ __forceinline__ void stage_eight(Shared& sh, int b, const float (&x)[8]) {
   const int warp = thread() / 32, t = thread() % 4;
-  if (b >= OF_WARP) return 0;
+  if (b >= OF_WARP) return;
   u32 halves[4], rests[4];
 #pragma unroll
   for (int j = 0; j < 4; j++) {
@@ -1059,35 +1049,34 @@ __device__ __forceinline__ float stage_eight(Shared& sh, int b, const float (&x)
   }
   stage(&sh.staged[warp][b][0][t * 8], {halves[0], halves[1], halves[2], halves[3]});
   stage(&sh.staged[warp][b][1][t * 8], {rests[0], rests[1], rests[2], rests[3]});
-  return 0;
 }
 #else
 // -- A product's weights and activations as integers
 
-// Activations are made integers of 22 bits and a sign, multiples of a power of two that the largest one of the warp's
-// sets: three digits of base 256, from -128 to 127. The tensor cores multiply them by packed integers as they are, exactly.
+// Activations are made integers of 14 bits and a sign, multiples of a power of two that the largest one of their block sets:
+// two digits of base 256, from -128 to 127. The tensor cores multiply them by packed integers as they are, exactly.
 struct Grain {
   float up, down;  // The power's inverse and the power.
 };
 __device__ __forceinline__ u32 magnitude(float x) { return __float_as_uint(x) & 0x7FFFFFFF; }
-// Of the largest magnitude of each lane.
-__device__ __forceinline__ Grain grain_of(u32 largest) {
-  const u32 exponent = most(largest_of_warp(largest) >> 23, 32);
+// From the largest magnitude of a lane, where a block has so many lanes.
+__device__ __forceinline__ Grain grain_of(u32 largest, int lanes) {
+#pragma unroll
+  for (int step = 1; step < lanes; step *= 2) largest = most(largest, __shfl_xor_sync(~0u, largest, step));
+  const u32 exponent = most(largest >> 23, 32);
   // What is no number is to stay none.
-  return {__uint_as_float(274 - exponent << 23), __uint_as_float(exponent == 255 ? 0x7FC00000 : exponent - 20 << 23)};
+  return {__uint_as_float(267 - exponent << 23), __uint_as_float(exponent == 255 ? 0x7FC00000 : exponent - 13 << 23)};
 }
 // Four activations as words of their digits, the most significant first.
 __device__ __forceinline__ void digits_of(u32 (&words)[DIGITS_OF_X], const float (&x)[4], float up) {
   // In the mantissa of what lies behind 2 ** 23, with as much added to each digit as makes it positive.
-  constexpr float ADDED = 8388608.0f + 0x408080;
+  constexpr float ADDED = 8388608.0f + 0x8080;
   u32 in[4];
 #pragma unroll
   for (int i = 0; i < 4; i++) in[i] = __float_as_uint(x[i] * up + ADDED);
-  const u32 low01 = byte_permute(in[0], in[1], 0x5140), low23 = byte_permute(in[2], in[3], 0x5140);
-  const u32 high = byte_permute(byte_permute(in[0], in[1], 0x0062), byte_permute(in[2], in[3], 0x0062), 0x5410);
-  words[0] = high + 0x40404040 ^ 0x80808080;
-  words[1] = byte_permute(low01, low23, 0x7632) ^ 0x80808080;
-  words[2] = byte_permute(low01, low23, 0x5410) ^ 0x80808080;
+  const u32 first = byte_permute(in[0], in[1], 0x5140), second = byte_permute(in[2], in[3], 0x5140);
+  words[0] = byte_permute(first, second, 0x7632) ^ 0x80808080;
+  words[1] = byte_permute(first, second, 0x5410) ^ 0x80808080;
 }
 
 // Bytes that hold digit `digit` of eight packed ones times 2 ** byte_place(digit).
@@ -1110,26 +1099,32 @@ __device__ __forceinline__ void bytes_of(u32 (&q)[2], const Packed& packed, int 
   }
 }
 
-// Which blocks a lane's columns of a product are of: four columns each, for three digits. Where the halves of a block may
-// differ in scale, columns are of either of them; else a span is of two units, each of as many blocks as have a scale in
-// common: `FUSE` of the `OWN_OF` first ones.
+// Which blocks a lane's columns of a product are of. A unit is of as many blocks as have a scale in common, `FUSE` of the
+// `OWN_OF` first ones; it has two columns, for two digits, or where the halves of a block may differ in scale two for
+// each. A span is of as many units as there are columns for, and a lane has the sums of two of them.
 constexpr bool HALVES = GROUP % 32 != 0;
-constexpr int EACH_SPAN = HALVES ? 1 : 2;
+constexpr int EACH_SPAN = HALVES ? 2 : 4;
 template <int BLOCKS, int OWN_OF, int FUSE>
 struct Spans {
   static constexpr int OWN_UNITS = OWN_OF / FUSE, UNITS = OWN_UNITS + BLOCKS - OWN_OF, COUNT = ratio(UNITS, EACH_SPAN);
   static constexpr int unit_of(int b) { return b < OWN_OF ? b / FUSE : b - OWN_OF + OWN_UNITS; }
+  static __device__ __forceinline__ int unit_of_lane(int span) {
+    const int t = thread() % 4;
+    return least(span * EACH_SPAN + (HALVES ? t >> 1 : t), UNITS - 1);
+  }
   // The first block of a lane's unit.
   static __device__ __forceinline__ int block_of_lane(int span) {
-    const int unit = HALVES ? span : least(2 * span + (thread() % 4 >> 1), UNITS - 1);
+    const int unit = unit_of_lane(span);
     return unit < OWN_UNITS ? unit * FUSE : unit - OWN_UNITS + OWN_OF;
   }
-  // What brings a span's sums to scale: digits of own blocks stay where they lie in their bytes.
-  static __device__ __forceinline__ float shrink_of(int span) {
-    auto of = [](int unit) { return unit < OWN_UNITS ? 1.0f / (1 << byte_place(unit % DIGITS)) : 1.0f; };
-    return HALVES ? of(span) : thread() % 4 >> 1 ? of(2 * span + 1) : of(2 * span);
+  // What brings its sums to scale: digits of own blocks stay where they lie in their bytes.
+  static __device__ __forceinline__ float shrink_of_lane(int span) {
+    const int unit = unit_of_lane(span), place = unit < OWN_UNITS ? byte_place(unit % DIGITS) : 0;
+    return __int_as_float(127 - place << 23);
   }
 };
+// Where a lane's half begins in a block.
+__device__ __forceinline__ int half_of_lane() { return HALVES ? thread() % 2 * 16 : 0; }
 using OfWidth = Spans<OF_WARP, OWN_BLOCKS, FUSED>;
 constexpr int SPANS = OfWidth::COUNT;
 
@@ -1137,6 +1132,7 @@ constexpr int SPANS = OfWidth::COUNT;
 // where the scales of its columns lie behind those of the row, where its activations are.
 struct Lane {
   u32 late_at[most(LATE, 1)], late_digit[most(LATE, 1)], scale_at[SPANS];
+  float shrink[SPANS];
   const u16* stream[ratio(OF_WARP, 4)];
   const float2* stats;
 
@@ -1151,8 +1147,8 @@ struct Lane {
 #pragma unroll
     for (int i = 0; i < SPANS; i++) {
       const Block block = block_of(OfWidth::block_of_lane(i));
-      const int element = block.digit * plane(WIDTH) + block.run * 32 + (HALVES ? 16 * (t >> 1) : 0);
-      scale_at[i] = least(element, WIDTH - 1) / most(GROUP, 1) * 2;
+      const int element = block.digit * plane(WIDTH) + block.run * 32 + half_of_lane();
+      scale_at[i] = least(element, WIDTH - 1) / most(GROUP, 1) * 2, shrink[i] = OfWidth::shrink_of_lane(i);
     }
     // A lane asks for halves or remainders of one block in four.
 #pragma unroll
@@ -1231,7 +1227,7 @@ struct Weights {
         const u16* from = (const u16*)(dynamic_shared() + line.meta + lane.scale_at[i]);
         scale[h][i] = widen(from[0]);
         offset[h][i] = scale[h][i] * widen(from[meta_bytes(WIDTH) / 2]);
-        scale[h][i] *= OfWidth::shrink_of(i);
+        scale[h][i] *= lane.shrink[i];
       }
     }
     release(sh, place, step, chunks);
@@ -1239,16 +1235,14 @@ struct Weights {
   }
 };
 
-// Sums are counted from the number in whose mantissa integers below 2 ** 22 lie as they are. Of four lanes the even ones
-// have the first two digits' and the odd ones the last digit's, with nothing in their other column.
+// Sums are counted from the number in whose mantissa integers below 2 ** 22 lie as they are. Of two digits, in units of the
+// first one's:
 constexpr int ORIGIN_OF_SUMS = 0x4B400000;
 __device__ __forceinline__ float sum_of(int first, int second) {
   // The origin and a 256th of it, taken away where both are exact.
   constexpr float BOTH = 12582912.0f + 49152.0f;
   return __int_as_float(second) * (1.0f / 256) + (__int_as_float(first) - BOTH);
 }
-// What a sum of digits is worth.
-__device__ __forceinline__ float unit_of(float grain) { return thread() % 2 ? grain : grain * 65536; }
 // Four lanes have parts of both rows' sums: of the tile's first eight rows the first lane stores the sum, of the others
 // the second.
 __device__ __forceinline__ void store_sums(float (*to)[WARPS], float first, float second) {
@@ -1265,26 +1259,27 @@ template <int BLOCKS, int OWN_OF, int FUSE>
 struct Columns {
   using Of = Spans<BLOCKS, OWN_OF, FUSE>;
   uint2 y[BLOCKS];
-  float total[Of::COUNT];
+  float total[Of::COUNT], grain[Of::COUNT];  // What a unit's sum is worth.
 
-  __device__ __forceinline__ void load(const u8 (*from)[DIGITS_OF_X][32]) {
+  __device__ __forceinline__ void load(const u8 (*from)[DIGITS_OF_X][32], const float* grains) {
 #pragma unroll
-    for (int i = 0; i < Of::COUNT; i++) load(from, i);
+    for (int i = 0; i < Of::COUNT; i++) load(from, grains, i);
   }
   // Of one span.
-  __device__ __forceinline__ void load(const u8 (*from)[DIGITS_OF_X][32], int span) {
+  __device__ __forceinline__ void load(const u8 (*from)[DIGITS_OF_X][32], const float* grains, int span) {
     const u32 id = thread();
     const int g = id / 4 % 8, t = id % 4;
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) {
       if (Of::unit_of(b) / EACH_SPAN != span) continue;
       y[b] = {};
-      if (g % 4 < DIGITS_OF_X && (HALVES ? t >> 1 : Of::unit_of(b) % 2) == g >> 2)
-        y[b] = *(const uint2*)&from[b][least(g % 4, DIGITS_OF_X - 1)][t * 8];
+      const int columns = HALVES ? Of::unit_of(b) % 2 * 2 + (t >> 1) : Of::unit_of(b) % 4;
+      if (g >> 1 == columns) y[b] = *(const uint2*)&from[b][g % 2][t * 8];
     }
     int c[4];
     multiply(c, span, [](u32(&q)[2], int, int) { q[0] = q[1] = 0x01010101; });
-    total[span] = sum_of(c[0], c[1]);
+    grain[span] = grains[Of::block_of_lane(span)] * 256;
+    total[span] = sum_of(c[0], c[1]) * grain[span];
   }
   // The sums of a span for both of a lane's rows, `bytes(q, half, b)` of them.
   template <class Bytes>
@@ -1306,12 +1301,12 @@ struct Columns {
   }
 };
 
-// The product of weights with a warp's staged activations, which are integers times `grain`.
+// The product of weights with a warp's staged activations.
 template <int EIGHTS, int ALWAYS>
-__device__ __forceinline__ void multiply_staged(const Weights<EIGHTS, ALWAYS>& weights, Shared& sh, int step, float grain) {
+__device__ __forceinline__ void multiply_staged(const Weights<EIGHTS, ALWAYS>& weights, Shared& sh, int step) {
   Columns<OF_WARP, OWN_BLOCKS, FUSED> columns;
-  columns.load(sh.staged[thread() / 32]);
-  const float unit = unit_of(grain);
+  const int warp = thread() / 32;
+  columns.load(sh.staged[warp], sh.grains[warp]);
 #pragma unroll
   for (int tile = 0; tile < ratio(EIGHTS, 2); tile++) {
     if (2 * tile >= ALWAYS && 16 * tile >= chunks_of(step) * ROWS) continue;
@@ -1327,59 +1322,57 @@ __device__ __forceinline__ void multiply_staged(const Weights<EIGHTS, ALWAYS>& w
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const int eight = least(2 * tile + half, EIGHTS - 1);
-        sum[half] += weights.scale[eight][i] * sum_of(c[2 * half], c[2 * half + 1]);
+        sum[half] += weights.scale[eight][i] * (sum_of(c[2 * half], c[2 * half + 1]) * columns.grain[i]);
         sum[half] -= weights.offset[eight][i] * columns.total[i];
       }
     }
-    store_sums(&sh.sums[side_of(step)][16 * tile], sum[0] * unit, sum[1] * unit);
+    store_sums(&sh.sums[side_of(step)][16 * tile], sum[0], sum[1]);
   }
 }
 
-// Four activations of block `b`, from a lane's element `from` on, as digits.
-__device__ __forceinline__ void stage_digits(Shared& sh, int b, int from, const float (&x)[4], float up,
-                                             int blocks = OF_WARP) {
+// Four activations of block `b`, from a lane's element `from` on, as digits. Of a block's lanes one notes the grain.
+__device__ __forceinline__ void stage_digits(Shared& sh, int b, int from, const float (&x)[4], const Grain& grain,
+                                             bool notes, int blocks = OF_WARP) {
   u32 words[DIGITS_OF_X];
-  digits_of(words, x, up);
+  digits_of(words, x, grain.up);
   if (b >= blocks) return;
+  const u32 id = thread();
 #pragma unroll
   for (int digit = 0; digit < DIGITS_OF_X; digit++)
-    *(u32*)&sh.staged[thread() / 32][b][digit][thread() % 4 * 8 + from] = words[digit];
+    *(u32*)&sh.staged[id / 32][b][digit][id % 4 * 8 + from] = words[digit];
+  if (notes) sh.grains[id / 32][b] = grain.down;
 }
-// What `product_of_stream` asked for, staged: the grain. A lane has halves and another one their remainders, eight; each
-// takes four of both.
-__device__ __forceinline__ float stage_stream(Shared& sh, const uint4 (&units)[ratio(OF_WARP, 4)]) {
+// What `product_of_stream` asked for, staged. A lane has halves and another one their remainders, eight; each takes four
+// of both. Fused blocks, which stand next to each other, have one grain.
+__device__ __forceinline__ void stage_stream(Shared& sh, const uint4 (&units)[ratio(OF_WARP, 4)]) {
   constexpr int UNITS = ratio(OF_WARP, 4);
   const int lane = thread() % 32;
   const bool second = lane & 4;
-  float x[UNITS][4];
-  u32 largest = 0;
 #pragma unroll
   for (int i = 0; i < UNITS; i++) {
     const uint4& u = units[i];
     const u32 mine[2] = {second ? u.z : u.x, second ? u.w : u.y};
     const u32 others[2] = {__shfl_xor_sync(~0u, second ? u.x : u.z, 4), __shfl_xor_sync(~0u, second ? u.y : u.w, 4)};
+    float x[4];
 #pragma unroll
     for (int j = 0; j < 2; j++) {
-      x[i][2 * j] = low_of(mine[j]) + low_of(others[j]);
-      x[i][2 * j + 1] = high_of(mine[j]) + high_of(others[j]);
+      x[2 * j] = low_of(mine[j]) + low_of(others[j]);
+      x[2 * j + 1] = high_of(mine[j]) + high_of(others[j]);
     }
+    u32 largest = 0;
 #pragma unroll
-    for (int j = 0; j < 4; j++) largest = most(largest, magnitude(x[i][j]));
+    for (int j = 0; j < 4; j++) largest = most(largest, magnitude(x[j]));
+    stage_digits(sh, 4 * i + lane / 8, second * 4, x, grain_of(largest, 8 * FUSED), lane % 8 == 0);
   }
-  const Grain grain = grain_of(largest);
-#pragma unroll
-  for (int i = 0; i < UNITS; i++) stage_digits(sh, 4 * i + lane / 8, second * 4, x[i], grain.up);
-  return grain.down;
 }
 // Activations of block `b`, of which a lane has eight, likewise.
-__device__ __forceinline__ float stage_eight(Shared& sh, int b, const float (&x)[8]) {
+__device__ __forceinline__ void stage_eight(Shared& sh, int b, const float (&x)[8]) {
   u32 largest = 0;
 #pragma unroll
   for (int j = 0; j < 8; j++) largest = most(largest, magnitude(x[j]));
-  const Grain grain = grain_of(largest);
-  stage_digits(sh, b, 0, {x[0], x[1], x[2], x[3]}, grain.up);
-  stage_digits(sh, b, 4, {x[4], x[5], x[6], x[7]}, grain.up);
-  return grain.down;
+  const Grain grain = grain_of(largest, 4 * FUSED);
+  stage_digits(sh, b, 0, {x[0], x[1], x[2], x[3]}, grain, thread() % 4 == 0);
+  stage_digits(sh, b, 4, {x[4], x[5], x[6], x[7]}, grain, false);
 }
 #endif
 
@@ -1587,9 +1580,9 @@ __device__ __forceinline__ void product_of_stream(const Arguments& a, const Lane
     look();
   }
   moments.look(own.stats_at(a));
-  const float grain = stage_stream(sh, units);
+  stage_stream(sh, units);
   __syncwarp();
-  multiply_staged(weights, sh, step, grain);
+  multiply_staged(weights, sh, step);
   while (true) {
     moments.check(s.stream_tag);
     if (!__any_sync(~0u, moments.missing)) break;
@@ -1691,9 +1684,9 @@ __device__ __forceinline__ void product_of_runs(const Arguments& a, const Lane& 
     merge<SELF_SPLITS>(x, a.own_runs + unit, a.own_logs + head * LOGS, inside, s.tag);
   else
     merge<CROSS_SPLITS>(x, a.cross_runs + unit, a.cross_logs + head * LOGS, inside, s.tag);
-  const float grain = stage_eight(sh, b, x);
+  stage_eight(sh, b, x);
   __syncwarp();
-  multiply_staged(weights, sh, step, grain);
+  multiply_staged(weights, sh, step);
   s.stream_tag ^= 1;
   hand_over(step);
 }
@@ -1806,7 +1799,7 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
   using Of = Spans<BLOCKS, BLOCKS, FUSE>;
   constexpr int HALVES_OF_TILE = ROWS > 8 ? 2 : 1;
   const u32 id = thread();
-  const int warp = id / 32, lane = id % 32, t = id % 4, upper = t >> 1;
+  const int warp = id / 32, lane = id % 32, t = id % 4;
   const int place = take(sh, s, FC2, chunks_of(FC2));
   // Blocks of a run, and of those that are fused with it, stand together.
   auto run_of = [&](int b) { return (b / (DIGITS * FUSE) * WARPS + warp) * FUSE + b % FUSE; };
@@ -1851,7 +1844,7 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
 #pragma unroll
     for (int i = 0; i < Of::COUNT; i++) {
       const int b = Of::block_of_lane(i);
-      const int element = digit_of(b) * plane(FFN) + run_of(b) * 32 + (HALVES ? 16 * upper : 0);
+      const int element = digit_of(b) * plane(FFN) + run_of(b) * 32 + half_of_lane();
       const u16* from = (const u16*)(dynamic_shared() + metas + row * meta_stride(FFN)) +
                         least(element, FFN - 1) / most(GROUP, 1);
       steps[half][i] = from[0] | (u32)from[meta_bytes(FFN) / 2] << 16;
@@ -1867,39 +1860,36 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
     patience.spend();
     look();
   }
-  u32 largest = 0;
-#pragma unroll
-  for (int i = 0; i < UNITS; i++) {
-    const u32 words[4] = {units[i].x, units[i].y, units[i].z, units[i].w};
-#pragma unroll
-    for (int j = 0; j < 4; j++) largest = larger_of_pairs(largest, words[j] & 0x7FFF7FFF);
-  }
-  const Grain grain = grain_of(most(magnitude(low_of(largest)), magnitude(high_of(largest))));
 #pragma unroll
   for (int i = 0; i < UNITS; i++) {
     const int b = (i * 32 + lane) / 4;
     const uint4& u = units[i];
-    stage_digits(sh, b, 0, {low_of(u.x), high_of(u.x), low_of(u.y), high_of(u.y)}, grain.up, BLOCKS);
-    stage_digits(sh, b, 4, {low_of(u.z), high_of(u.z), low_of(u.w), high_of(u.w)}, grain.up, BLOCKS);
+    const u32 words[4] = {u.x, u.y, u.z, u.w};
+    u32 pair = 0;
+#pragma unroll
+    for (int j = 0; j < 4; j++) pair = larger_of_pairs(pair, words[j] & 0x7FFF7FFF);
+    const Grain grain = grain_of(most(magnitude(low_of(pair)), magnitude(high_of(pair))), 4 * FUSE);
+    stage_digits(sh, b, 0, {low_of(u.x), high_of(u.x), low_of(u.y), high_of(u.y)}, grain, t == 0, BLOCKS);
+    stage_digits(sh, b, 4, {low_of(u.z), high_of(u.z), low_of(u.w), high_of(u.w)}, grain, false, BLOCKS);
   }
   __syncwarp();
   Columns<BLOCKS, BLOCKS, FUSE> columns;
   float sum[2] = {};
 #pragma unroll
   for (int i = 0; i < Of::COUNT; i++) {
-    columns.load(sh.staged[warp], i);
+    columns.load(sh.staged[warp], sh.grains[warp], i);
     int c[4];
     columns.multiply(c, i, [&](u32(&q)[2], int half, int b) {
       q[0] = half < HALVES_OF_TILE ? kept[least(half, HALVES_OF_TILE - 1)][b][0] : 0;
       q[1] = half < HALVES_OF_TILE ? kept[least(half, HALVES_OF_TILE - 1)][b][1] : 0;
     });
+    const float worth = columns.grain[i] * Of::shrink_of_lane(i);
 #pragma unroll
     for (int half = 0; half < HALVES_OF_TILE; half++)
-      sum[half] += low_of(steps[half][i]) * (sum_of(c[2 * half], c[2 * half + 1]) * Of::shrink_of(i) -
-                                             high_of(steps[half][i]) * columns.total[i]);
+      sum[half] += low_of(steps[half][i]) *
+                   (sum_of(c[2 * half], c[2 * half + 1]) * worth - high_of(steps[half][i]) * columns.total[i]);
   }
-  const float unit = unit_of(grain.down);
-  store_sums(sh.sums[1], sum[0] * unit, sum[1] * unit);
+  store_sums(sh.sums[1], sum[0], sum[1]);
   s.stream_tag ^= 1;
   hand_over(FC2);
 }
