@@ -192,7 +192,8 @@ SMALL = ops.Shape(128, 512, 2, 300, 50, False, 16, 0, 12, 120_000)
         {"bits": 3, "group_size": 32},
         {"bits": 2, "group_size": 16},
         {"bits": 1.58, "group_size": 16},
-        {"bits": 1.58, "group_size": 64, "bfloat16": True},
+        # Blocks of 32 elements of which each half has another scale, for all that groups are of 64.
+        {"bits": 1.58, "group_size": 64},
         # Weights that go around a ring, as they do not fit into shared memory.
         {"memory": 72_000},
         {"bits": 4, "group_size": 64, "memory": 50_000},

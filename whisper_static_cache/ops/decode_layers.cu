@@ -1053,8 +1053,8 @@ __device__ __forceinline__ void stage_eight(Shared& sh, int b, const float (&x)[
 #else
 // -- A product's weights and activations as integers
 
-// Activations are made integers of 14 bits and a sign, multiples of a power of two that the largest one of their block sets:
-// two digits of base 256, from -128 to 127. The tensor cores multiply them by packed integers as they are, exactly.
+// Activations are made integers of 14 bits and a sign, multiples of a power of two that the largest one of their block
+// sets: two digits of base 256, from -128 to 127. The tensor cores multiply them by packed integers as they are, exactly.
 struct Grain {
   float up, down;  // The power's inverse and the power.
 };
@@ -1101,8 +1101,8 @@ __device__ __forceinline__ void bytes_of(u32 (&q)[2], const Packed& packed, int 
 
 // Which blocks a lane's columns of a product are of. A unit is of as many blocks as have a scale in common, `FUSE` of the
 // `OWN_OF` first ones; it has two columns, for two digits, or where the halves of a block may differ in scale two for
-// each. A span is of as many units as there are columns for, and a lane has the sums of two of them.
-constexpr bool HALVES = GROUP % 32 != 0;
+// each. A span is of as many units as there are columns for, and a lane has the sums of one of them, or of a half.
+constexpr bool HALVES = GROUP % 32 != 0 || plane(FFN) % 32 != 0;
 constexpr int EACH_SPAN = HALVES ? 2 : 4;
 template <int BLOCKS, int OWN_OF, int FUSE>
 struct Spans {
