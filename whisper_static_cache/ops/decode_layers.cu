@@ -133,9 +133,10 @@ __device__ __forceinline__ void many_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
 #endif
 }
-// A pointer is computed here, and not where it is used.
+// A pointer, or a place in shared memory, is computed here, and not where it is used.
 template <class T>
 __device__ __forceinline__ void settle(T*& p) { asm volatile("" : "+l"(p)); }
+__device__ __forceinline__ void settle(u32& place) { asm volatile("" : "+r"(place)); }
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
@@ -146,7 +147,11 @@ __device__ __forceinline__ float log2_fast(float x) {
   asm("lg2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
   return y;
 }
-__device__ __forceinline__ float rsqrt_fast(float x) { return rsqrtf(x); }
+__device__ __forceinline__ float rsqrt_fast(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
+  return y;
+}
 __device__ __forceinline__ u32 byte_permute(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
 // a & b | c, of which the compiler makes two instructions where both b and c are constants.
 __device__ __forceinline__ u32 and_or(u32 a, u32 b, u32 c) {
@@ -193,6 +198,17 @@ __device__ __forceinline__ float widen(u16 x) {
   return y;
 #endif
 }
+// The same in float16, whatever halves are.
+__device__ __forceinline__ u32 pack_f16(float low, float high) {
+  u32 pair;
+  asm("cvt.rn.f16x2.f32 %0,%1,%2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+__device__ __forceinline__ float widen_f16(u16 x) {
+  float y;
+  asm("cvt.f32.f16 %0,%1;" : "=f"(y) : "h"(x));
+  return y;
+}
 __device__ __forceinline__ u32 half_fma(u32 a, u32 b, u32 c) {
   u32 d;
   asm("fma.rn." HALF "x2 %0,%1,%2,%3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
@@ -202,7 +218,7 @@ __device__ __forceinline__ u32 half_fma(u32 a, u32 b, u32 c) {
 #else
 #define thread() ((u32)threadIdx.x)
 template <class T>
-inline void settle(T*&) {}
+inline void settle(T&) {}
 #define program() ((int)blockIdx.x)
 inline u32 larger_of_pairs(u32 a, u32 b) {
   const u32 low = (a & 0xFFFF) > (b & 0xFFFF) ? a : b, high = a >> 16 > b >> 16 ? a : b;
@@ -366,8 +382,9 @@ constexpr bool fuses(int depth) {
 constexpr int FUSED = BATCH == 1 && fuses(WIDTH) ? 2 : 1;
 constexpr int OWN_BLOCKS = OWN * DIGITS, LATE = ratio(LEFT * DIGITS, WARPS), OF_WARP = OWN_BLOCKS + LATE;
 constexpr int HIDDEN_BLOCKS = turns(FFN) * DIGITS;
-// What packed integers are multiplied by, for one row: activations as integers of this many digits of base 256.
-constexpr int DIGITS_OF_X = 2;
+// What packed integers are multiplied by, for one row: activations as integers of this many digits of base 256, a lane's
+// eight of a block, of eight blocks at a time.
+constexpr int DIGITS_OF_X = 2, STAGED = up(most(OF_WARP, HIDDEN_BLOCKS), 8);
 // Eights of rows of the large products, of both or of one of them; the others have two.
 constexpr int MOST_EIGHTS = ratio(most(3, FFN_CHUNKS) * ROWS, 8), LEAST_EIGHTS = ratio(least(3, FFN_CHUNKS) * ROWS, 8);
 #if BATCH > 1
@@ -390,7 +407,9 @@ struct Shared {
 };
 #else
 struct Shared {
-  alignas(16) float sums[2][MOST_ROWS][WARPS];
+  // Of a pair of rows the sums of four warps, in this order: the first row's, of the first warps and of the others, the
+  // second row's. Lanes that finish pairs of rows read vectors side by side.
+  alignas(16) float sums[2][4][MOST_ROWS / 2][4];
   union {
     alignas(16) float runs[WARPS][64 + 4];
     // A warp's activations on their way to the lanes that multiply them: blocks of the hidden layer; of the stream and
@@ -400,14 +419,14 @@ struct Shared {
     alignas(16) u16 staged[WARPS][OF_WARP][2][32];
 #else
     struct {
-      alignas(16) u8 staged[WARPS][most(OF_WARP, HIDDEN_BLOCKS)][DIGITS_OF_X][32];
-      float grains[WARPS][most(OF_WARP, HIDDEN_BLOCKS)];
+      alignas(16) u8 staged[WARPS][STAGED][DIGITS_OF_X][32];
+      float grains[WARPS][STAGED];
     };
 #endif
   };
   alignas(16) float tops[WARPS], totals[WARPS];
   alignas(16) float2 moments[WARPS];  // Of the stream, from the programs that a warp asks.
-  alignas(8) uint2 lines[2 * 8 * MOST_EIGHTS];
+  alignas(8) uint2 lines[2 * 8 * MOST_EIGHTS + 16];
   u64 caches[LAYERS][4];
   float eps[LAYERS][3];
   u8 valid[SLOTS];
@@ -803,7 +822,7 @@ struct State {
   Cursor cursor;
   int slot;
   u32 stream_tag, tag;  // Of the next reading of `stream` and its moments, and of this layer's other buffers.
-  float residual;       // Of the feature that this thread finishes.
+  float residual[2];    // Of the features that this thread finishes.
 };
 
 // What a step's fetching has brought is there: the place of its first chunk. And it has been read.
@@ -820,47 +839,52 @@ __device__ __forceinline__ void release(Shared& sh, int place, int step, int chu
   if (thread() % 32 == 0) barrier_arrive(shared_address(&sh.empty[step]));
 }
 
-// Float32 values of two features as halves and, `rests` behind them, remainders, of which both carry the tag: two lanes
-// finish a feature, and of the four lanes of a pair each publishes a copy. The tag costs the half a bit that the
-// remainder makes good.
-__device__ __forceinline__ void publish_split(u16* to, int rests, int lane, float value, float other, bool there,
-                                              u32 tag) {
-  const float first = lane & 2 ? other : value, second = lane & 2 ? value : other;
-  if (there) {
-    u32 half = tagged(pack(first, second), tag);
-    u32 rest = tagged(pack(first - low_of(half), second - high_of(half)), tag);
-    poke4(to, half);
-    poke4(to + rests, rest);
-  }
+// Float32 values of two features as halves and their remainders, of which both carry the tag. The tag costs the half a bit
+// that the remainder makes good.
+struct Split {
+  u32 half, rest;
+};
+__device__ __forceinline__ Split split(float first, float second, u32 tag) {
+  const u32 half = tagged(pack(first, second), tag);
+  return {half, tagged(pack(first - low_of(half), second - high_of(half)), tag)};
 }
 
-// Where a lane of a finishing warp publishes the residual stream, and the moments of the program's features.
+// Where a lane of a finishing warp publishes the residual stream, and the moments of the program's features: four lanes
+// have the same two features, and each publishes a copy.
 struct StreamPlace {
   u16* to;
   float* stats;
-  bool copies, gives;  // A program's first feature is there if any is.
+  bool gives;  // A program's first feature is there if any is.
 };
+static_assert(COPIES == 4, "");
 __device__ __forceinline__ StreamPlace stream_place(const Arguments& a, int n, int lane) {
-  return {a.stream + lane % 4 * (2 * WIDTH) + (n & ~1), (float*)(a.stats + lane / 2 * STATS + program()) + lane % 2,
-          lane % 4 < COPIES, share(WIDTH, ROWS).count > 0 && lane < 2 * COPIES};
+  return {a.stream + lane % 4 * (2 * WIDTH) + n, (float*)(a.stats + lane / 2 * STATS + program()) + lane % 2,
+          share(WIDTH, ROWS).count > 0 && lane < 2 * COPIES};
 }
-// The residual stream times the gain of the layer norm that reads it, and what that norm's moments need. Of the last
-// layer for the head, which is a kernel of its own.
+// The residual stream times the gain of the layer norm that reads it, and what that norm's moments need. Packed weights
+// take it as float16, of which their integers leave little more. Of the last layer for the head, which is a kernel of its
+// own.
 __device__ __forceinline__ void publish_stream(const Arguments& a, const State& s, const StreamPlace& place, int n,
-                                               int lane, float gain, bool there, bool last) {
-  const float x = s.residual;
-  const float value = x * gain * SHRINK, other = __shfl_xor_sync(~0u, value, 2);
-  // Of the two lanes of a feature, one adds up the values and the other their squares. The stream is published while
-  // the shuffles are on their way.
-  float sum = !there ? 0 : lane % 2 ? x * x : x;
-  sum += __shfl_xor_sync(~0u, sum, 2);
-  const float next = __shfl_xor_sync(~0u, sum, 4);
-  if (!last) publish_split(place.to, WIDTH, lane, value, other, there && place.copies, s.stream_tag);
-  sum += next;
+                                               int lane, const float (&gain)[2], bool there, bool last) {
+  const float x = s.residual[0], y = s.residual[1];
+  // Of the lanes of a pair, two add up the values and two their squares. The stream is published while the shuffles are
+  // on their way.
+  float sum = !there ? 0 : lane % 2 ? x * x + y * y : x + y;
+  sum += __shfl_xor_sync(~0u, sum, 4);
+  if (!last && there) {
+    const float first = x * (gain[0] * SHRINK), second = y * (gain[1] * SHRINK);
+    if (BITS == 16) {
+      const Split two = split(first, second, s.stream_tag);
+      poke4(place.to, two.half);
+      poke4(place.to + WIDTH, two.rest);
+    } else {
+      poke4(place.to, tagged(pack_f16(first, second), s.stream_tag));
+    }
+  }
   sum += __shfl_xor_sync(~0u, sum, 8);
   sum += __shfl_xor_sync(~0u, sum, 16);
   if (last) {
-    if (there && lane % 2 == 0) a.gained[n] = x * gain;
+    if (there && lane % 4 == 0) a.gained[n] = x * gain[0], a.gained[n + 1] = y * gain[1];
     if (there && lane < 2) a.last_stats[lane * GIVERS + program()] = sum;
   } else if (place.gives) {
     poke4(place.stats, tagged(__float_as_uint(sum), s.stream_tag));
@@ -889,16 +913,16 @@ struct Moments {
     if (GIVERS % 2 && at() + 1 == GIVERS) two.z = two.w = tag;
     if (all_fresh(two, tag)) missing = false;
   }
-  // The sums of all lanes, in the first one.
-  __device__ __forceinline__ float2 sums() const {
-    float sum = __uint_as_float(two.x) + __uint_as_float(two.z);
-    float squares = __uint_as_float(two.y) + __uint_as_float(two.w);
+  // The sums of all lanes: even ones have that of values, odd ones that of squares.
+  __device__ __forceinline__ float sums() const {
+    const bool odd = thread() % 2;
+    const float sum = __uint_as_float(two.x) + __uint_as_float(two.z);
+    const float squares = __uint_as_float(two.y) + __uint_as_float(two.w);
+    float mine = odd ? squares : sum;
+    mine += __shfl_xor_sync(~0u, odd ? sum : squares, 1);
 #pragma unroll
-    for (int step = 1; step < (PAIRS > 8 ? 16 : 8); step *= 2) {
-      sum += __shfl_xor_sync(~0u, sum, step);
-      squares += __shfl_xor_sync(~0u, squares, step);
-    }
-    return {sum, squares};
+    for (int step = 2; step < (PAIRS > 8 ? 16 : 8); step *= 2) mine += __shfl_xor_sync(~0u, mine, step);
+    return mine;
   }
 };
 
@@ -911,14 +935,20 @@ __device__ __forceinline__ void multiply_row(float (&c)[4], const u32 (&w)[4], u
 __device__ __forceinline__ void multiply_row(float (&c)[4], const uint4& w, u32 x0, u32 x1) {
   multiply(c, w.x, w.y, w.z, w.w, x0, x1);
 }
-// Where a row of a product with `WIDTH` elements lies behind the place of the product's first chunk, and its scales, of
-// `FC1` or of the others: from a table, which takes fewer instructions than to compute it. Rows behind the last one give
-// sums that nobody reads.
+// Where a warp's sum of a row goes, which is `behind` a multiple of eight.
+__device__ __forceinline__ float& sum_at(Shared& sh, int side, int eighth, u32 behind) {
+  const u32 warp = thread() / 32;
+  return sh.sums[side][behind % 2 * 2 + warp / 4][eighth / 2 + behind / 2][warp % 4];
+}
+// Where a row of a product with `WIDTH` elements lies behind the place of the product's first chunk, and its scales: from
+// a table, which takes fewer instructions than to compute it. Rows behind the last one of a product are the last one again,
+// and give sums that nobody reads.
+enum { LINES_OF_QKV = 0, LINES_OF_FC1 = 8 * MOST_EIGHTS, LINES_OF_OTHERS = 2 * LINES_OF_FC1 };
 __device__ __forceinline__ void fill_lines(Shared& sh) {
-  for (u32 i = thread(); i < 2 * 8 * MOST_EIGHTS; i += 32 * WARPS) {
-    const bool fc1 = i >= 8 * MOST_EIGHTS;
-    const int row = fc1 ? i - 8 * MOST_EIGHTS : i, chunk = least(row / ROWS, most(3, FFN_CHUNKS) - 1);
-    const int in_chunk = least(row - chunk * ROWS, ROWS - 1);
+  for (u32 i = thread(); i < LINES_OF_OTHERS + 16; i += 32 * WARPS) {
+    const bool fc1 = i >= LINES_OF_FC1 && i < LINES_OF_OTHERS;
+    const int chunks = fc1 ? FFN_CHUNKS : i < LINES_OF_FC1 ? 3 : 1;
+    const int row = least(i % LINES_OF_FC1, chunks * ROWS - 1), chunk = row / ROWS, in_chunk = row - chunk * ROWS;
     const int first = (program() * (fc1 ? ROWS_FFN : ROWS) + (fc1 ? chunk * ROWS : 0)) * (groups(WIDTH) * 2);
     sh.lines[i] = {(u32)(chunk * CHUNK + in_chunk * stride(WIDTH)),
                    (u32)(chunk * CHUNK + scales_at(WIDTH) + first % 16 + in_chunk * meta_stride(WIDTH))};
@@ -928,7 +958,8 @@ struct Line {
   u32 row, meta;
 };
 __device__ __forceinline__ Line line_of(const Shared& sh, int place, int step, int eight) {
-  const uint2 line = sh.lines[(step == FC1 ? 8 * MOST_EIGHTS : 0) + 8 * eight + thread() / 4 % 8];
+  const int lines = step == QKV ? LINES_OF_QKV : step == FC1 ? LINES_OF_FC1 : LINES_OF_OTHERS;
+  const uint2 line = sh.lines[lines + 8 * eight + thread() / 4 % 8];
   if (AT_HOME) return {place + line.x, place + line.y};
   const u32 row = place * CHUNK + line.x, meta = place * CHUNK + line.y;
   constexpr u32 END = IN_RING * CHUNK;
@@ -943,14 +974,14 @@ __device__ __forceinline__ void stage(u16* to, const uint4& unit) { *(uint4*)to 
 __device__ __forceinline__ uint2 staged(const u16* from) { return *(const uint2*)from; }
 
 constexpr int shared_eights(int eights) { return LEFT ? ratio(eights, SHARERS) : 0; }
+constexpr int UNITS_OF_STREAM = ratio(OF_WARP, 4);  // That a lane asks for: halves or remainders of one block in four.
 
 // The first of a lane's eight elements of a warp's block.
 __device__ __forceinline__ int element_of(int b) {
   const int warp = thread() / 32;
   return b < OF_WARP ? (b * WARPS + (b < OWN ? warp : warp % most(LEFT, 1))) * 32 + thread() % 4 * 8 : WIDTH;
 }
-// Where a lane's activations are, which asks for halves or remainders of one block in four: computed time and again, as
-// in 16 bits the registers hold weights.
+// Where a lane's activations are: computed time and again, as in 16 bits the registers hold weights.
 struct Lane {
   __device__ __forceinline__ void fill(const Arguments&) {}
   __device__ __forceinline__ const u16* stream_at(const Arguments& a, int i) const {
@@ -994,46 +1025,56 @@ struct Weights {
   }
 };
 
-// The product of weights with a warp's staged activations.
-template <int EIGHTS, int ALWAYS>
-__device__ __forceinline__ void multiply_staged(const Weights<EIGHTS, ALWAYS>& weights, Shared& sh, int step) {
-  const u32 id = thread();
-  const int warp = id / 32, g = id / 4 % 8, t = id % 4;
-  // A lane has those of column g: the halves are in the first two and the remainders in the next two columns.
-  uint2 y[OF_WARP];
+// The product of weights with a warp's staged activations: a lane's part of the sums of its rows.
+template <int EIGHTS>
+struct Sums {
+  float of[EIGHTS];
+
+  // Chains of products stand side by side, those that a step has no weights for included: one after another, each would
+  // be waited for.
+  template <int ALWAYS>
+  __device__ __forceinline__ void multiply(const Weights<EIGHTS, ALWAYS>& weights, const Shared& sh) {
+    const u32 id = thread();
+    const int warp = id / 32, g = id / 4 % 8, t = id % 4;
+    // A lane has the activations of column g: the halves are in the first two and the remainders in the next two columns.
+    uint2 y[OF_WARP];
 #pragma unroll
-  for (int b = 0; b < OF_WARP; b++) {
-    y[b] = {};
-    if (g < 4) y[b] = staged(&sh.staged[warp][b][g >> 1][t * 8 + g % 2 * 4]);
+    for (int b = 0; b < OF_WARP; b++) {
+      y[b] = {};
+      if (g < 4) y[b] = staged(&sh.staged[warp][b][g >> 1][t * 8 + g % 2 * 4]);
+    }
+    constexpr int SHARED = shared_eights(EIGHTS);
+    float c[EIGHTS][4] = {}, of_shared[most(SHARED, 1)][4] = {};
+#pragma unroll
+    for (int b = 0; b < OWN; b++)
+#pragma unroll
+      for (int h = 0; h < EIGHTS; h++) multiply_row(c[h], weights.kept[h][b], y[b].x, y[b].y);
+#pragma unroll
+    for (int i = 0; i < SHARED; i++) multiply_row(of_shared[i], weights.shared[i], y[OF_WARP - 1].x, y[OF_WARP - 1].y);
+#pragma unroll
+    for (int h = 0; h < EIGHTS; h++) {
+      of[h] = c[h][0] + c[h][3];
+      const float(&other)[4] = of_shared[least(h / SHARERS, most(SHARED, 1) - 1)];
+      if (LEFT && warp / most(LEFT, 1) == h % SHARERS) of[h] += other[0] + other[3];
+    }
   }
-  constexpr int SHARED = shared_eights(EIGHTS);
-  float of_shared[most(SHARED, 1)];
+  // Of four lanes, the first two have the sums of their pairs of columns.
+  __device__ __forceinline__ void store(Shared& sh, int side) {
 #pragma unroll
-  for (int i = 0; i < SHARED; i++) {
-    float c[4] = {};
-    multiply_row(c, weights.shared[i], y[OF_WARP - 1].x, y[OF_WARP - 1].y);
-    of_shared[i] = c[0] + c[3];
+    for (int h = 0; h < EIGHTS; h++) of[h] += __shfl_xor_sync(~0u, of[h], 1);
+    const u32 id = thread();
+    if (id % 4) return;
+#pragma unroll
+    for (int h = 0; h < EIGHTS; h++) sum_at(sh, side, 8 * h, id / 4 % 8) = of[h];
   }
-#pragma unroll
-  for (int h = 0; h < EIGHTS; h++) {
-    if (h >= ALWAYS && 8 * h >= chunks_of(step) * ROWS) continue;
-    float c[4] = {}, sum = 0;
-    if (LEFT && warp / most(LEFT, 1) == h % SHARERS) sum = of_shared[least(h / SHARERS, most(SHARED, 1) - 1)];
-#pragma unroll
-    for (int b = 0; b < OWN; b++) multiply_row(c, weights.kept[h][b], y[b].x, y[b].y);
-    // Of four lanes, the first two have the sums of their pairs of columns.
-    sum += c[0] + c[3];
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    if (t == 0) sh.sums[side_of(step)][8 * h + g][warp] = sum;
-  }
-}
+};
 
 // What `product_of_stream` asked for, staged.
-__device__ __forceinline__ void stage_stream(Shared& sh, const uint4 (&units)[ratio(OF_WARP, 4)]) {
+__device__ __forceinline__ void stage_stream(Shared& sh, const uint4 (&units)[UNITS_OF_STREAM]) {
   const u32 id = thread();
   const int lane = id % 32;
 #pragma unroll
-  for (int i = 0; i < ratio(OF_WARP, 4); i++)
+  for (int i = 0; i < UNITS_OF_STREAM; i++)
     if (4 * i + lane / 8 < OF_WARP)
       stage(&sh.staged[id / 32][4 * i + lane / 8][lane / 4 % 2][id % 4 * 8], units[i]);
 }
@@ -1127,13 +1168,14 @@ struct Spans {
 __device__ __forceinline__ int half_of_lane() { return HALVES ? thread() % 2 * 16 : 0; }
 using OfWidth = Spans<OF_WARP, OWN_BLOCKS, FUSED>;
 constexpr int SPANS = OfWidth::COUNT;
+constexpr int UNITS_OF_STREAM = ratio(OF_WARP, 8);  // That a lane asks for: its eight elements of one block in eight.
 
 // What a thread needs time and again: where its bytes of a row's late blocks begin and how far their digits are moved,
 // where the scales of its columns lie behind those of the row, where its activations are.
 struct Lane {
   u32 late_at[most(LATE, 1)], late_digit[most(LATE, 1)], scale_at[SPANS];
   float shrink[SPANS];
-  const u16* stream[ratio(OF_WARP, 4)];
+  const u16* stream[UNITS_OF_STREAM];
   const float2* stats;
 
   __device__ __forceinline__ void fill(const Arguments& a) {
@@ -1150,13 +1192,12 @@ struct Lane {
       const int element = block.digit * plane(WIDTH) + block.run * 32 + half_of_lane();
       scale_at[i] = least(element, WIDTH - 1) / most(GROUP, 1) * 2, shrink[i] = OfWidth::shrink_of_lane(i);
     }
-    // A lane asks for halves or remainders of one block in four.
 #pragma unroll
-    for (int i = 0; i < ratio(OF_WARP, 4); i++) {
-      const int b = 4 * i + lane / 8;
+    for (int i = 0; i < UNITS_OF_STREAM; i++) {
+      const int b = 8 * i + lane / 4;
       const Block block = block_of(b);
       const int element = b < OF_WARP && block.there ? element_of<WIDTH>(block.run, block.digit) : WIDTH;
-      stream[i] = element < WIDTH ? a.stream + (2 * (program() % COPIES) + lane / 4 % 2) * WIDTH + element : nullptr;
+      stream[i] = element < WIDTH ? a.stream + 2 * (program() % COPIES) * WIDTH + element : nullptr;
     }
     stats = Moments::from(a);
   }
@@ -1243,136 +1284,145 @@ __device__ __forceinline__ float sum_of(int first, int second) {
   constexpr float BOTH = 12582912.0f + 49152.0f;
   return __int_as_float(second) * (1.0f / 256) + (__int_as_float(first) - BOTH);
 }
-// Four lanes have parts of both rows' sums: of the tile's first eight rows the first lane stores the sum, of the others
-// the second.
-__device__ __forceinline__ void store_sums(float (*to)[WARPS], float first, float second) {
-  const bool odd = thread() % 2;
-  float mine = odd ? second : first;
-  mine += __shfl_xor_sync(~0u, odd ? first : second, 1);
-  mine += __shfl_xor_sync(~0u, mine, 2);
-  const u32 id = thread();
-  if (id % 4 < 2) to[8 * (id % 4) + id / 4 % 8][id / 32] = mine;
-}
-
-// `BLOCKS` blocks of activations in the columns, with the sums of each span: the products of a row of ones.
-template <int BLOCKS, int OWN_OF, int FUSE>
+// `BLOCKS` blocks of activations in the columns, which multiply tiles of weights and a row of ones.
+template <int BLOCKS, int OWN_OF, int FUSE, int TILES>
 struct Columns {
   using Of = Spans<BLOCKS, OWN_OF, FUSE>;
   uint2 y[BLOCKS];
-  float total[Of::COUNT], grain[Of::COUNT];  // What a unit's sum is worth.
+  float grain[Of::COUNT];  // What a unit's sum is worth.
 
-  __device__ __forceinline__ void load(const u8 (*from)[DIGITS_OF_X][32], const float* grains) {
-#pragma unroll
-    for (int i = 0; i < Of::COUNT; i++) load(from, grains, i);
-  }
   // Of one span.
-  __device__ __forceinline__ void load(const u8 (*from)[DIGITS_OF_X][32], const float* grains, int span) {
+  __device__ __forceinline__ void load(const Shared& sh, int span) {
     const u32 id = thread();
-    const int g = id / 4 % 8, t = id % 4;
+    const int warp = id / 32, g = id / 4 % 8, t = id % 4;
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) {
       if (Of::unit_of(b) / EACH_SPAN != span) continue;
       y[b] = {};
       const int columns = HALVES ? Of::unit_of(b) % 2 * 2 + (t >> 1) : Of::unit_of(b) % 4;
-      if (g >> 1 == columns) y[b] = *(const uint2*)&from[b][g % 2][t * 8];
+      if (g >> 1 == columns) y[b] = *(const uint2*)&sh.staged[warp][b][g % 2][t * 8];
     }
-    int c[4];
-    multiply(c, span, [](u32(&q)[2], int, int) { q[0] = q[1] = 0x01010101; });
-    grain[span] = grains[Of::block_of_lane(span)] * 256;
-    total[span] = sum_of(c[0], c[1]) * grain[span];
+    grain[span] = sh.grains[warp][Of::block_of_lane(span)] * 256;
   }
-  // The sums of a span for both of a lane's rows, `bytes(q, half, b)` of them.
+  // The sums of a span for both of a lane's rows of each tile, `bytes(q, tile, half, b)` of them, and for the row of ones.
+  // Chains of products stand side by side, of one tile two: one after another, each would be waited for.
   template <class Bytes>
-  __device__ __forceinline__ void multiply(int (&c)[4], int span, Bytes bytes) const {
-    bool first = true;
+  __device__ __forceinline__ void multiply(float (&sums)[TILES][2], float& total, int span, Bytes bytes) const {
+    constexpr int CHAINS = TILES == 1 ? 2 : 1;
+    int c[CHAINS][TILES + 1][4] = {}, done = 0;
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) {
       if (Of::unit_of(b) / EACH_SPAN != span) continue;
-      u32 q[2][2];
-      bytes(q[0], 0, b);
-      bytes(q[1], 1, b);
-      const int origin[4] = {ORIGIN_OF_SUMS, ORIGIN_OF_SUMS, ORIGIN_OF_SUMS, ORIGIN_OF_SUMS};
-      if (first)
-        multiply_bytes(c, q[0][0], q[1][0], q[0][1], q[1][1], y[b].x, y[b].y, origin);
-      else
-        multiply_bytes(c, q[0][0], q[1][0], q[0][1], q[1][1], y[b].x, y[b].y, c);
-      first = false;
+#pragma unroll
+      for (int tile = 0; tile <= TILES; tile++) {
+        u32 q[2][2] = {{0x01010101, 0x01010101}, {0x01010101, 0x01010101}};
+        if (tile < TILES) bytes(q[0], tile, 0, b), bytes(q[1], tile, 1, b);
+        const int start = done ? 0 : ORIGIN_OF_SUMS, origin[4] = {start, start, start, start};
+        int(&sum)[4] = c[done % CHAINS][tile];
+        if (done < CHAINS)
+          multiply_bytes(sum, q[0][0], q[1][0], q[0][1], q[1][1], y[b].x, y[b].y, origin);
+        else
+          multiply_bytes(sum, q[0][0], q[1][0], q[0][1], q[1][1], y[b].x, y[b].y, sum);
+      }
+      done++;
+    }
+#pragma unroll
+    for (int tile = 0; tile <= TILES; tile++) {
+      if (CHAINS > 1)
+#pragma unroll
+        for (int i = 0; i < 4; i++) c[0][tile][i] += c[CHAINS - 1][tile][i];
+      const int(&sum)[4] = c[0][tile];
+      if (tile < TILES) sums[tile][0] = sum_of(sum[0], sum[1]), sums[tile][1] = sum_of(sum[2], sum[3]);
+      if (tile == TILES) total = sum_of(sum[0], sum[1]);
     }
   }
 };
 
-// The product of weights with a warp's staged activations.
-template <int EIGHTS, int ALWAYS>
-__device__ __forceinline__ void multiply_staged(const Weights<EIGHTS, ALWAYS>& weights, Shared& sh, int step) {
-  Columns<OF_WARP, OWN_BLOCKS, FUSED> columns;
-  const int warp = thread() / 32;
-  columns.load(sh.staged[warp], sh.grains[warp]);
+// The product of weights with a warp's staged activations: a lane's part of the sums of its rows.
+template <int EIGHTS>
+struct Sums {
+  static constexpr int TILES = ratio(EIGHTS, 2);
+  float of[TILES][2];
+
+  template <int ALWAYS>
+  __device__ __forceinline__ void multiply(const Weights<EIGHTS, ALWAYS>& weights, const Shared& sh) {
+    Columns<OF_WARP, OWN_BLOCKS, FUSED, TILES> columns;
 #pragma unroll
-  for (int tile = 0; tile < ratio(EIGHTS, 2); tile++) {
-    if (2 * tile >= ALWAYS && 16 * tile >= chunks_of(step) * ROWS) continue;
-    float sum[2] = {};
+    for (int i = 0; i < SPANS; i++) columns.load(sh, i);
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) of[tile][0] = of[tile][1] = 0;
 #pragma unroll
     for (int i = 0; i < SPANS; i++) {
-      int c[4];
-      columns.multiply(c, i, [&](u32(&q)[2], int half, int b) {
+      float sums[TILES][2], total;
+      columns.multiply(sums, total, i, [&](u32(&q)[2], int tile, int half, int b) {
         const int eight = 2 * tile + half;
         q[0] = eight < EIGHTS ? weights.kept[least(eight, EIGHTS - 1)][b][0] : 0;
         q[1] = eight < EIGHTS ? weights.kept[least(eight, EIGHTS - 1)][b][1] : 0;
       });
+      total *= columns.grain[i];
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const int eight = least(2 * tile + half, EIGHTS - 1);
-        sum[half] += weights.scale[eight][i] * (sum_of(c[2 * half], c[2 * half + 1]) * columns.grain[i]);
-        sum[half] -= weights.offset[eight][i] * columns.total[i];
-      }
+      for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          const int eight = least(2 * tile + half, EIGHTS - 1);
+          of[tile][half] += weights.scale[eight][i] * (sums[tile][half] * columns.grain[i]);
+          of[tile][half] -= weights.offset[eight][i] * total;
+        }
     }
-    store_sums(&sh.sums[side_of(step)][16 * tile], sum[0], sum[1]);
   }
-}
+  // Four lanes have parts of both rows' sums: of a tile's first eight rows the first lane stores the sum, of the others
+  // the second.
+  __device__ __forceinline__ void store(Shared& sh, int side) {
+    const u32 id = thread();
+    const bool odd = id % 2;
+    float mine[TILES];
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++)
+      mine[tile] = (odd ? of[tile][1] : of[tile][0]) + __shfl_xor_sync(~0u, odd ? of[tile][0] : of[tile][1], 1);
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) mine[tile] += __shfl_xor_sync(~0u, mine[tile], 2);
+    if (id % 4 > 1) return;
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) sum_at(sh, side, 16 * tile, 8 * (id % 4) + id / 4 % 8) = mine[tile];
+  }
+};
 
-// Four activations of block `b`, from a lane's element `from` on, as digits. Of a block's lanes one notes the grain.
-__device__ __forceinline__ void stage_digits(Shared& sh, int b, int from, const float (&x)[4], const Grain& grain,
-                                             bool notes, int blocks = OF_WARP) {
-  u32 words[DIGITS_OF_X];
-  digits_of(words, x, grain.up);
-  if (b >= blocks) return;
+// A lane's eight activations of a block as digits; `lanes` have those of one grain, which one lane of a block notes.
+__device__ __forceinline__ void stage_eight(Shared& sh, int b, const float (&x)[8], u32 largest, int lanes) {
+  const Grain grain = grain_of(largest, lanes);
+  u32 words[2][DIGITS_OF_X];
+  digits_of(words[0], {x[0], x[1], x[2], x[3]}, grain.up);
+  digits_of(words[1], {x[4], x[5], x[6], x[7]}, grain.up);
   const u32 id = thread();
 #pragma unroll
   for (int digit = 0; digit < DIGITS_OF_X; digit++)
-    *(u32*)&sh.staged[id / 32][b][digit][id % 4 * 8 + from] = words[digit];
-  if (notes) sh.grains[id / 32][b] = grain.down;
+    *(uint2*)&sh.staged[id / 32][b][digit][id % 4 * 8] = {words[0][digit], words[1][digit]};
+  if (id % 4 == 0) sh.grains[id / 32][b] = grain.down;
 }
-// What `product_of_stream` asked for, staged. A lane has halves and another one their remainders, eight; each takes four
-// of both. Fused blocks, which stand next to each other, have one grain.
-__device__ __forceinline__ void stage_stream(Shared& sh, const uint4 (&units)[ratio(OF_WARP, 4)]) {
-  constexpr int UNITS = ratio(OF_WARP, 4);
-  const int lane = thread() % 32;
-  const bool second = lane & 4;
-#pragma unroll
-  for (int i = 0; i < UNITS; i++) {
-    const uint4& u = units[i];
-    const u32 mine[2] = {second ? u.z : u.x, second ? u.w : u.y};
-    const u32 others[2] = {__shfl_xor_sync(~0u, second ? u.x : u.z, 4), __shfl_xor_sync(~0u, second ? u.y : u.w, 4)};
-    float x[4];
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
-      x[2 * j] = low_of(mine[j]) + low_of(others[j]);
-      x[2 * j + 1] = high_of(mine[j]) + high_of(others[j]);
-    }
-    u32 largest = 0;
-#pragma unroll
-    for (int j = 0; j < 4; j++) largest = most(largest, magnitude(x[j]));
-    stage_digits(sh, 4 * i + lane / 8, second * 4, x, grain_of(largest, 8 * FUSED), lane % 8 == 0);
-  }
-}
-// Activations of block `b`, of which a lane has eight, likewise.
 __device__ __forceinline__ void stage_eight(Shared& sh, int b, const float (&x)[8]) {
   u32 largest = 0;
 #pragma unroll
   for (int j = 0; j < 8; j++) largest = most(largest, magnitude(x[j]));
-  const Grain grain = grain_of(largest, 4 * FUSED);
-  stage_digits(sh, b, 0, {x[0], x[1], x[2], x[3]}, grain, thread() % 4 == 0);
-  stage_digits(sh, b, 4, {x[4], x[5], x[6], x[7]}, grain, false);
+  stage_eight(sh, b, x, largest, 4 * FUSED);
+}
+// The same of halves, of one kind or the other.
+template <bool F16>
+__device__ __forceinline__ void stage_unit(Shared& sh, int b, const uint4& u, int lanes) {
+  auto value = [](u32 half) { return F16 ? widen_f16((u16)half) : widen((u16)half); };
+  const u32 words[4] = {u.x, u.y, u.z, u.w};
+  u32 pair = 0;
+  float x[8];
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    pair = larger_of_pairs(pair, words[j] & 0x7FFF7FFF);
+    x[2 * j] = value(words[j] & 0xFFFF), x[2 * j + 1] = value(words[j] >> 16);
+  }
+  stage_eight(sh, b, x, most(magnitude(value(pair & 0xFFFF)), magnitude(value(pair >> 16))), lanes);
+}
+// What `product_of_stream` asked for, staged. Fused blocks, which stand next to each other, have one grain.
+__device__ __forceinline__ void stage_stream(Shared& sh, const uint4 (&units)[UNITS_OF_STREAM]) {
+#pragma unroll
+  for (int i = 0; i < UNITS_OF_STREAM; i++) stage_unit<true>(sh, 8 * i + thread() % 32 / 4, units[i], 4 * FUSED);
 }
 #endif
 
@@ -1549,7 +1599,7 @@ __device__ __forceinline__ void attend(const Arguments& a, State& s, Shared& sh,
 template <bool LARGE>
 __device__ __forceinline__ void product_of_stream(const Arguments& a, const Lane& own, State& s, Shared& sh, int layer,
                                                   int step) {
-  constexpr int UNITS = ratio(OF_WARP, 4);
+  constexpr int UNITS = UNITS_OF_STREAM;
   const u32 id = thread();
   const int lane = id % 32;
   uint4 units[UNITS];
@@ -1582,15 +1632,17 @@ __device__ __forceinline__ void product_of_stream(const Arguments& a, const Lane
   moments.look(own.stats_at(a));
   stage_stream(sh, units);
   __syncwarp();
-  multiply_staged(weights, sh, step);
+  Sums<LARGE ? MOST_EIGHTS : 2> sums;
+  sums.multiply(weights, sh);
   while (true) {
     moments.check(s.stream_tag);
     if (!__any_sync(~0u, moments.missing)) break;
     patience.spend();
     moments.look(own.stats_at(a));
   }
-  const float2 sums = moments.sums();
-  if (lane == 0) sh.moments[id / 32] = sums;
+  const float moment = moments.sums();
+  sums.store(sh, side_of(QUERY));
+  if (lane < 2) (lane ? sh.moments[id / 32].y : sh.moments[id / 32].x) = moment;
   // The cache's keys and values come while the finishing warps are at work, if weights leave the memory the time.
   constexpr bool AHEAD = LARGE && BITS != 16;
   const bool attending = LARGE ? step == QKV && attends(true) && has_run(s.slot) : attends(false);
@@ -1686,7 +1738,9 @@ __device__ __forceinline__ void product_of_runs(const Arguments& a, const Lane& 
     merge<CROSS_SPLITS>(x, a.cross_runs + unit, a.cross_logs + head * LOGS, inside, s.tag);
   stage_eight(sh, b, x);
   __syncwarp();
-  multiply_staged(weights, sh, step);
+  Sums<2> sums;
+  sums.multiply(weights, sh);
+  sums.store(sh, side_of(OWN_OUT));
   s.stream_tag ^= 1;
   hand_over(step);
 }
@@ -1769,7 +1823,7 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
     multiply_row(c[b % 2], kept[b], x.x, x.y);
   }
   const float sum = c[0][0] + c[0][3] + (c[1][0] + c[1][3]);
-  if (t == 0) sh.sums[1][g][warp] = sum;
+  if (t == 0) sum_at(sh, 1, 0, g) = sum;
   if (REST) {
     const int of = g >> 1;
     float d[4] = {};
@@ -1786,7 +1840,7 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
 #pragma unroll
     for (int step = 1; step < 32; step *= 2)
       if (step < 4 || step >= 4 * EACH) all += __shfl_xor_sync(~0u, all, step);
-    if (t == 0 && g < EACH) sh.sums[1][8 + g][warp] = all;
+    if (t == 0 && g < EACH) sum_at(sh, 1, 8, g) = all;
   }
   s.stream_tag ^= 1;
   hand_over(FC2);
@@ -1861,59 +1915,53 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
     look();
   }
 #pragma unroll
-  for (int i = 0; i < UNITS; i++) {
-    const int b = (i * 32 + lane) / 4;
-    const uint4& u = units[i];
-    const u32 words[4] = {u.x, u.y, u.z, u.w};
-    u32 pair = 0;
-#pragma unroll
-    for (int j = 0; j < 4; j++) pair = larger_of_pairs(pair, words[j] & 0x7FFF7FFF);
-    const Grain grain = grain_of(most(magnitude(low_of(pair)), magnitude(high_of(pair))), 4 * FUSE);
-    stage_digits(sh, b, 0, {low_of(u.x), high_of(u.x), low_of(u.y), high_of(u.y)}, grain, t == 0, BLOCKS);
-    stage_digits(sh, b, 4, {low_of(u.z), high_of(u.z), low_of(u.w), high_of(u.w)}, grain, false, BLOCKS);
-  }
+  for (int i = 0; i < UNITS; i++) stage_unit<false>(sh, (i * 32 + lane) / 4, units[i], 4 * FUSE);
   __syncwarp();
-  Columns<BLOCKS, BLOCKS, FUSE> columns;
-  float sum[2] = {};
+  Columns<BLOCKS, BLOCKS, FUSE, 1> columns;
+  Sums<2> sums;
+  sums.of[0][0] = sums.of[0][1] = 0;
 #pragma unroll
   for (int i = 0; i < Of::COUNT; i++) {
-    columns.load(sh.staged[warp], sh.grains[warp], i);
-    int c[4];
-    columns.multiply(c, i, [&](u32(&q)[2], int half, int b) {
+    columns.load(sh, i);
+    float span[1][2], total;
+    columns.multiply(span, total, i, [&](u32(&q)[2], int, int half, int b) {
       q[0] = half < HALVES_OF_TILE ? kept[least(half, HALVES_OF_TILE - 1)][b][0] : 0;
       q[1] = half < HALVES_OF_TILE ? kept[least(half, HALVES_OF_TILE - 1)][b][1] : 0;
     });
     const float worth = columns.grain[i] * Of::shrink_of_lane(i);
+    total *= columns.grain[i];
 #pragma unroll
     for (int half = 0; half < HALVES_OF_TILE; half++)
-      sum[half] += low_of(steps[half][i]) *
-                   (sum_of(c[2 * half], c[2 * half + 1]) * worth - high_of(steps[half][i]) * columns.total[i]);
+      sums.of[0][half] += low_of(steps[half][i]) * (span[0][half] * worth - high_of(steps[half][i]) * total);
   }
-  store_sums(sh.sums[1], sum[0], sum[1]);
+  sums.store(sh, side_of(FC2));
   s.stream_tag ^= 1;
   hand_over(FC2);
 }
 #endif
 
-// What becomes of a product's sums: two lanes of a finishing warp to a feature.
+// What becomes of a product's sums: four lanes of a finishing warp to a pair of features, of which one does not know of
+// the other's.
 __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh, int layer, int step) {
   const u32 id = thread();
-  const int warp = (int)(id / 32) - FIRST_FINISHER, lane = id % 32, half = id % 2;
-  const int chunks = chunks_of(step), row = warp * 16 + lane / 2, chunk = row / ROWS, in_chunk = row - chunk * ROWS;
+  const int warp = (int)(id / 32) - FIRST_FINISHER, lane = id % 32, copy = lane % 4;
+  const int chunks = chunks_of(step), row = warp * 16 + lane / 4 * 2, chunk = row / ROWS, in_chunk = row - chunk * ROWS;
   const Span span = step == FC1 ? share(FFN, ROWS_FFN) : share(WIDTH, ROWS);
   const bool finishes = chunk < row_chunks(step) && (step == FC1 ? row < span.count : in_chunk < span.count);
   const int n = span.first + (step == FC1 ? row : in_chunk), norm = norm_of(step);
   const int place = take(sh, s, step, chunks);
-  float first = 0, second = 0;
+  float first[2] = {}, second[2] = {};
   if (finishes) {
     const int begin = span.first + (step == FC1 ? chunk * ROWS : 0);
     const u8* at = dynamic_shared() + base_of(place, chunk) + (step == FC2 ? vectors_at(FFN) : vectors_at(WIDTH));
     if (from_stream(step)) {
       at += (begin * 4) % 16 + in_chunk * 4;
-      first = *(const float*)at, second = *(const float*)(at + vector_bytes);
+      const float2 one = *(const float2*)at, other = *(const float2*)(at + vector_bytes);
+      first[0] = one.x, first[1] = one.y, second[0] = other.x, second[1] = other.y;
     } else {
       at += (begin * 2) % 16 + in_chunk * 2;
-      first = widen(*(const u16*)at), second = widen(*(const u16*)(at + vector_bytes));
+      const u32 one = *(const u32*)at, other = *(const u32*)(at + vector_bytes);
+      first[0] = low_of(one), first[1] = high_of(one), second[0] = low_of(other), second[1] = high_of(other);
     }
   }
   release(sh, place, step, chunks);
@@ -1922,45 +1970,53 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
   // All that can be known before the sums are there.
   const float eps = sh.eps[layer][norm];
   StreamPlace place_of_stream = stream_place(a, n, lane);
+  // Queries, keys and values are published as halves and, by another lane, their remainders.
   u16* to = step == FC1 ? a.hidden + lane % 16 * FFN + n / 8 * 8 :
-            step == QUERY ? a.query + (n & ~1) : a.heads + chunk * WIDTH + (n & ~1);
+            step == QUERY ? a.query + copy % 2 * WIDTH + n : a.heads + (copy % 2 * 3 + chunk) * WIDTH + n;
   u16* cache = (u16*)sh.caches[layer][chunk == 2] + ((long long)(n / 64) * SLOTS + s.slot) * 64 + n % 64;
-  settle(to), settle(cache), settle(place_of_stream.to), settle(place_of_stream.stats);
+  u32 sums = (u32)((u8*)&sh.sums[side_of(step)][0][row / 2] - (u8*)&sh);
+  settle(to), settle(cache), settle(place_of_stream.to), settle(place_of_stream.stats), settle(sums);
   bar_sync(STEP_DONE + step, 32 * (WARPS + finishers(step)));
-  const float4 four = *(const float4*)&sh.sums[side_of(step)][row][4 * half];
-  float constant = 0, factor = 0;
-  if (from_stream(step)) {
-    float sum = 0, squares = 0;
+  float4 of_warps[4], two[WARPS / 2];
 #pragma unroll
-    for (int i = 0; i < WARPS; i += 2) {
-      const float4 two = *(const float4*)&sh.moments[i];
-      sum += two.x + two.z, squares += two.y + two.w;
-    }
-    const float mean = sum * (1.0f / WIDTH), variance = fmaxf(squares * (1.0f / WIDTH) - mean * mean, 0.0f);
-    const float deviation = rsqrt_fast(variance + eps);
-    constant = first - mean * deviation * second, factor = deviation * GROW;
+  for (int i = 0; i < 4; i++) of_warps[i] = *(const float4*)((const u8*)&sh + sums + i * sizeof(sh.sums[0][0]));
+#pragma unroll
+  for (int i = 0; i < WARPS / 2; i++) two[i] = *(const float4*)&sh.moments[2 * i];
+  float total[2];
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const float4 &one = of_warps[2 * i], &other = of_warps[2 * i + 1];
+    total[i] = (one.x + one.y + (one.z + one.w)) + (other.x + other.y + (other.z + other.w));
   }
-  float total = four.x + four.y + (four.z + four.w);
-  total += __shfl_xor_sync(~0u, total, 1);
   if (from_stream(step)) {
-    total = total * factor + constant;
+    static_assert(WARPS == 8, "");
+    const float sum = (two[0].x + two[0].z + (two[1].x + two[1].z)) + (two[2].x + two[2].z + (two[3].x + two[3].z));
+    const float squares = (two[0].y + two[0].w + (two[1].y + two[1].w)) + (two[2].y + two[2].w + (two[3].y + two[3].w));
+    const float mean = sum * (1.0f / WIDTH), variance = fmaxf(squares * (1.0f / WIDTH) - mean * mean, 0.0f);
+    const float deviation = rsqrt_fast(variance + eps), factor = deviation * GROW, shift = mean * deviation;
+#pragma unroll
+    for (int i = 0; i < 2; i++) total[i] = total[i] * factor + (first[i] - shift * second[i]);
     if (step == FC1) {
-      const float y = 0.5f * total * (1.0f + erff(total * 0.7071067811865476f));
       // Eight features, sixteen lanes, one unit.
-      u32 pair = pack(y, __shfl_down_sync(~0u, y, 2)), unit[4];
+      float y[2];
+#pragma unroll
+      for (int i = 0; i < 2; i++) y[i] = 0.5f * total[i] * (1.0f + erff(total[i] * 0.7071067811865476f));
+      u32 pair = pack(y[0], y[1]), unit[4];
 #pragma unroll
       for (int i = 0; i < 4; i++) unit[i] = __shfl_sync(~0u, pair, (lane & 16) + 4 * i);
       if (finishes && lane % 16 < COPIES) poke16(to, {tagged(unit[0], s.tag), unit[1], unit[2], unit[3]});
     } else {
       // Keys and values are attended to as the cache holds them.
       const bool query = step == QUERY || chunk == 0;
-      total = query ? total * (a.scale * LOG2E) : low_of(pack(total, 0));
-      publish_split(to, step == QUERY ? WIDTH : 3 * WIDTH, lane, total, __shfl_xor_sync(~0u, total, 2),
-                    finishes && lane % 4 == 0, s.tag);
-      if (finishes && !query && half == 0) *cache = (u16)pack(total, 0);
+      const u32 cached = pack(total[0], total[1]);
+      const float scale = a.scale * LOG2E;
+      const Split two =
+          split(query ? total[0] * scale : low_of(cached), query ? total[1] * scale : high_of(cached), s.tag);
+      if (finishes && copy < 2) poke4(to, copy ? two.rest : two.half);
+      if (finishes && !query && copy == 0) *(u32*)cache = cached;
     }
   } else {
-    s.residual += total + first;
+    s.residual[0] += total[0] + first[0], s.residual[1] += total[1] + first[1];
     publish_stream(a, s, place_of_stream, n, lane, second, finishes, step == FC2 && layer == LAYERS - 1);
   }
   __syncwarp();
@@ -2057,17 +2113,20 @@ __device__ __forceinline__ void multiply_layers(const Arguments& a, State& s, Sh
 __device__ __forceinline__ void finish_layers(const Arguments& a, State& s, Shared& sh) {
   if (thread() / 32 == FIRST_FINISHER) {
     const Span width = share(WIDTH, ROWS);
-    const int row = thread() % 32 / 2, n = width.first + row;
+    const int lane = thread() % 32, row = lane / 4 * 2, n = width.first + row;
     const bool finishes = row < width.count;
-    float gain = 0;
+    float gain[2] = {};
     if (finishes) {
       const long long token = a.tokens[s.slot];
       // A row that only pads the batch may hold anything.
       const int position = most(s.slot - (int)*a.offset, 0);
-      s.residual = widen(a.embedding[token * WIDTH + n]) + widen(a.positions[position * WIDTH + n]);
-      gain = widen(a.first_gain[n]);
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        s.residual[i] = widen(a.embedding[token * WIDTH + n + i]) + widen(a.positions[position * WIDTH + n + i]);
+        gain[i] = widen(a.first_gain[n + i]);
+      }
     }
-    publish_stream(a, s, stream_place(a, n, thread() % 32), n, thread() % 32, gain, finishes, false);
+    publish_stream(a, s, stream_place(a, n, lane), n, lane, gain, finishes, false);
   }
 #pragma unroll 1
   for (int layer = 0; layer < LAYERS; layer++, s.tag ^= 1)
@@ -2104,7 +2163,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments
   s.slot = slot;
   // Tags alternate, an even number of times a launch: the first finds the buffers zeroed, or as the last one left them.
   s.stream_tag = s.tag = 1;
-  s.residual = 0;
+  s.residual[0] = s.residual[1] = 0;
   if (__shfl_sync(~0u, thread() / 128, 0) == WARPS / 4) {
     few_registers();
     if (thread() / 32 == FETCHER) {
