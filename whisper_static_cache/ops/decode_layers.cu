@@ -385,8 +385,9 @@ constexpr int HIDDEN_BLOCKS = turns(FFN) * DIGITS;
 // What packed integers are multiplied by, for one row: activations as integers of this many digits of base 256, a lane's
 // eight of a block, of eight blocks at a time.
 constexpr int DIGITS_OF_X = 2, STAGED = up(most(OF_WARP, HIDDEN_BLOCKS), 8);
-// Eights of rows of the large products, of both or of one of them; the others have two.
+// Eights of rows of the large products, of both or of one of them, and of the others.
 constexpr int MOST_EIGHTS = ratio(most(3, FFN_CHUNKS) * ROWS, 8), LEAST_EIGHTS = ratio(least(3, FFN_CHUNKS) * ROWS, 8);
+constexpr int SMALL_EIGHTS = ratio(ROWS, 8);
 #if BATCH > 1
 // Rows in eights: columns of products. Sums of so many columns lie so that those of four pairs of features do not meet
 // the same banks.
@@ -427,7 +428,7 @@ struct Shared {
   alignas(16) float tops[WARPS], totals[WARPS];
   alignas(16) float2 moments[WARPS];  // Of the stream, from the programs that a warp asks.
   alignas(8) uint2 lines[2 * 8 * MOST_EIGHTS + 16];
-  u64 caches[LAYERS][4];
+  u64 caches[LAYERS][4], gains[LAYERS][3];
   float eps[LAYERS][3];
   u8 valid[SLOTS];
   alignas(8) u64 full[RINGS], empty[RINGS];
@@ -849,82 +850,34 @@ __device__ __forceinline__ Split split(float first, float second, u32 tag) {
   return {half, tagged(pack(first - low_of(half), second - high_of(half)), tag)};
 }
 
-// Where a lane of a finishing warp publishes the residual stream, and the moments of the program's features: four lanes
-// have the same two features, and each publishes a copy.
-struct StreamPlace {
-  u16* to;
-  float* stats;
-  bool gives;  // A program's first feature is there if any is.
-};
-static_assert(COPIES == 4, "");
-__device__ __forceinline__ StreamPlace stream_place(const Arguments& a, int n, int lane) {
-  return {a.stream + lane % 4 * (2 * WIDTH) + n, (float*)(a.stats + lane / 2 * STATS + program()) + lane % 2,
-          share(WIDTH, ROWS).count > 0 && lane < 2 * COPIES};
+// The residual stream, published: four lanes have the same two features, and each publishes a copy. Who multiplies applies
+// the gain of the layer norm and adds up its moments. Packed weights take the stream as float16, of which their integers
+// leave little more. Of the last layer it is for the head, which is a kernel of its own.
+static_assert(BATCH > 1 || COPIES == 4, "");
+__device__ __forceinline__ u16* stream_place(const Arguments& a, int n, int lane) {
+  return a.stream + lane % 4 * (2 * WIDTH) + n;
 }
-// The residual stream times the gain of the layer norm that reads it, and what that norm's moments need. Packed weights
-// take it as float16, of which their integers leave little more. Of the last layer for the head, which is a kernel of its
-// own.
-__device__ __forceinline__ void publish_stream(const Arguments& a, const State& s, const StreamPlace& place, int n,
-                                               int lane, const float (&gain)[2], bool there, bool last) {
+__device__ __forceinline__ void publish_stream(const State& s, u16* to, bool there) {
+  const float first = s.residual[0] * SHRINK, second = s.residual[1] * SHRINK;
+  if (!there) return;
+  if (BITS == 16) {
+    const Split two = split(first, second, s.stream_tag);
+    poke4(to, two.half);
+    poke4(to + WIDTH, two.rest);
+  } else {
+    poke4(to, tagged(pack_f16(first, second), s.stream_tag));
+  }
+}
+__device__ __forceinline__ void leave_result(const Arguments& a, const State& s, int n, int lane, const float (&gain)[2],
+                                             bool there) {
   const float x = s.residual[0], y = s.residual[1];
-  // Of the lanes of a pair, two add up the values and two their squares. The stream is published while the shuffles are
-  // on their way.
+  // Of the lanes of a pair, one adds up the values and one their squares.
   float sum = !there ? 0 : lane % 2 ? x * x + y * y : x + y;
-  sum += __shfl_xor_sync(~0u, sum, 4);
-  if (!last && there) {
-    const float first = x * (gain[0] * SHRINK), second = y * (gain[1] * SHRINK);
-    if (BITS == 16) {
-      const Split two = split(first, second, s.stream_tag);
-      poke4(place.to, two.half);
-      poke4(place.to + WIDTH, two.rest);
-    } else {
-      poke4(place.to, tagged(pack_f16(first, second), s.stream_tag));
-    }
-  }
-  sum += __shfl_xor_sync(~0u, sum, 8);
-  sum += __shfl_xor_sync(~0u, sum, 16);
-  if (last) {
-    if (there && lane % 4 == 0) a.gained[n] = x * gain[0], a.gained[n + 1] = y * gain[1];
-    if (there && lane < 2) a.last_stats[lane * GIVERS + program()] = sum;
-  } else if (place.gives) {
-    poke4(place.stats, tagged(__float_as_uint(sum), s.stream_tag));
-  }
-}
-
-// The other end: a warp's share of the sums, two programs to a lane.
-constexpr int PAIRS = ratio(STATS / 2, WARPS);
-static_assert(PAIRS <= 16, "");
-struct Moments {
-  uint4 two;
-  bool missing;
-  static __device__ __forceinline__ int at() { return 2 * (thread() / 32 * PAIRS + thread() % 32); }
-  static __device__ __forceinline__ const float2* from(const Arguments& a) {
-    return a.stats + program() % COPIES * STATS + at();
-  }
-  __device__ __forceinline__ void expect(bool any) {
-    two = {};
-    missing = any && thread() % 32 < PAIRS && at() < GIVERS;
-  }
-  __device__ __forceinline__ void look(const float2* from) {
-    if (missing) two = peek16(from);
-  }
-  __device__ __forceinline__ void check(u32 tag) {
-    // Behind an odd number of programs nobody writes.
-    if (GIVERS % 2 && at() + 1 == GIVERS) two.z = two.w = tag;
-    if (all_fresh(two, tag)) missing = false;
-  }
-  // The sums of all lanes: even ones have that of values, odd ones that of squares.
-  __device__ __forceinline__ float sums() const {
-    const bool odd = thread() % 2;
-    const float sum = __uint_as_float(two.x) + __uint_as_float(two.z);
-    const float squares = __uint_as_float(two.y) + __uint_as_float(two.w);
-    float mine = odd ? squares : sum;
-    mine += __shfl_xor_sync(~0u, odd ? sum : squares, 1);
 #pragma unroll
-    for (int step = 2; step < (PAIRS > 8 ? 16 : 8); step *= 2) mine += __shfl_xor_sync(~0u, mine, step);
-    return mine;
-  }
-};
+  for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  if (there && lane % 4 == 0) a.gained[n] = x * gain[0], a.gained[n + 1] = y * gain[1];
+  if (there && lane < 2) a.last_stats[lane * GIVERS + program()] = sum;
+}
 
 // A lane's eight elements of a row are all four registers of a tensor-core operand: the instruction takes the first and
 // third pair for elements of row g, the second and fourth for elements of row g + 8. With the first and third pair of
@@ -974,21 +927,19 @@ __device__ __forceinline__ void stage(u16* to, const uint4& unit) { *(uint4*)to 
 __device__ __forceinline__ uint2 staged(const u16* from) { return *(const uint2*)from; }
 
 constexpr int shared_eights(int eights) { return LEFT ? ratio(eights, SHARERS) : 0; }
-constexpr int UNITS_OF_STREAM = ratio(OF_WARP, 4);  // That a lane asks for: halves or remainders of one block in four.
+constexpr int UNITS_OF_STREAM = 2;  // That a lane asks for: halves and remainders of its eight elements of a block.
 
 // The first of a lane's eight elements of a warp's block.
 __device__ __forceinline__ int element_of(int b) {
   const int warp = thread() / 32;
   return b < OF_WARP ? (b * WARPS + (b < OWN ? warp : warp % most(LEFT, 1))) * 32 + thread() % 4 * 8 : WIDTH;
 }
-// Where a lane's activations are: computed time and again, as in 16 bits the registers hold weights.
+// Which elements a lane asks for, of one block in eight: computed time and again, as in 16 bits the registers hold weights.
 struct Lane {
-  __device__ __forceinline__ void fill(const Arguments&) {}
-  __device__ __forceinline__ const u16* stream_at(const Arguments& a, int i) const {
-    const int lane = thread() % 32, element = element_of(4 * i + lane / 8);
-    return element < WIDTH ? a.stream + (2 * (program() % COPIES) + lane / 4 % 2) * WIDTH + element : nullptr;
-  }
-  __device__ __forceinline__ const float2* stats_at(const Arguments& a) const { return Moments::from(a); }
+  __device__ __forceinline__ void fill() {}
+  __device__ __forceinline__ int element() const { return element_of(thread() % 32 / 4); }
+  // Whether no other warp in front of this one has the same.
+  __device__ __forceinline__ bool counts() const { return (int)(thread() % 32 / 4) < OWN || (int)(thread() / 32) < LEFT; }
 };
 
 // The weights of a product with `WIDTH` elements, from the ring into registers: `EIGHTS` eights of rows, of which the
@@ -1069,16 +1020,17 @@ struct Sums {
   }
 };
 
-// What `product_of_stream` asked for, staged.
-__device__ __forceinline__ void stage_stream(Shared& sh, const uint4 (&units)[UNITS_OF_STREAM]) {
-  const u32 id = thread();
-  const int lane = id % 32;
+// Eight elements of the stream, of which a lane has halves and remainders.
+__device__ __forceinline__ void values_of(float (&x)[8], const uint4 (&units)[UNITS_OF_STREAM]) {
+  const u32 halves[4] = {units[0].x, units[0].y, units[0].z, units[0].w};
+  const u32 rests[4] = {units[1].x, units[1].y, units[1].z, units[1].w};
 #pragma unroll
-  for (int i = 0; i < UNITS_OF_STREAM; i++)
-    if (4 * i + lane / 8 < OF_WARP)
-      stage(&sh.staged[id / 32][4 * i + lane / 8][lane / 4 % 2][id % 4 * 8], units[i]);
+  for (int j = 0; j < 4; j++) {
+    x[2 * j] = low_of(halves[j]) + low_of(rests[j]);
+    x[2 * j + 1] = high_of(halves[j]) + high_of(rests[j]);
+  }
 }
-// Activations of block `b`, of which a lane has eight, likewise.
+// A lane's eight activations of block `b`, staged.
 __device__ __forceinline__ void stage_eight(Shared& sh, int b, const float (&x)[8]) {
   const int warp = thread() / 32, t = thread() % 4;
   if (b >= OF_WARP) return;
@@ -1168,17 +1120,16 @@ struct Spans {
 __device__ __forceinline__ int half_of_lane() { return HALVES ? thread() % 2 * 16 : 0; }
 using OfWidth = Spans<OF_WARP, OWN_BLOCKS, FUSED>;
 constexpr int SPANS = OfWidth::COUNT;
-constexpr int UNITS_OF_STREAM = ratio(OF_WARP, 8);  // That a lane asks for: its eight elements of one block in eight.
+constexpr int UNITS_OF_STREAM = 1;  // That a lane asks for: its eight elements of a block.
 
 // What a thread needs time and again: where its bytes of a row's late blocks begin and how far their digits are moved,
 // where the scales of its columns lie behind those of the row, where its activations are.
 struct Lane {
   u32 late_at[most(LATE, 1)], late_digit[most(LATE, 1)], scale_at[SPANS];
   float shrink[SPANS];
-  const u16* stream[UNITS_OF_STREAM];
-  const float2* stats;
+  int asked;
 
-  __device__ __forceinline__ void fill(const Arguments& a) {
+  __device__ __forceinline__ void fill() {
     const int lane = thread() % 32, t = lane % 4;
 #pragma unroll
     for (int i = 0; i < LATE; i++) {
@@ -1192,17 +1143,14 @@ struct Lane {
       const int element = block.digit * plane(WIDTH) + block.run * 32 + half_of_lane();
       scale_at[i] = least(element, WIDTH - 1) / most(GROUP, 1) * 2, shrink[i] = OfWidth::shrink_of_lane(i);
     }
-#pragma unroll
-    for (int i = 0; i < UNITS_OF_STREAM; i++) {
-      const int b = 8 * i + lane / 4;
-      const Block block = block_of(b);
-      const int element = b < OF_WARP && block.there ? element_of<WIDTH>(block.run, block.digit) : WIDTH;
-      stream[i] = element < WIDTH ? a.stream + 2 * (program() % COPIES) * WIDTH + element : nullptr;
-    }
-    stats = Moments::from(a);
+    const int b = lane / 4;
+    const Block block = block_of(b);
+    asked = b < OF_WARP && block.there ? least(element_of<WIDTH>(block.run, block.digit), WIDTH) : WIDTH;
   }
-  __device__ __forceinline__ const u16* stream_at(const Arguments&, int i) const { return stream[i]; }
-  __device__ __forceinline__ const float2* stats_at(const Arguments&) const { return stats; }
+  // The first of those that it asks for, of one block in eight.
+  __device__ __forceinline__ int element() const { return asked; }
+  // Whether no other warp in front of this one has the same.
+  __device__ __forceinline__ bool counts() const { return true; }
 };
 // The first of a lane's eight elements of a warp's block.
 __device__ __forceinline__ int element_of(int b) {
@@ -1387,7 +1335,8 @@ struct Sums {
   }
 };
 
-// A lane's eight activations of a block as digits; `lanes` have those of one grain, which one lane of a block notes.
+// A lane's eight activations of a block as digits; `lanes` have those of one grain, which one lane of a block notes. Fused
+// blocks, which stand next to each other, have one grain.
 __device__ __forceinline__ void stage_eight(Shared& sh, int b, const float (&x)[8], u32 largest, int lanes) {
   const Grain grain = grain_of(largest, lanes);
   u32 words[2][DIGITS_OF_X];
@@ -1405,10 +1354,15 @@ __device__ __forceinline__ void stage_eight(Shared& sh, int b, const float (&x)[
   for (int j = 0; j < 8; j++) largest = most(largest, magnitude(x[j]));
   stage_eight(sh, b, x, largest, 4 * FUSED);
 }
-// The same of halves, of one kind or the other.
-template <bool F16>
+// Eight elements of the stream.
+__device__ __forceinline__ void values_of(float (&x)[8], const uint4 (&units)[UNITS_OF_STREAM]) {
+  const u32 words[4] = {units[0].x, units[0].y, units[0].z, units[0].w};
+#pragma unroll
+  for (int j = 0; j < 4; j++) x[2 * j] = widen_f16((u16)words[j]), x[2 * j + 1] = widen_f16((u16)(words[j] >> 16));
+}
+// The same of halves.
 __device__ __forceinline__ void stage_unit(Shared& sh, int b, const uint4& u, int lanes) {
-  auto value = [](u32 half) { return F16 ? widen_f16((u16)half) : widen((u16)half); };
+  auto value = [](u32 half) { return widen((u16)half); };
   const u32 words[4] = {u.x, u.y, u.z, u.w};
   u32 pair = 0;
   float x[8];
@@ -1418,11 +1372,6 @@ __device__ __forceinline__ void stage_unit(Shared& sh, int b, const uint4& u, in
     x[2 * j] = value(words[j] & 0xFFFF), x[2 * j + 1] = value(words[j] >> 16);
   }
   stage_eight(sh, b, x, most(magnitude(value(pair & 0xFFFF)), magnitude(value(pair >> 16))), lanes);
-}
-// What `product_of_stream` asked for, staged. Fused blocks, which stand next to each other, have one grain.
-__device__ __forceinline__ void stage_stream(Shared& sh, const uint4 (&units)[UNITS_OF_STREAM]) {
-#pragma unroll
-  for (int i = 0; i < UNITS_OF_STREAM; i++) stage_unit<true>(sh, 8 * i + thread() % 32 / 4, units[i], 4 * FUSED);
 }
 #endif
 
@@ -1599,48 +1548,49 @@ __device__ __forceinline__ void attend(const Arguments& a, State& s, Shared& sh,
 template <bool LARGE>
 __device__ __forceinline__ void product_of_stream(const Arguments& a, const Lane& own, State& s, Shared& sh, int layer,
                                                   int step) {
+  static_assert(OF_WARP <= 8, "");
   constexpr int UNITS = UNITS_OF_STREAM;
   const u32 id = thread();
-  const int lane = id % 32;
-  uint4 units[UNITS];
-  u32 missing = 0;
-#pragma unroll
-  for (int i = 0; i < UNITS; i++) {
-    units[i] = {};
-    if (gives(step) && own.stream_at(a, i)) missing |= 1u << i;
-  }
-  Moments moments;
-  moments.expect(gives(step));
+  const int lane = id % 32, element = own.element();
+  const bool inside = element < WIDTH;
+  uint4 units[UNITS] = {}, gains = {};
+  u32 missing = gives(step) && inside ? (1u << UNITS) - 1 : 0;
+  if (inside) gains = fetch16((const u16*)sh.gains[layer][norm_of(step)] + element);
+  const u16* from = a.stream + program() % COPIES * (2 * WIDTH) + element;
   auto look = [&] {
 #pragma unroll
     for (int i = 0; i < UNITS; i++)
-      if (missing >> i & 1) units[i] = peek16(own.stream_at(a, i));
-    moments.look(own.stats_at(a));
+      if (missing >> i & 1) units[i] = peek16(from + i * WIDTH);
   };
-  Weights<LARGE ? MOST_EIGHTS : 2, LARGE ? LEAST_EIGHTS : 2> weights;
+  Weights<LARGE ? MOST_EIGHTS : SMALL_EIGHTS, LARGE ? LEAST_EIGHTS : SMALL_EIGHTS> weights;
   weights.load(own, s, sh, step, look);
   Patience patience;
   while (true) {
 #pragma unroll
     for (int i = 0; i < UNITS; i++)
       if (all_fresh(units[i], s.stream_tag)) missing &= ~(1u << i);
-    moments.check(s.stream_tag);
     if (!__any_sync(~0u, missing)) break;
     patience.spend();
     look();
   }
-  moments.look(own.stats_at(a));
-  stage_stream(sh, units);
-  __syncwarp();
-  Sums<LARGE ? MOST_EIGHTS : 2> sums;
-  sums.multiply(weights, sh);
-  while (true) {
-    moments.check(s.stream_tag);
-    if (!__any_sync(~0u, moments.missing)) break;
-    patience.spend();
-    moments.look(own.stats_at(a));
+  float x[8], sum = 0, squares = 0;
+  const u32 gain[4] = {gains.x, gains.y, gains.z, gains.w};
+  values_of(x, units);
+#pragma unroll
+  for (int j = 0; j < 8; j++) {
+    sum += x[j], squares += x[j] * x[j];
+    x[j] *= j % 2 ? high_of(gain[j / 2]) : low_of(gain[j / 2]);
   }
-  const float moment = moments.sums();
+  stage_eight(sh, lane / 4, x);
+  __syncwarp();
+  Sums<LARGE ? MOST_EIGHTS : SMALL_EIGHTS> sums;
+  sums.multiply(weights, sh);
+  // The layer norm's moments, of what this warp asked for: even lanes add up values and odd ones squares.
+  if (!own.counts()) sum = squares = 0;
+  float moment = lane % 2 ? squares : sum;
+  moment += __shfl_xor_sync(~0u, lane % 2 ? sum : squares, 1);
+#pragma unroll
+  for (int step = 2; step < 32; step *= 2) moment += __shfl_xor_sync(~0u, moment, step);
   sums.store(sh, side_of(QUERY));
   if (lane < 2) (lane ? sh.moments[id / 32].y : sh.moments[id / 32].x) = moment;
   // The cache's keys and values come while the finishing warps are at work, if weights leave the memory the time.
@@ -1722,12 +1672,11 @@ __device__ __forceinline__ void merge(float (&x)[8], const u16* units_from, cons
 
 // A product with attention's result.
 __device__ __forceinline__ void product_of_runs(const Arguments& a, const Lane& own, State& s, Shared& sh, int step) {
-  static_assert(OF_WARP <= 8, "");
-  Weights<2, 2> weights;
+  Weights<SMALL_EIGHTS, SMALL_EIGHTS> weights;
   weights.load(own, s, sh, step, [] {});
 
   // A lane takes eight elements of a block. Heads lie 8 runs apart.
-  const int b = thread() % 32 / 4, element = element_of(b);
+  const int b = thread() % 32 / 4, element = own.element();
   const bool inside = element < WIDTH;
   const int head = program() % COPIES * HEADS + element / 64;
   const int unit = head * (8 * 64) + element % 64;
@@ -1738,7 +1687,7 @@ __device__ __forceinline__ void product_of_runs(const Arguments& a, const Lane& 
     merge<CROSS_SPLITS>(x, a.cross_runs + unit, a.cross_logs + head * LOGS, inside, s.tag);
   stage_eight(sh, b, x);
   __syncwarp();
-  Sums<2> sums;
+  Sums<SMALL_EIGHTS> sums;
   sums.multiply(weights, sh);
   sums.store(sh, side_of(OWN_OUT));
   s.stream_tag ^= 1;
@@ -1915,7 +1864,7 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
     look();
   }
 #pragma unroll
-  for (int i = 0; i < UNITS; i++) stage_unit<false>(sh, (i * 32 + lane) / 4, units[i], 4 * FUSE);
+  for (int i = 0; i < UNITS; i++) stage_unit(sh, (i * 32 + lane) / 4, units[i], 4 * FUSE);
   __syncwarp();
   Columns<BLOCKS, BLOCKS, FUSE, 1> columns;
   Sums<2> sums;
@@ -1969,13 +1918,14 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
   if (warp >= finishers(step)) return;
   // All that can be known before the sums are there.
   const float eps = sh.eps[layer][norm];
-  StreamPlace place_of_stream = stream_place(a, n, lane);
+  const bool last = step == FC2 && layer == LAYERS - 1;
   // Queries, keys and values are published as halves and, by another lane, their remainders.
-  u16* to = step == FC1 ? a.hidden + lane % 16 * FFN + n / 8 * 8 :
+  u16* to = !from_stream(step) ? stream_place(a, n, lane) :
+            step == FC1 ? a.hidden + lane % 16 * FFN + n / 8 * 8 :
             step == QUERY ? a.query + copy % 2 * WIDTH + n : a.heads + (copy % 2 * 3 + chunk) * WIDTH + n;
   u16* cache = (u16*)sh.caches[layer][chunk == 2] + ((long long)(n / 64) * SLOTS + s.slot) * 64 + n % 64;
   u32 sums = (u32)((u8*)&sh.sums[side_of(step)][0][row / 2] - (u8*)&sh);
-  settle(to), settle(cache), settle(place_of_stream.to), settle(place_of_stream.stats), settle(sums);
+  settle(to), settle(cache), settle(sums);
   bar_sync(STEP_DONE + step, 32 * (WARPS + finishers(step)));
   float4 of_warps[4], two[WARPS / 2];
 #pragma unroll
@@ -1992,7 +1942,8 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
     static_assert(WARPS == 8, "");
     const float sum = (two[0].x + two[0].z + (two[1].x + two[1].z)) + (two[2].x + two[2].z + (two[3].x + two[3].z));
     const float squares = (two[0].y + two[0].w + (two[1].y + two[1].w)) + (two[2].y + two[2].w + (two[3].y + two[3].w));
-    const float mean = sum * (1.0f / WIDTH), variance = fmaxf(squares * (1.0f / WIDTH) - mean * mean, 0.0f);
+    // Of values times `SHRINK`.
+    const float mean = sum * (GROW / WIDTH), variance = fmaxf(squares * (GROW * GROW / WIDTH) - mean * mean, 0.0f);
     const float deviation = rsqrt_fast(variance + eps), factor = deviation * GROW, shift = mean * deviation;
 #pragma unroll
     for (int i = 0; i < 2; i++) total[i] = total[i] * factor + (first[i] - shift * second[i]);
@@ -2017,7 +1968,8 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
     }
   } else {
     s.residual[0] += total[0] + first[0], s.residual[1] += total[1] + first[1];
-    publish_stream(a, s, place_of_stream, n, lane, second, finishes, step == FC2 && layer == LAYERS - 1);
+    if (!last) publish_stream(s, to, finishes);
+    if (last) leave_result(a, s, n, lane, second, finishes);
   }
   __syncwarp();
   bar_arrive(PUBLISHED, 32 * (WARPS + finishers(step)));
@@ -2093,7 +2045,7 @@ __device__ __forceinline__ void finish_attention(const Arguments& a, State& s, S
 // One place in the code for each kind of step: what all layers need must stay in the instruction cache.
 __device__ __forceinline__ void multiply_layers(const Arguments& a, State& s, Shared& sh) {
   Lane own;
-  own.fill(a);
+  own.fill();
 #pragma unroll 1
   for (int layer = 0; layer < LAYERS; layer++, s.tag ^= 1)
 #pragma unroll 1
@@ -2115,18 +2067,15 @@ __device__ __forceinline__ void finish_layers(const Arguments& a, State& s, Shar
     const Span width = share(WIDTH, ROWS);
     const int lane = thread() % 32, row = lane / 4 * 2, n = width.first + row;
     const bool finishes = row < width.count;
-    float gain[2] = {};
     if (finishes) {
       const long long token = a.tokens[s.slot];
       // A row that only pads the batch may hold anything.
       const int position = most(s.slot - (int)*a.offset, 0);
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
+      for (int i = 0; i < 2; i++)
         s.residual[i] = widen(a.embedding[token * WIDTH + n + i]) + widen(a.positions[position * WIDTH + n + i]);
-        gain[i] = widen(a.first_gain[n + i]);
-      }
     }
-    publish_stream(a, s, stream_place(a, n, lane), n, lane, gain, finishes, false);
+    publish_stream(s, stream_place(a, n, lane), finishes);
   }
 #pragma unroll 1
   for (int layer = 0; layer < LAYERS; layer++, s.tag ^= 1)
@@ -2156,7 +2105,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments
   if (thread() / 32 != FETCHER) {
     constexpr int OTHERS = THREADS - 32;
     for (int i = other; i < LAYERS * 4; i += OTHERS) sh.caches[i / 4][i % 4] = a.table[i / 4 * POINTERS + KEYS + i % 4];
-    for (int i = other; i < LAYERS * 3; i += OTHERS) sh.eps[i / 3][i % 3] = a.eps[i];
+    for (int i = other; i < LAYERS * 3; i += OTHERS) {
+      // The table has a layer norm's gain with the product in front of it.
+      sh.gains[i / 3][i % 3] = i ? a.table[(i - 1) / 3 * POINTERS + GAIN + (i - 1) % 3] : (u64)a.first_gain;
+      sh.eps[i / 3][i % 3] = a.eps[i];
+    }
     for (int i = other; i < SLOTS; i += OTHERS) sh.valid[i] = a.valid[i];
   }
   State s;
