@@ -314,6 +314,8 @@ static_assert(stride(WIDTH) >= part_bytes(WIDTH) && stride(FFN) >= part_bytes(FF
 constexpr int scales_at(int depth) { return ROWS * stride(depth); }
 constexpr int vectors_at(int depth) { return scales_at(depth) + 2 * meta_bytes(depth); }
 constexpr int chunk_bytes(int depth) { return vectors_at(depth) + 2 * vector_bytes; }
+// At home the rows of a product's chunks follow each other, and behind all of them what lies behind the rows.
+constexpr int ROWS_OF_CHUNK = ROWS * stride(WIDTH);
 
 constexpr int CHUNK = AT_HOME ? HOME : up(most(most(chunk_bytes(WIDTH), chunk_bytes(FFN)), KEYS_AT_LEAST), 128);
 #if BATCH == 1
@@ -348,6 +350,12 @@ constexpr int side_of(int product) { return from_stream(product) ? 0 : 1; }  // 
 constexpr int home_of(int step) {
   return step == QKV ? 0 : step == OWN_OUT ? 3 * HOME : step == QUERY ? 4 * HOME : step == CROSS_ATTENTION ? 5 * HOME :
          KEYS_HOME + (step == CROSS_OUT ? 5 * HOME : step == FC1 ? 6 * HOME : (6 + FFN_CHUNKS) * HOME);
+}
+
+// From a chunk's rows to what lies behind them.
+constexpr int behind_at(int product, int chunk) {
+  return product == FC2 ? scales_at(FFN) :
+         !AT_HOME ? scales_at(WIDTH) : (chunks_of(product) - chunk) * ROWS_OF_CHUNK + chunk * behind_rows(WIDTH);
 }
 
 // Whether this program gives anything of a product with the stream. Who does not must not wait for the stream: nobody
@@ -385,9 +393,8 @@ constexpr int HIDDEN_BLOCKS = turns(FFN) * DIGITS;
 // What packed integers are multiplied by, for one row: activations as integers of this many digits of base 256, a lane's
 // eight of a block, of eight blocks at a time.
 constexpr int DIGITS_OF_X = 2, STAGED = up(most(OF_WARP, HIDDEN_BLOCKS), 8);
-// Eights of rows of the large products, of both or of one of them, and of the others.
-constexpr int MOST_EIGHTS = ratio(most(3, FFN_CHUNKS) * ROWS, 8), LEAST_EIGHTS = ratio(least(3, FFN_CHUNKS) * ROWS, 8);
-constexpr int SMALL_EIGHTS = ratio(ROWS, 8);
+// Eights of rows of the larger product.
+constexpr int MOST_EIGHTS = ratio(most(3, FFN_CHUNKS) * ROWS, 8);
 #if BATCH > 1
 // Rows in eights: columns of products. Sums of so many columns lie so that those of four pairs of features do not meet
 // the same banks.
@@ -446,6 +453,9 @@ static_assert(SHARED_AT + (int)sizeof(Shared) <= MEMORY, "");
 constexpr int COPIES = BATCH == 1 ? 4 : 1;
 // So does a line that every warp asks for: each head's logarithms have one of their own.
 constexpr int LOGS = 32;
+#ifndef GATE
+#define GATE 0
+#endif
 struct Arguments {
   const u64* table;
   u16 *stream;           // [COPIES][2][WIDTH]: halves, then their remainders.
@@ -554,7 +564,7 @@ __device__ __forceinline__ u32 make_room(Shared& sh, Fetching& f, int step, int 
   u32 at, empty, phase;
   bool first = true;
   if (AT_HOME) {
-    at = home_of(step) + chunk * (step == CROSS_ATTENTION ? KEYS_PIECE * 256 : CHUNK);
+    at = home_of(step) + chunk * (step == CROSS_ATTENTION ? KEYS_PIECE * 256 : ROWS_OF_CHUNK);
     empty = shared_address(&sh.empty[step]), phase = f.layer & 1, barrier = home_barrier(sh, step, chunk);
     first = chunk == 0;
     if (f.last != barrier) {
@@ -605,12 +615,12 @@ __device__ __forceinline__ void fetch_chunk(const Pointers& p, Shared& sh, u32 m
     int each;
     if (lane < 18) {
       each = 2 * (deep ? groups(FFN) : groups(WIDTH));
-      at = deep ? scales_at(FFN) + (lane - 16) * meta_bytes(FFN) : scales_at(WIDTH) + (lane - 16) * meta_bytes(WIDTH);
+      at = behind_at(product, chunk) + (lane - 16) * (deep ? meta_bytes(FFN) : meta_bytes(WIDTH));
       index = (lane == 16 ? SCALES : ZEROS) + matrix;
     } else {
       const bool norm = from_stream(product);
       each = norm ? 4 : 2;
-      at = (deep ? vectors_at(FFN) : vectors_at(WIDTH)) + (lane - 18) * vector_bytes;
+      at = behind_at(product, chunk) + 2 * (deep ? meta_bytes(FFN) : meta_bytes(WIDTH)) + (lane - 18) * vector_bytes;
       index = norm_of(product) + (lane == 18 ? (norm ? CONSTANT : BIAS) : (norm ? FOLDED : GAIN));
       if (product == QKV) first += chunk * WIDTH;
     }
@@ -738,7 +748,7 @@ __device__ __forceinline__ void release(Shared& sh, int place, int chunks) {
 }
 
 __device__ __forceinline__ u32 base_of(u32 place, u32 chunk) {
-  if (AT_HOME) return place + chunk * CHUNK;
+  if (AT_HOME) return place + chunk * ROWS_OF_CHUNK;
   const u32 at = place + chunk;
   return (at < IN_RING ? at : at - IN_RING) * CHUNK;
 }
@@ -826,6 +836,27 @@ struct State {
   float residual[2];    // Of the features that this thread finishes.
 };
 
+// The steps that a product's code is for, one or two of them: what differs between them is chosen, not computed.
+template <int ONE, int OTHER = ONE>
+struct OneOf {
+  static constexpr int CHUNKS_OF_ONE = chunks_of(ONE), CHUNKS_OF_OTHER = chunks_of(OTHER);
+  static constexpr int HOME_OF_ONE = home_of(ONE), HOME_OF_OTHER = home_of(OTHER);
+  // Eights of rows, and rows that either step has.
+  static constexpr int EIGHTS = ratio(most(CHUNKS_OF_ONE, CHUNKS_OF_OTHER) * ROWS, 8);
+  static constexpr int LEAST_ROWS = least(CHUNKS_OF_ONE, CHUNKS_OF_OTHER) * ROWS;
+  static __device__ __forceinline__ int chunks(int step) { return step == ONE ? CHUNKS_OF_ONE : CHUNKS_OF_OTHER; }
+  static __device__ __forceinline__ int home(int step) { return step == ONE ? HOME_OF_ONE : HOME_OF_OTHER; }
+  // What the fetching warp has brought is there: the place of its first chunk.
+  static __device__ __forceinline__ int take(Shared& sh, State& s, int step) {
+    if (!AT_HOME) return ::take(sh, s.cursor, chunks(step));
+    await(shared_address(&sh.full[step]), s.tag ^ 1);
+    return home(step);
+  }
+};
+using Large = OneOf<QKV, FC1>;
+using Query = OneOf<QUERY>;
+using Outs = OneOf<OWN_OUT, CROSS_OUT>;
+
 // What a step's fetching has brought is there: the place of its first chunk. And it has been read.
 __device__ __forceinline__ int take(Shared& sh, State& s, int step, int chunks) {
   if (!AT_HOME) return take(sh, s.cursor, chunks);
@@ -899,19 +930,22 @@ __device__ __forceinline__ float& sum_at(Shared& sh, int side, int eighth, u32 b
 enum { LINES_OF_QKV = 0, LINES_OF_FC1 = 8 * MOST_EIGHTS, LINES_OF_OTHERS = 2 * LINES_OF_FC1 };
 __device__ __forceinline__ void fill_lines(Shared& sh) {
   for (u32 i = thread(); i < LINES_OF_OTHERS + 16; i += 32 * WARPS) {
-    const bool fc1 = i >= LINES_OF_FC1 && i < LINES_OF_OTHERS;
-    const int chunks = fc1 ? FFN_CHUNKS : i < LINES_OF_FC1 ? 3 : 1;
-    const int row = least(i % LINES_OF_FC1, chunks * ROWS - 1), chunk = row / ROWS, in_chunk = row - chunk * ROWS;
-    const int first = (program() * (fc1 ? ROWS_FFN : ROWS) + (fc1 ? chunk * ROWS : 0)) * (groups(WIDTH) * 2);
-    sh.lines[i] = {(u32)(chunk * CHUNK + in_chunk * stride(WIDTH)),
-                   (u32)(chunk * CHUNK + scales_at(WIDTH) + first % 16 + in_chunk * meta_stride(WIDTH))};
+    const int product = i < LINES_OF_FC1 ? QKV : i < LINES_OF_OTHERS ? FC1 : QUERY;
+    const int row = least(i % LINES_OF_FC1, chunks_of(product) * ROWS - 1), chunk = row / ROWS, in_chunk = row % ROWS;
+    const int first = (program() * (product == FC1 ? ROWS_FFN : ROWS) + (product == FC1 ? chunk * ROWS : 0)) *
+                      (groups(WIDTH) * 2);
+    const u32 base = chunk * (AT_HOME ? ROWS_OF_CHUNK : CHUNK);
+    sh.lines[i] = {base + in_chunk * stride(WIDTH),
+                   base + behind_at(product, chunk) + first % 16 + in_chunk * meta_stride(WIDTH)};
   }
 }
 struct Line {
   u32 row, meta;
 };
+template <class Steps>
 __device__ __forceinline__ Line line_of(const Shared& sh, int place, int step, int eight) {
-  const int lines = step == QKV ? LINES_OF_QKV : step == FC1 ? LINES_OF_FC1 : LINES_OF_OTHERS;
+  constexpr bool LARGE = Steps::CHUNKS_OF_ONE > 1;
+  const int lines = !LARGE ? LINES_OF_OTHERS : step == QKV ? LINES_OF_QKV : LINES_OF_FC1;
   const uint2 line = sh.lines[lines + 8 * eight + thread() / 4 % 8];
   if (AT_HOME) return {place + line.x, place + line.y};
   const u32 row = place * CHUNK + line.x, meta = place * CHUNK + line.y;
@@ -936,40 +970,43 @@ __device__ __forceinline__ int element_of(int b) {
 }
 // Which elements a lane asks for, of one block in eight: computed time and again, as in 16 bits the registers hold weights.
 struct Lane {
-  __device__ __forceinline__ void fill() {}
+  __device__ __forceinline__ void fill(const Arguments&) {}
   __device__ __forceinline__ int element() const { return element_of(thread() % 32 / 4); }
+  __device__ __forceinline__ const u16* stream_at(const Arguments& a) const {
+    return element() < WIDTH ? a.stream + program() % COPIES * (2 * WIDTH) + element() : nullptr;
+  }
   // Whether no other warp in front of this one has the same.
   __device__ __forceinline__ bool counts() const { return (int)(thread() % 32 / 4) < OWN || (int)(thread() / 32) < LEFT; }
 };
 
-// The weights of a product with `WIDTH` elements, from the ring into registers: `EIGHTS` eights of rows, of which the
-// step has `ALWAYS` at least.
-template <int EIGHTS, int ALWAYS>
+// The weights of a product with `WIDTH` elements, from shared memory into registers.
+template <class Steps>
 struct Weights {
+  static constexpr int EIGHTS = Steps::EIGHTS, LEAST_ROWS = Steps::LEAST_ROWS;
   static constexpr int SHARED = shared_eights(EIGHTS);
   u32 kept[EIGHTS][most(OWN, 1)][4], shared[most(SHARED, 1)][4];
 
   // `look` asks for activations for the first time: they may be there when the weights are.
   template <class Look>
   __device__ __forceinline__ void load(const Lane&, State& s, Shared& sh, int step, Look look) {
-    const int warp = thread() / 32, t = thread() % 4, chunks = chunks_of(step);
-    const int place = take(sh, s, step, chunks);
+    const int warp = thread() / 32, t = thread() % 4, chunks = Steps::chunks(step);
+    const int place = Steps::take(sh, s, step);
 #pragma unroll
     for (int h = 0; h < EIGHTS; h++) {
       // Written whatever the step, or the registers would be thought in use through all the others.
-      const bool sometimes = h >= ALWAYS;
+      const bool sometimes = 8 * h >= LEAST_ROWS;
 #pragma unroll
       for (int b = 0; b < OWN; b++)
         if (sometimes) kept[h][b][0] = kept[h][b][1] = kept[h][b][2] = kept[h][b][3] = 0;
       if (h == EIGHTS / 2) look();
       if (sometimes && 8 * h >= chunks * ROWS) continue;
-      const Line line = line_of(sh, place, step, h);
+      const Line line = line_of<Steps>(sh, place, step, h);
 #pragma unroll
       for (int b = 0; b < OWN; b++) load16(kept[h][b], dynamic_shared() + line.row + 2 * ((b * WARPS + warp) * 32 + t * 8));
     }
 #pragma unroll
     for (int i = 0; i < SHARED; i++) {
-      const Line line = line_of(sh, place, step, least(warp / most(LEFT, 1) + i * SHARERS, EIGHTS - 1));
+      const Line line = line_of<Steps>(sh, place, step, least(warp / most(LEFT, 1) + i * SHARERS, EIGHTS - 1));
       load16(shared[i], dynamic_shared() + line.row + 2 * ((OWN * WARPS + warp % most(LEFT, 1)) * 32 + t * 8));
     }
     release(sh, place, step, chunks);
@@ -983,8 +1020,8 @@ struct Sums {
 
   // Chains of products stand side by side, those that a step has no weights for included: one after another, each would
   // be waited for.
-  template <int ALWAYS>
-  __device__ __forceinline__ void multiply(const Weights<EIGHTS, ALWAYS>& weights, const Shared& sh) {
+  template <class Steps>
+  __device__ __forceinline__ void multiply(const Weights<Steps>& weights, const Shared& sh) {
     const u32 id = thread();
     const int warp = id / 32, g = id / 4 % 8, t = id % 4;
     // A lane has the activations of column g: the halves are in the first two and the remainders in the next two columns.
@@ -1128,8 +1165,9 @@ struct Lane {
   u32 late_at[most(LATE, 1)], late_digit[most(LATE, 1)], scale_at[SPANS];
   float shrink[SPANS];
   int asked;
+  const u16* stream;
 
-  __device__ __forceinline__ void fill() {
+  __device__ __forceinline__ void fill(const Arguments& a) {
     const int lane = thread() % 32, t = lane % 4;
 #pragma unroll
     for (int i = 0; i < LATE; i++) {
@@ -1146,9 +1184,11 @@ struct Lane {
     const int b = lane / 4;
     const Block block = block_of(b);
     asked = b < OF_WARP && block.there ? least(element_of<WIDTH>(block.run, block.digit), WIDTH) : WIDTH;
+    stream = asked < WIDTH ? a.stream + program() % COPIES * (2 * WIDTH) + asked : nullptr;
   }
   // The first of those that it asks for, of one block in eight.
   __device__ __forceinline__ int element() const { return asked; }
+  __device__ __forceinline__ const u16* stream_at(const Arguments&) const { return stream; }
   // Whether no other warp in front of this one has the same.
   __device__ __forceinline__ bool counts() const { return true; }
 };
@@ -1158,34 +1198,37 @@ __device__ __forceinline__ int element_of(int b) {
   return b < OF_WARP && block.there ? element_of<WIDTH>(block.run, block.digit) : WIDTH;
 }
 
-// The weights of a product with `WIDTH` elements, from the ring into registers, as bytes: `EIGHTS` eights of rows, of
-// which the step has `ALWAYS` at least, with scales and zero points for a lane's columns.
-template <int EIGHTS, int ALWAYS>
+// The weights of a product with `WIDTH` elements, from shared memory into registers, as bytes, with scales and zero points
+// for a lane's columns.
+template <class Steps>
 struct Weights {
+  static constexpr int EIGHTS = Steps::EIGHTS, LEAST_ROWS = Steps::LEAST_ROWS;
   u32 kept[EIGHTS][OF_WARP][2];
   float scale[EIGHTS][SPANS], offset[EIGHTS][SPANS];  // An offset is scale times zero point.
+
+  // Where a lane's row of an eight lies. At home the rows are one behind the other, and most of it is known.
+  static __device__ __forceinline__ u32 row_at(const Line& line, int place, int step, int eight) {
+    if (!AT_HOME) return line.row;
+    const int row = 8 * eight + thread() / 4 % 8;
+    if (8 * eight + 8 <= LEAST_ROWS) return place + row * stride(WIDTH);
+    return place + least(row, Steps::chunks(step) * ROWS - 1) * stride(WIDTH);
+  }
 
   // `look` asks for activations for the first time: by now they may be there.
   template <class Look>
   __device__ __forceinline__ void load(const Lane& lane, State& s, Shared& sh, int step, Look look) {
-    const int warp = thread() / 32, t = thread() % 4, chunks = chunks_of(step);
-    const int place = take(sh, s, step, chunks);
+    const int warp = thread() / 32, t = thread() % 4, chunks = Steps::chunks(step);
+    const int place = Steps::take(sh, s, step);
+    u16 scales[EIGHTS][SPANS], zeros[EIGHTS][SPANS];
 #pragma unroll
     for (int h = 0; h < EIGHTS; h++) {
-      // Written whatever the step, or the registers would be thought in use through all the others.
-      if (h >= ALWAYS) {
-#pragma unroll
-        for (int b = 0; b < OF_WARP; b++) kept[h][b][0] = kept[h][b][1] = 0;
-#pragma unroll
-        for (int i = 0; i < SPANS; i++) scale[h][i] = offset[h][i] = 0;
-      }
-      if (h >= ALWAYS && 8 * h >= chunks * ROWS) continue;
-      const Line line = line_of(sh, place, step, h);
+      const Line line = line_of<Steps>(sh, place, step, h);
+      const u32 row = row_at(line, place, step, h);
 #pragma unroll
       for (int turn = 0; turn < OWN; turn++) {
         Packed packed;
         const int in = ((turn / FUSED * WARPS + warp) * FUSED + turn % FUSED) * 32 + t * 8;
-        load_packed<WIDTH>(packed, line.row, in, in);
+        load_packed<WIDTH>(packed, row, in, in);
 #pragma unroll
         for (int digit = 0; digit < DIGITS; digit++)
           bytes_of(kept[h][(turn / FUSED * DIGITS + digit) * FUSED + turn % FUSED], packed, digit);
@@ -1194,7 +1237,7 @@ struct Weights {
       for (int late = 0; late < LATE; late++) {
         Packed packed;
         const u32 digit = lane.late_digit[late];
-        load_packed<WIDTH>(packed, line.row, lane.late_at[late], lane.late_at[late]);
+        load_packed<WIDTH>(packed, row, lane.late_at[late], lane.late_at[late]);
         u32(&q)[2] = kept[h][OWN_BLOCKS + late];
         if (BITS == 158) {
           q[0] = q[1] = 0;
@@ -1214,13 +1257,19 @@ struct Weights {
 #pragma unroll
       for (int i = 0; i < SPANS; i++) {
         const u16* from = (const u16*)(dynamic_shared() + line.meta + lane.scale_at[i]);
-        scale[h][i] = widen(from[0]);
-        offset[h][i] = scale[h][i] * widen(from[meta_bytes(WIDTH) / 2]);
-        scale[h][i] *= lane.shrink[i];
+        scales[h][i] = from[0], zeros[h][i] = from[meta_bytes(WIDTH) / 2];
       }
     }
     release(sh, place, step, chunks);
     look();
+#pragma unroll
+    for (int h = 0; h < EIGHTS; h++)
+#pragma unroll
+      for (int i = 0; i < SPANS; i++) {
+        scale[h][i] = widen(scales[h][i]);
+        offset[h][i] = scale[h][i] * widen(zeros[h][i]);
+        scale[h][i] *= lane.shrink[i];
+      }
   }
 };
 
@@ -1232,8 +1281,9 @@ __device__ __forceinline__ float sum_of(int first, int second) {
   constexpr float BOTH = 12582912.0f + 49152.0f;
   return __int_as_float(second) * (1.0f / 256) + (__int_as_float(first) - BOTH);
 }
-// `BLOCKS` blocks of activations in the columns, which multiply tiles of weights and a row of ones.
-template <int BLOCKS, int OWN_OF, int FUSE, int TILES>
+// `BLOCKS` blocks of activations in the columns, which multiply tiles of weights and a row of ones: in a tile of its own,
+// or where the last tile has nothing in its second half, there.
+template <int BLOCKS, int OWN_OF, int FUSE, int TILES, bool FREE>
 struct Columns {
   using Of = Spans<BLOCKS, OWN_OF, FUSE>;
   uint2 y[BLOCKS];
@@ -1256,15 +1306,16 @@ struct Columns {
   // Chains of products stand side by side, of one tile two: one after another, each would be waited for.
   template <class Bytes>
   __device__ __forceinline__ void multiply(float (&sums)[TILES][2], float& total, int span, Bytes bytes) const {
-    constexpr int CHAINS = TILES == 1 ? 2 : 1;
-    int c[CHAINS][TILES + 1][4] = {}, done = 0;
+    constexpr int CHAINS = TILES == 1 ? 2 : 1, ALL = TILES + !FREE;
+    int c[CHAINS][ALL][4] = {}, done = 0;
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) {
       if (Of::unit_of(b) / EACH_SPAN != span) continue;
 #pragma unroll
-      for (int tile = 0; tile <= TILES; tile++) {
+      for (int tile = 0; tile < ALL; tile++) {
         u32 q[2][2] = {{0x01010101, 0x01010101}, {0x01010101, 0x01010101}};
-        if (tile < TILES) bytes(q[0], tile, 0, b), bytes(q[1], tile, 1, b);
+        if (tile < TILES) bytes(q[0], tile, 0, b);
+        if (tile < TILES - FREE) bytes(q[1], tile, 1, b);
         const int start = done ? 0 : ORIGIN_OF_SUMS, origin[4] = {start, start, start, start};
         int(&sum)[4] = c[done % CHAINS][tile];
         if (done < CHAINS)
@@ -1275,13 +1326,13 @@ struct Columns {
       done++;
     }
 #pragma unroll
-    for (int tile = 0; tile <= TILES; tile++) {
+    for (int tile = 0; tile < ALL; tile++) {
       if (CHAINS > 1)
 #pragma unroll
         for (int i = 0; i < 4; i++) c[0][tile][i] += c[CHAINS - 1][tile][i];
       const int(&sum)[4] = c[0][tile];
       if (tile < TILES) sums[tile][0] = sum_of(sum[0], sum[1]), sums[tile][1] = sum_of(sum[2], sum[3]);
-      if (tile == TILES) total = sum_of(sum[0], sum[1]);
+      if (tile == ALL - 1) total = sum_of(sum[2], sum[3]);
     }
   }
 };
@@ -1292,9 +1343,9 @@ struct Sums {
   static constexpr int TILES = ratio(EIGHTS, 2);
   float of[TILES][2];
 
-  template <int ALWAYS>
-  __device__ __forceinline__ void multiply(const Weights<EIGHTS, ALWAYS>& weights, const Shared& sh) {
-    Columns<OF_WARP, OWN_BLOCKS, FUSED, TILES> columns;
+  template <class Steps>
+  __device__ __forceinline__ void multiply(const Weights<Steps>& weights, const Shared& sh) {
+    Columns<OF_WARP, OWN_BLOCKS, FUSED, TILES, EIGHTS % 2> columns;
 #pragma unroll
     for (int i = 0; i < SPANS; i++) columns.load(sh, i);
 #pragma unroll
@@ -1303,9 +1354,7 @@ struct Sums {
     for (int i = 0; i < SPANS; i++) {
       float sums[TILES][2], total;
       columns.multiply(sums, total, i, [&](u32(&q)[2], int tile, int half, int b) {
-        const int eight = 2 * tile + half;
-        q[0] = eight < EIGHTS ? weights.kept[least(eight, EIGHTS - 1)][b][0] : 0;
-        q[1] = eight < EIGHTS ? weights.kept[least(eight, EIGHTS - 1)][b][1] : 0;
+        q[0] = weights.kept[2 * tile + half][b][0], q[1] = weights.kept[2 * tile + half][b][1];
       });
       total *= columns.grain[i];
 #pragma unroll
@@ -1545,25 +1594,25 @@ __device__ __forceinline__ void attend(const Arguments& a, State& s, Shared& sh,
 }
 
 // A product with the stream, and the attention behind it.
-template <bool LARGE>
+template <class Steps>
 __device__ __forceinline__ void product_of_stream(const Arguments& a, const Lane& own, State& s, Shared& sh, int layer,
                                                   int step) {
   static_assert(OF_WARP <= 8, "");
   constexpr int UNITS = UNITS_OF_STREAM;
+  constexpr bool LARGE = Steps::CHUNKS_OF_ONE > 1;
   const u32 id = thread();
-  const int lane = id % 32, element = own.element();
-  const bool inside = element < WIDTH;
+  const int lane = id % 32;
+  const u16* from = own.stream_at(a);
   uint4 units[UNITS] = {}, gains = {};
-  u32 missing = gives(step) && inside ? (1u << UNITS) - 1 : 0;
-  if (inside) gains = fetch16((const u16*)sh.gains[layer][norm_of(step)] + element);
-  const u16* from = a.stream + program() % COPIES * (2 * WIDTH) + element;
+  u32 missing = gives(step) && from ? (1u << UNITS) - 1 : 0;
   auto look = [&] {
 #pragma unroll
     for (int i = 0; i < UNITS; i++)
       if (missing >> i & 1) units[i] = peek16(from + i * WIDTH);
   };
-  Weights<LARGE ? MOST_EIGHTS : SMALL_EIGHTS, LARGE ? LEAST_EIGHTS : SMALL_EIGHTS> weights;
+  Weights<Steps> weights;
   weights.load(own, s, sh, step, look);
+  if (from) gains = fetch16((const u16*)sh.gains[layer][LARGE ? (step == QKV ? 0 : 2) : 1] + own.element());
   Patience patience;
   while (true) {
 #pragma unroll
@@ -1583,7 +1632,7 @@ __device__ __forceinline__ void product_of_stream(const Arguments& a, const Lane
   }
   stage_eight(sh, lane / 4, x);
   __syncwarp();
-  Sums<LARGE ? MOST_EIGHTS : SMALL_EIGHTS> sums;
+  Sums<Steps::EIGHTS> sums;
   sums.multiply(weights, sh);
   // The layer norm's moments, of what this warp asked for: even lanes add up values and odd ones squares.
   if (!own.counts()) sum = squares = 0;
@@ -1672,7 +1721,7 @@ __device__ __forceinline__ void merge(float (&x)[8], const u16* units_from, cons
 
 // A product with attention's result.
 __device__ __forceinline__ void product_of_runs(const Arguments& a, const Lane& own, State& s, Shared& sh, int step) {
-  Weights<SMALL_EIGHTS, SMALL_EIGHTS> weights;
+  Weights<Outs> weights;
   weights.load(own, s, sh, step, [] {});
 
   // A lane takes eight elements of a block. Heads lie 8 runs apart.
@@ -1687,7 +1736,7 @@ __device__ __forceinline__ void product_of_runs(const Arguments& a, const Lane& 
     merge<CROSS_SPLITS>(x, a.cross_runs + unit, a.cross_logs + head * LOGS, inside, s.tag);
   stage_eight(sh, b, x);
   __syncwarp();
-  Sums<SMALL_EIGHTS> sums;
+  Sums<Outs::EIGHTS> sums;
   sums.multiply(weights, sh);
   sums.store(sh, side_of(OWN_OUT));
   s.stream_tag ^= 1;
@@ -1866,7 +1915,7 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
 #pragma unroll
   for (int i = 0; i < UNITS; i++) stage_unit(sh, (i * 32 + lane) / 4, units[i], 4 * FUSE);
   __syncwarp();
-  Columns<BLOCKS, BLOCKS, FUSE, 1> columns;
+  Columns<BLOCKS, BLOCKS, FUSE, 1, HALVES_OF_TILE == 1> columns;
   Sums<2> sums;
   sums.of[0][0] = sums.of[0][1] = 0;
 #pragma unroll
@@ -1874,8 +1923,7 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
     columns.load(sh, i);
     float span[1][2], total;
     columns.multiply(span, total, i, [&](u32(&q)[2], int, int half, int b) {
-      q[0] = half < HALVES_OF_TILE ? kept[least(half, HALVES_OF_TILE - 1)][b][0] : 0;
-      q[1] = half < HALVES_OF_TILE ? kept[least(half, HALVES_OF_TILE - 1)][b][1] : 0;
+      q[0] = kept[half][b][0], q[1] = kept[half][b][1];
     });
     const float worth = columns.grain[i] * Of::shrink_of_lane(i);
     total *= columns.grain[i];
@@ -1902,7 +1950,8 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
   float first[2] = {}, second[2] = {};
   if (finishes) {
     const int begin = span.first + (step == FC1 ? chunk * ROWS : 0);
-    const u8* at = dynamic_shared() + base_of(place, chunk) + (step == FC2 ? vectors_at(FFN) : vectors_at(WIDTH));
+    const u8* at = dynamic_shared() + base_of(place, chunk) + behind_at(step, chunk) +
+                   2 * (step == FC2 ? meta_bytes(FFN) : meta_bytes(WIDTH));
     if (from_stream(step)) {
       at += (begin * 4) % 16 + in_chunk * 4;
       const float2 one = *(const float2*)at, other = *(const float2*)(at + vector_bytes);
@@ -1932,6 +1981,11 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
   for (int i = 0; i < 4; i++) of_warps[i] = *(const float4*)((const u8*)&sh + sums + i * sizeof(sh.sums[0][0]));
 #pragma unroll
   for (int i = 0; i < WARPS / 2; i++) two[i] = *(const float4*)&sh.moments[2 * i];
+  const bool early = GATE >> step & 1;
+  if (early) {
+    __syncwarp();
+    bar_arrive(PUBLISHED, 32 * (WARPS + finishers(step)));
+  }
   float total[2];
 #pragma unroll
   for (int i = 0; i < 2; i++) {
@@ -1971,6 +2025,7 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
     if (!last) publish_stream(s, to, finishes);
     if (last) leave_result(a, s, n, lane, second, finishes);
   }
+  if (early) return;
   __syncwarp();
   bar_arrive(PUBLISHED, 32 * (WARPS + finishers(step)));
 }
@@ -2045,7 +2100,7 @@ __device__ __forceinline__ void finish_attention(const Arguments& a, State& s, S
 // One place in the code for each kind of step: what all layers need must stay in the instruction cache.
 __device__ __forceinline__ void multiply_layers(const Arguments& a, State& s, Shared& sh) {
   Lane own;
-  own.fill();
+  own.fill(a);
 #pragma unroll 1
   for (int layer = 0; layer < LAYERS; layer++, s.tag ^= 1)
 #pragma unroll 1
@@ -2055,9 +2110,9 @@ __device__ __forceinline__ void multiply_layers(const Arguments& a, State& s, Sh
       else if (step == FC2)
         product_of_hidden(a, s, sh);
       else if (is_large(step))
-        product_of_stream<true>(a, own, s, sh, layer, step);
+        product_of_stream<Large>(a, own, s, sh, layer, step);
       else if (from_stream(step))
-        product_of_stream<false>(a, own, s, sh, layer, step);
+        product_of_stream<Query>(a, own, s, sh, layer, step);
       else
         product_of_runs(a, own, s, sh, step);
 }
