@@ -178,6 +178,11 @@ __device__ __forceinline__ void multiply_bytes(int (&d)[4], u32 a0, u32 a1, u32 
       : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
 }
+__device__ __forceinline__ u32 largest_of_warp(u32 x) {
+  u32 y;
+  asm("redux.sync.max.u32 %0,%1,0xFFFFFFFF;" : "=r"(y) : "r"(x));
+  return y;
+}
 __device__ __forceinline__ u32 larger_of_pairs(u32 a, u32 b) {
   u32 c;
   asm("max.u16x2 %0,%1,%2;" : "=r"(c) : "r"(a), "r"(b));
@@ -220,6 +225,13 @@ __device__ __forceinline__ u32 half_fma(u32 a, u32 b, u32 c) {
 template <class T>
 inline void settle(T&) {}
 #define program() ((int)blockIdx.x)
+inline u32 largest_of_warp(u32 x) {
+  for (int step = 1; step < 32; step *= 2) {
+    const u32 other = __shfl_xor_sync(~0u, x, step);
+    x = x > other ? x : other;
+  }
+  return x;
+}
 inline u32 larger_of_pairs(u32 a, u32 b) {
   const u32 low = (a & 0xFFFF) > (b & 0xFFFF) ? a : b, high = a >> 16 > b >> 16 ? a : b;
   return (low & 0xFFFF) | (high & 0xFFFF0000);
@@ -426,15 +438,15 @@ struct Shared {
     alignas(16) u16 hidden[WARPS][HIDDEN_BLOCKS][32];
     alignas(16) u16 staged[WARPS][OF_WARP][2][32];
 #else
-    struct {
-      alignas(16) u8 staged[WARPS][STAGED][DIGITS_OF_X][32];
-      float grains[WARPS][STAGED];
-    };
+    alignas(16) u8 staged[WARPS][STAGED][DIGITS_OF_X][32];
 #endif
   };
   alignas(16) float tops[WARPS], totals[WARPS];
   alignas(16) float2 moments[WARPS];  // Of the stream, from the programs that a warp asks.
   alignas(8) uint2 lines[2 * 8 * MOST_EIGHTS + 16];
+#if BITS != 16
+  alignas(16) u8 ones[row_bytes(FFN)];  // A packed row whose elements are all one.
+#endif
   u64 caches[LAYERS][4], gains[LAYERS][3];
   float eps[LAYERS][3];
   u8 valid[SLOTS];
@@ -836,26 +848,11 @@ struct State {
   float residual[2];    // Of the features that this thread finishes.
 };
 
-// The steps that a product's code is for, one or two of them: what differs between them is chosen, not computed.
-template <int ONE, int OTHER = ONE>
-struct OneOf {
-  static constexpr int CHUNKS_OF_ONE = chunks_of(ONE), CHUNKS_OF_OTHER = chunks_of(OTHER);
-  static constexpr int HOME_OF_ONE = home_of(ONE), HOME_OF_OTHER = home_of(OTHER);
-  // Eights of rows, and rows that either step has.
-  static constexpr int EIGHTS = ratio(most(CHUNKS_OF_ONE, CHUNKS_OF_OTHER) * ROWS, 8);
-  static constexpr int LEAST_ROWS = least(CHUNKS_OF_ONE, CHUNKS_OF_OTHER) * ROWS;
-  static __device__ __forceinline__ int chunks(int step) { return step == ONE ? CHUNKS_OF_ONE : CHUNKS_OF_OTHER; }
-  static __device__ __forceinline__ int home(int step) { return step == ONE ? HOME_OF_ONE : HOME_OF_OTHER; }
-  // What the fetching warp has brought is there: the place of its first chunk.
-  static __device__ __forceinline__ int take(Shared& sh, State& s, int step) {
-    if (!AT_HOME) return ::take(sh, s.cursor, chunks(step));
-    await(shared_address(&sh.full[step]), s.tag ^ 1);
-    return home(step);
-  }
+// The rows of a step's product with `WIDTH` elements, in eights and in the tiles that the tensor cores take.
+template <int STEP>
+struct RowsOf {
+  static constexpr int CHUNKS = chunks_of(STEP), ALL = CHUNKS * ROWS, EIGHTS = ratio(ALL, 8), TILES = ratio(ALL, 16);
 };
-using Large = OneOf<QKV, FC1>;
-using Query = OneOf<QUERY>;
-using Outs = OneOf<OWN_OUT, CROSS_OUT>;
 
 // What a step's fetching has brought is there: the place of its first chunk. And it has been read.
 __device__ __forceinline__ int take(Shared& sh, State& s, int step, int chunks) {
@@ -942,10 +939,9 @@ __device__ __forceinline__ void fill_lines(Shared& sh) {
 struct Line {
   u32 row, meta;
 };
-template <class Steps>
-__device__ __forceinline__ Line line_of(const Shared& sh, int place, int step, int eight) {
-  constexpr bool LARGE = Steps::CHUNKS_OF_ONE > 1;
-  const int lines = !LARGE ? LINES_OF_OTHERS : step == QKV ? LINES_OF_QKV : LINES_OF_FC1;
+template <int STEP>
+__device__ __forceinline__ Line line_of(const Shared& sh, int place, int eight) {
+  constexpr int lines = STEP == QKV ? LINES_OF_QKV : STEP == FC1 ? LINES_OF_FC1 : LINES_OF_OTHERS;
   const uint2 line = sh.lines[lines + 8 * eight + thread() / 4 % 8];
   if (AT_HOME) return {place + line.x, place + line.y};
   const u32 row = place * CHUNK + line.x, meta = place * CHUNK + line.y;
@@ -980,36 +976,30 @@ struct Lane {
 };
 
 // The weights of a product with `WIDTH` elements, from shared memory into registers.
-template <class Steps>
+template <int STEP>
 struct Weights {
-  static constexpr int EIGHTS = Steps::EIGHTS, LEAST_ROWS = Steps::LEAST_ROWS;
+  static constexpr int EIGHTS = RowsOf<STEP>::EIGHTS, CHUNKS = RowsOf<STEP>::CHUNKS;
   static constexpr int SHARED = shared_eights(EIGHTS);
   u32 kept[EIGHTS][most(OWN, 1)][4], shared[most(SHARED, 1)][4];
 
   // `look` asks for activations for the first time: they may be there when the weights are.
   template <class Look>
-  __device__ __forceinline__ void load(const Lane&, State& s, Shared& sh, int step, Look look) {
-    const int warp = thread() / 32, t = thread() % 4, chunks = Steps::chunks(step);
-    const int place = Steps::take(sh, s, step);
+  __device__ __forceinline__ void load(const Lane&, State& s, Shared& sh, Look look) {
+    const int warp = thread() / 32, t = thread() % 4;
+    const int place = take(sh, s, STEP, CHUNKS);
 #pragma unroll
     for (int h = 0; h < EIGHTS; h++) {
-      // Written whatever the step, or the registers would be thought in use through all the others.
-      const bool sometimes = 8 * h >= LEAST_ROWS;
-#pragma unroll
-      for (int b = 0; b < OWN; b++)
-        if (sometimes) kept[h][b][0] = kept[h][b][1] = kept[h][b][2] = kept[h][b][3] = 0;
       if (h == EIGHTS / 2) look();
-      if (sometimes && 8 * h >= chunks * ROWS) continue;
-      const Line line = line_of<Steps>(sh, place, step, h);
+      const Line line = line_of<STEP>(sh, place, h);
 #pragma unroll
       for (int b = 0; b < OWN; b++) load16(kept[h][b], dynamic_shared() + line.row + 2 * ((b * WARPS + warp) * 32 + t * 8));
     }
 #pragma unroll
     for (int i = 0; i < SHARED; i++) {
-      const Line line = line_of<Steps>(sh, place, step, least(warp / most(LEFT, 1) + i * SHARERS, EIGHTS - 1));
+      const Line line = line_of<STEP>(sh, place, least(warp / most(LEFT, 1) + i * SHARERS, EIGHTS - 1));
       load16(shared[i], dynamic_shared() + line.row + 2 * ((OWN * WARPS + warp % most(LEFT, 1)) * 32 + t * 8));
     }
-    release(sh, place, step, chunks);
+    release(sh, place, STEP, CHUNKS);
   }
 };
 
@@ -1018,10 +1008,9 @@ template <int EIGHTS>
 struct Sums {
   float of[EIGHTS];
 
-  // Chains of products stand side by side, those that a step has no weights for included: one after another, each would
-  // be waited for.
-  template <class Steps>
-  __device__ __forceinline__ void multiply(const Weights<Steps>& weights, const Shared& sh) {
+  // Chains of products stand side by side: one after another, each would be waited for.
+  template <int STEP>
+  __device__ __forceinline__ void multiply(const Weights<STEP>& weights, const Shared& sh, float) {
     const u32 id = thread();
     const int warp = id / 32, g = id / 4 % 8, t = id % 4;
     // A lane has the activations of column g: the halves are in the first two and the remainders in the next two columns.
@@ -1067,10 +1056,10 @@ __device__ __forceinline__ void values_of(float (&x)[8], const uint4 (&units)[UN
     x[2 * j + 1] = high_of(halves[j]) + high_of(rests[j]);
   }
 }
-// A lane's eight activations of block `b`, staged.
-__device__ __forceinline__ void stage_eight(Shared& sh, int b, const float (&x)[8]) {
+// A lane's eight activations of block `b`, staged; what sums of them are worth.
+__device__ __forceinline__ float stage_eight(Shared& sh, int b, const float (&x)[8]) {
   const int warp = thread() / 32, t = thread() % 4;
-  if (b >= OF_WARP) return;
+  if (b >= OF_WARP) return 1;
   u32 halves[4], rests[4];
 #pragma unroll
   for (int j = 0; j < 4; j++) {
@@ -1079,21 +1068,20 @@ __device__ __forceinline__ void stage_eight(Shared& sh, int b, const float (&x)[
   }
   stage(&sh.staged[warp][b][0][t * 8], {halves[0], halves[1], halves[2], halves[3]});
   stage(&sh.staged[warp][b][1][t * 8], {rests[0], rests[1], rests[2], rests[3]});
+  return 1;
 }
 #else
 // -- A product's weights and activations as integers
 
-// Activations are made integers of 14 bits and a sign, multiples of a power of two that the largest one of their block
+// Activations are made integers of 14 bits and a sign, multiples of a power of two that the largest one of their warp's
 // sets: two digits of base 256, from -128 to 127. The tensor cores multiply them by packed integers as they are, exactly.
 struct Grain {
   float up, down;  // The power's inverse and the power.
 };
 __device__ __forceinline__ u32 magnitude(float x) { return __float_as_uint(x) & 0x7FFFFFFF; }
-// From the largest magnitude of a lane, where a block has so many lanes.
-__device__ __forceinline__ Grain grain_of(u32 largest, int lanes) {
-#pragma unroll
-  for (int step = 1; step < lanes; step *= 2) largest = most(largest, __shfl_xor_sync(~0u, largest, step));
-  const u32 exponent = most(largest >> 23, 32);
+// From the largest magnitude of a lane, for all that a warp multiplies.
+__device__ __forceinline__ Grain grain_of(u32 largest) {
+  const u32 exponent = most(largest_of_warp(largest) >> 23, 32);
   // What is no number is to stay none.
   return {__uint_as_float(267 - exponent << 23), __uint_as_float(exponent == 255 ? 0x7FC00000 : exponent - 13 << 23)};
 }
@@ -1129,6 +1117,21 @@ __device__ __forceinline__ void bytes_of(u32 (&q)[2], const Packed& packed, int 
   }
 }
 
+// A byte of the first plane whose digits are all one. Of a row of such bytes with `depth` elements, the place.
+constexpr u8 ONES = BITS == 8 ? 1 : BITS == 4 ? 0x11 : BITS == 158 ? 121 : 0x55;
+__device__ __forceinline__ void fill_ones(Shared& sh) {
+  for (u32 i = thread(); i < sizeof(sh.ones); i += 32 * WARPS) sh.ones[i] = i < plane(FFN) ? ONES : 0;
+}
+__device__ __forceinline__ u32 ones_at(const Shared& sh, int depth) {
+  return SHARED_AT + (u32)(sh.ones - (const u8*)&sh) + plane(FFN) - plane(depth);
+}
+// Activations are also multiplied by a row of ones, for the zero points: it is the second half of the last tile where no
+// row is there, else the last row of the tile where that is none, or has a tile of its own.
+enum Totals { IN_HALF, IN_LAST_ROW, IN_TILE };
+constexpr Totals totals_of(int rows) {
+  return (rows - 1) % 16 < 8 ? IN_HALF : rows % 16 ? IN_LAST_ROW : IN_TILE;
+}
+
 // Which blocks a lane's columns of a product are of. A unit is of as many blocks as have a scale in common, `FUSE` of the
 // `OWN_OF` first ones; it has two columns, for two digits, or where the halves of a block may differ in scale two for
 // each. A span is of as many units as there are columns for, and a lane has the sums of one of them, or of a half.
@@ -1147,10 +1150,10 @@ struct Spans {
     const int unit = unit_of_lane(span);
     return unit < OWN_UNITS ? unit * FUSE : unit - OWN_UNITS + OWN_OF;
   }
-  // What brings its sums to scale: digits of own blocks stay where they lie in their bytes.
+  // Digits of own blocks stay where they lie in their bytes, which brings a unit's sums to scale.
+  static constexpr int place_of(int unit) { return unit < OWN_UNITS ? byte_place(unit % DIGITS) : 0; }
   static __device__ __forceinline__ float shrink_of_lane(int span) {
-    const int unit = unit_of_lane(span), place = unit < OWN_UNITS ? byte_place(unit % DIGITS) : 0;
-    return __int_as_float(127 - place << 23);
+    return __int_as_float(127 - place_of(unit_of_lane(span)) << 23);
   }
 };
 // Where a lane's half begins in a block.
@@ -1200,30 +1203,31 @@ __device__ __forceinline__ int element_of(int b) {
 
 // The weights of a product with `WIDTH` elements, from shared memory into registers, as bytes, with scales and zero points
 // for a lane's columns.
-template <class Steps>
+template <int STEP>
 struct Weights {
-  static constexpr int EIGHTS = Steps::EIGHTS, LEAST_ROWS = Steps::LEAST_ROWS;
+  static constexpr int EIGHTS = RowsOf<STEP>::EIGHTS, CHUNKS = RowsOf<STEP>::CHUNKS;
   u32 kept[EIGHTS][OF_WARP][2];
   float scale[EIGHTS][SPANS], offset[EIGHTS][SPANS];  // An offset is scale times zero point.
 
   // Where a lane's row of an eight lies. At home the rows are one behind the other, and most of it is known.
-  static __device__ __forceinline__ u32 row_at(const Line& line, int place, int step, int eight) {
-    if (!AT_HOME) return line.row;
+  static __device__ __forceinline__ u32 row_at(const Shared& sh, const Line& line, int place, int eight) {
+    constexpr int ALL = RowsOf<STEP>::ALL;
     const int row = 8 * eight + thread() / 4 % 8;
-    if (8 * eight + 8 <= LEAST_ROWS) return place + row * stride(WIDTH);
-    return place + least(row, Steps::chunks(step) * ROWS - 1) * stride(WIDTH);
+    if (totals_of(ALL) == IN_LAST_ROW && eight == EIGHTS - 1 && row % 8 == 7) return ones_at(sh, WIDTH);
+    if (!AT_HOME) return line.row;
+    return place + (8 * eight + 8 <= ALL ? row : least(row, ALL - 1)) * stride(WIDTH);
   }
 
   // `look` asks for activations for the first time: by now they may be there.
   template <class Look>
-  __device__ __forceinline__ void load(const Lane& lane, State& s, Shared& sh, int step, Look look) {
-    const int warp = thread() / 32, t = thread() % 4, chunks = Steps::chunks(step);
-    const int place = Steps::take(sh, s, step);
+  __device__ __forceinline__ void load(const Lane& lane, State& s, Shared& sh, Look look) {
+    const int warp = thread() / 32, t = thread() % 4;
+    const int place = take(sh, s, STEP, CHUNKS);
     u16 scales[EIGHTS][SPANS], zeros[EIGHTS][SPANS];
 #pragma unroll
     for (int h = 0; h < EIGHTS; h++) {
-      const Line line = line_of<Steps>(sh, place, step, h);
-      const u32 row = row_at(line, place, step, h);
+      const Line line = line_of<STEP>(sh, place, h);
+      const u32 row = row_at(sh, line, place, h);
 #pragma unroll
       for (int turn = 0; turn < OWN; turn++) {
         Packed packed;
@@ -1260,15 +1264,14 @@ struct Weights {
         scales[h][i] = from[0], zeros[h][i] = from[meta_bytes(WIDTH) / 2];
       }
     }
-    release(sh, place, step, chunks);
+    release(sh, place, STEP, CHUNKS);
     look();
 #pragma unroll
     for (int h = 0; h < EIGHTS; h++)
 #pragma unroll
       for (int i = 0; i < SPANS; i++) {
-        scale[h][i] = widen(scales[h][i]);
+        scale[h][i] = widen(scales[h][i]) * lane.shrink[i];
         offset[h][i] = scale[h][i] * widen(zeros[h][i]);
-        scale[h][i] *= lane.shrink[i];
       }
   }
 };
@@ -1281,13 +1284,11 @@ __device__ __forceinline__ float sum_of(int first, int second) {
   constexpr float BOTH = 12582912.0f + 49152.0f;
   return __int_as_float(second) * (1.0f / 256) + (__int_as_float(first) - BOTH);
 }
-// `BLOCKS` blocks of activations in the columns, which multiply tiles of weights and a row of ones: in a tile of its own,
-// or where the last tile has nothing in its second half, there.
-template <int BLOCKS, int OWN_OF, int FUSE, int TILES, bool FREE>
+// `BLOCKS` blocks of activations in the columns, which multiply tiles of weights.
+template <int BLOCKS, int OWN_OF, int FUSE, int TILES, Totals TOTALS>
 struct Columns {
   using Of = Spans<BLOCKS, OWN_OF, FUSE>;
   uint2 y[BLOCKS];
-  float grain[Of::COUNT];  // What a unit's sum is worth.
 
   // Of one span.
   __device__ __forceinline__ void load(const Shared& sh, int span) {
@@ -1300,22 +1301,22 @@ struct Columns {
       const int columns = HALVES ? Of::unit_of(b) % 2 * 2 + (t >> 1) : Of::unit_of(b) % 4;
       if (g >> 1 == columns) y[b] = *(const uint2*)&sh.staged[warp][b][g % 2][t * 8];
     }
-    grain[span] = sh.grains[warp][Of::block_of_lane(span)] * 256;
   }
   // The sums of a span for both of a lane's rows of each tile, `bytes(q, tile, half, b)` of them, and for the row of ones.
   // Chains of products stand side by side, of one tile two: one after another, each would be waited for.
   template <class Bytes>
   __device__ __forceinline__ void multiply(float (&sums)[TILES][2], float& total, int span, Bytes bytes) const {
-    constexpr int CHAINS = TILES == 1 ? 2 : 1, ALL = TILES + !FREE;
+    constexpr int CHAINS = TILES == 1 ? 2 : 1, ALL = TILES + (TOTALS == IN_TILE);
     int c[CHAINS][ALL][4] = {}, done = 0;
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) {
       if (Of::unit_of(b) / EACH_SPAN != span) continue;
 #pragma unroll
       for (int tile = 0; tile < ALL; tile++) {
-        u32 q[2][2] = {{0x01010101, 0x01010101}, {0x01010101, 0x01010101}};
+        const u32 ones = 0x01010101u << Of::place_of(Of::unit_of(b));
+        u32 q[2][2] = {{ones, ones}, {ones, ones}};
         if (tile < TILES) bytes(q[0], tile, 0, b);
-        if (tile < TILES - FREE) bytes(q[1], tile, 1, b);
+        if (tile < TILES - (TOTALS == IN_HALF)) bytes(q[1], tile, 1, b);
         const int start = done ? 0 : ORIGIN_OF_SUMS, origin[4] = {start, start, start, start};
         int(&sum)[4] = c[done % CHAINS][tile];
         if (done < CHAINS)
@@ -1334,6 +1335,8 @@ struct Columns {
       if (tile < TILES) sums[tile][0] = sum_of(sum[0], sum[1]), sums[tile][1] = sum_of(sum[2], sum[3]);
       if (tile == ALL - 1) total = sum_of(sum[2], sum[3]);
     }
+    // The last row's lanes have those of their columns.
+    if (TOTALS == IN_LAST_ROW) total = __shfl_sync(~0u, total, 28 + thread() % 4);
   }
 };
 
@@ -1343,9 +1346,9 @@ struct Sums {
   static constexpr int TILES = ratio(EIGHTS, 2);
   float of[TILES][2];
 
-  template <class Steps>
-  __device__ __forceinline__ void multiply(const Weights<Steps>& weights, const Shared& sh) {
-    Columns<OF_WARP, OWN_BLOCKS, FUSED, TILES, EIGHTS % 2> columns;
+  template <int STEP>
+  __device__ __forceinline__ void multiply(const Weights<STEP>& weights, const Shared& sh, float grain) {
+    Columns<OF_WARP, OWN_BLOCKS, FUSED, TILES, totals_of(RowsOf<STEP>::ALL)> columns;
 #pragma unroll
     for (int i = 0; i < SPANS; i++) columns.load(sh, i);
 #pragma unroll
@@ -1356,16 +1359,16 @@ struct Sums {
       columns.multiply(sums, total, i, [&](u32(&q)[2], int tile, int half, int b) {
         q[0] = weights.kept[2 * tile + half][b][0], q[1] = weights.kept[2 * tile + half][b][1];
       });
-      total *= columns.grain[i];
 #pragma unroll
       for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
           const int eight = least(2 * tile + half, EIGHTS - 1);
-          of[tile][half] += weights.scale[eight][i] * (sums[tile][half] * columns.grain[i]);
-          of[tile][half] -= weights.offset[eight][i] * total;
+          of[tile][half] += weights.scale[eight][i] * sums[tile][half] - weights.offset[eight][i] * total;
         }
     }
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) of[tile][0] *= grain, of[tile][1] *= grain;
   }
   // Four lanes have parts of both rows' sums: of a tile's first eight rows the first lane stores the sum, of the others
   // the second.
@@ -1384,10 +1387,8 @@ struct Sums {
   }
 };
 
-// A lane's eight activations of a block as digits; `lanes` have those of one grain, which one lane of a block notes. Fused
-// blocks, which stand next to each other, have one grain.
-__device__ __forceinline__ void stage_eight(Shared& sh, int b, const float (&x)[8], u32 largest, int lanes) {
-  const Grain grain = grain_of(largest, lanes);
+// A lane's eight activations of a block as digits.
+__device__ __forceinline__ void stage_digits(Shared& sh, int b, const float (&x)[8], const Grain& grain) {
   u32 words[2][DIGITS_OF_X];
   digits_of(words[0], {x[0], x[1], x[2], x[3]}, grain.up);
   digits_of(words[1], {x[4], x[5], x[6], x[7]}, grain.up);
@@ -1395,32 +1396,21 @@ __device__ __forceinline__ void stage_eight(Shared& sh, int b, const float (&x)[
 #pragma unroll
   for (int digit = 0; digit < DIGITS_OF_X; digit++)
     *(uint2*)&sh.staged[id / 32][b][digit][id % 4 * 8] = {words[0][digit], words[1][digit]};
-  if (id % 4 == 0) sh.grains[id / 32][b] = grain.down;
 }
-__device__ __forceinline__ void stage_eight(Shared& sh, int b, const float (&x)[8]) {
+// All that a warp multiplies, a lane's eight of block `b`; what sums of them are worth.
+__device__ __forceinline__ float stage_eight(Shared& sh, int b, const float (&x)[8]) {
   u32 largest = 0;
 #pragma unroll
   for (int j = 0; j < 8; j++) largest = most(largest, magnitude(x[j]));
-  stage_eight(sh, b, x, largest, 4 * FUSED);
+  const Grain grain = grain_of(largest);
+  stage_digits(sh, b, x, grain);
+  return grain.down * 256;
 }
 // Eight elements of the stream.
 __device__ __forceinline__ void values_of(float (&x)[8], const uint4 (&units)[UNITS_OF_STREAM]) {
   const u32 words[4] = {units[0].x, units[0].y, units[0].z, units[0].w};
 #pragma unroll
   for (int j = 0; j < 4; j++) x[2 * j] = widen_f16((u16)words[j]), x[2 * j + 1] = widen_f16((u16)(words[j] >> 16));
-}
-// The same of halves.
-__device__ __forceinline__ void stage_unit(Shared& sh, int b, const uint4& u, int lanes) {
-  auto value = [](u32 half) { return widen((u16)half); };
-  const u32 words[4] = {u.x, u.y, u.z, u.w};
-  u32 pair = 0;
-  float x[8];
-#pragma unroll
-  for (int j = 0; j < 4; j++) {
-    pair = larger_of_pairs(pair, words[j] & 0x7FFF7FFF);
-    x[2 * j] = value(words[j] & 0xFFFF), x[2 * j + 1] = value(words[j] >> 16);
-  }
-  stage_eight(sh, b, x, most(magnitude(value(pair & 0xFFFF)), magnitude(value(pair >> 16))), lanes);
 }
 #endif
 
@@ -1594,25 +1584,23 @@ __device__ __forceinline__ void attend(const Arguments& a, State& s, Shared& sh,
 }
 
 // A product with the stream, and the attention behind it.
-template <class Steps>
-__device__ __forceinline__ void product_of_stream(const Arguments& a, const Lane& own, State& s, Shared& sh, int layer,
-                                                  int step) {
+template <int STEP>
+__device__ __forceinline__ void product_of_stream(const Arguments& a, const Lane& own, State& s, Shared& sh, int layer) {
   static_assert(OF_WARP <= 8, "");
   constexpr int UNITS = UNITS_OF_STREAM;
-  constexpr bool LARGE = Steps::CHUNKS_OF_ONE > 1;
   const u32 id = thread();
   const int lane = id % 32;
   const u16* from = own.stream_at(a);
   uint4 units[UNITS] = {}, gains = {};
-  u32 missing = gives(step) && from ? (1u << UNITS) - 1 : 0;
+  u32 missing = gives(STEP) && from ? (1u << UNITS) - 1 : 0;
   auto look = [&] {
 #pragma unroll
     for (int i = 0; i < UNITS; i++)
       if (missing >> i & 1) units[i] = peek16(from + i * WIDTH);
   };
-  Weights<Steps> weights;
-  weights.load(own, s, sh, step, look);
-  if (from) gains = fetch16((const u16*)sh.gains[layer][LARGE ? (step == QKV ? 0 : 2) : 1] + own.element());
+  Weights<STEP> weights;
+  weights.load(own, s, sh, look);
+  if (from) gains = fetch16((const u16*)sh.gains[layer][norm_of(STEP)] + own.element());
   Patience patience;
   while (true) {
 #pragma unroll
@@ -1630,23 +1618,23 @@ __device__ __forceinline__ void product_of_stream(const Arguments& a, const Lane
     sum += x[j], squares += x[j] * x[j];
     x[j] *= j % 2 ? high_of(gain[j / 2]) : low_of(gain[j / 2]);
   }
-  stage_eight(sh, lane / 4, x);
+  const float grain = stage_eight(sh, lane / 4, x);
   __syncwarp();
-  Sums<Steps::EIGHTS> sums;
-  sums.multiply(weights, sh);
+  Sums<RowsOf<STEP>::EIGHTS> sums;
+  sums.multiply(weights, sh, grain);
   // The layer norm's moments, of what this warp asked for: even lanes add up values and odd ones squares.
   if (!own.counts()) sum = squares = 0;
   float moment = lane % 2 ? squares : sum;
   moment += __shfl_xor_sync(~0u, lane % 2 ? sum : squares, 1);
 #pragma unroll
   for (int step = 2; step < 32; step *= 2) moment += __shfl_xor_sync(~0u, moment, step);
-  sums.store(sh, side_of(QUERY));
+  sums.store(sh, side_of(STEP));
   if (lane < 2) (lane ? sh.moments[id / 32].y : sh.moments[id / 32].x) = moment;
   // The cache's keys and values come while the finishing warps are at work, if weights leave the memory the time.
-  constexpr bool AHEAD = LARGE && BITS != 16;
-  const bool attending = LARGE ? step == QKV && attends(true) && has_run(s.slot) : attends(false);
-  Cached<LARGE> cached;
-  hand_over(step, [&] {
+  constexpr bool OWN_KEYS = STEP == QKV, AHEAD = OWN_KEYS && BITS != 16;
+  const bool attending = STEP == FC1 ? false : OWN_KEYS ? attends(true) && has_run(s.slot) : attends(false);
+  Cached<OWN_KEYS> cached;
+  hand_over(STEP, [&] {
     if (AHEAD && attending) cached.load(s, sh, layer);
   });
   if (!attending) return;
@@ -1720,9 +1708,10 @@ __device__ __forceinline__ void merge(float (&x)[8], const u16* units_from, cons
 }
 
 // A product with attention's result.
-__device__ __forceinline__ void product_of_runs(const Arguments& a, const Lane& own, State& s, Shared& sh, int step) {
-  Weights<Outs> weights;
-  weights.load(own, s, sh, step, [] {});
+template <int STEP>
+__device__ __forceinline__ void product_of_runs(const Arguments& a, const Lane& own, State& s, Shared& sh) {
+  Weights<STEP> weights;
+  weights.load(own, s, sh, [] {});
 
   // A lane takes eight elements of a block. Heads lie 8 runs apart.
   const int b = thread() % 32 / 4, element = own.element();
@@ -1730,17 +1719,17 @@ __device__ __forceinline__ void product_of_runs(const Arguments& a, const Lane& 
   const int head = program() % COPIES * HEADS + element / 64;
   const int unit = head * (8 * 64) + element % 64;
   float x[8];
-  if (step == OWN_OUT)
+  if (STEP == OWN_OUT)
     merge<SELF_SPLITS>(x, a.own_runs + unit, a.own_logs + head * LOGS, inside, s.tag);
   else
     merge<CROSS_SPLITS>(x, a.cross_runs + unit, a.cross_logs + head * LOGS, inside, s.tag);
-  stage_eight(sh, b, x);
+  const float grain = stage_eight(sh, b, x);
   __syncwarp();
-  Sums<Outs::EIGHTS> sums;
-  sums.multiply(weights, sh);
-  sums.store(sh, side_of(OWN_OUT));
+  Sums<RowsOf<STEP>::EIGHTS> sums;
+  sums.multiply(weights, sh, grain);
+  sums.store(sh, side_of(STEP));
   s.stream_tag ^= 1;
-  hand_over(step);
+  hand_over(STEP);
 }
 
 #if BITS == 16
@@ -1850,6 +1839,7 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
   constexpr int BLOCKS = HIDDEN_BLOCKS, UNITS = ratio(BLOCKS * 4, 32);
   using Of = Spans<BLOCKS, BLOCKS, FUSE>;
   constexpr int HALVES_OF_TILE = ROWS > 8 ? 2 : 1;
+  constexpr Totals TOTALS = totals_of(ROWS);
   const u32 id = thread();
   const int warp = id / 32, lane = id % 32, t = id % 4;
   const int place = take(sh, s, FC2, chunks_of(FC2));
@@ -1880,6 +1870,7 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
 #pragma unroll
   for (int half = 0; half < HALVES_OF_TILE; half++) {
     const int row = least(8 * half + id / 4 % 8, ROWS - 1);
+    const bool one = TOTALS == IN_LAST_ROW && half == 1 && id / 4 % 8 == 7;
     if (half == HALVES_OF_TILE - 1) look();
 #pragma unroll
     for (int i = 0; i < BLOCKS; i += DIGITS * FUSE)
@@ -1889,7 +1880,8 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
         const int run = least(run_of(i + f), runs(FFN) - 1), chunk = parts(FFN) == 1 ? 0 : run / (PART * WARPS);
         const int in_chunk = (run - chunk * (PART * WARPS)) * RUN_BYTES + t * 8;
         Packed packed;
-        load_packed<FFN>(packed, base_of(place, chunk) + row * stride(FFN), in_chunk, run * 32 + t * 8);
+        const u32 row_at = one ? ones_at(sh, FFN) : base_of(place, chunk) + row * stride(FFN);
+        load_packed<FFN>(packed, row_at, in_chunk, run * 32 + t * 8);
 #pragma unroll
         for (int digit = 0; digit < DIGITS; digit++) bytes_of(kept[half][i + digit * FUSE + f], packed, digit);
       }
@@ -1912,10 +1904,22 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
     patience.spend();
     look();
   }
+  u32 largest = 0;
 #pragma unroll
-  for (int i = 0; i < UNITS; i++) stage_unit(sh, (i * 32 + lane) / 4, units[i], 4 * FUSE);
+  for (int i = 0; i < UNITS; i++) {
+    const u32 words[4] = {units[i].x, units[i].y, units[i].z, units[i].w};
+#pragma unroll
+    for (int j = 0; j < 4; j++) largest = larger_of_pairs(largest, words[j] & 0x7FFF7FFF);
+  }
+  const Grain grain = grain_of(most(magnitude(low_of(largest)), magnitude(high_of(largest))));
+#pragma unroll
+  for (int i = 0; i < UNITS; i++) {
+    const uint4& u = units[i];
+    stage_digits(sh, (i * 32 + lane) / 4, {low_of(u.x), high_of(u.x), low_of(u.y), high_of(u.y), low_of(u.z), high_of(u.z),
+                                           low_of(u.w), high_of(u.w)}, grain);
+  }
   __syncwarp();
-  Columns<BLOCKS, BLOCKS, FUSE, 1, HALVES_OF_TILE == 1> columns;
+  Columns<BLOCKS, BLOCKS, FUSE, 1, TOTALS> columns;
   Sums<2> sums;
   sums.of[0][0] = sums.of[0][1] = 0;
 #pragma unroll
@@ -1925,11 +1929,10 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
     columns.multiply(span, total, i, [&](u32(&q)[2], int, int half, int b) {
       q[0] = kept[half][b][0], q[1] = kept[half][b][1];
     });
-    const float worth = columns.grain[i] * Of::shrink_of_lane(i);
-    total *= columns.grain[i];
+    const float worth = grain.down * 256 * Of::shrink_of_lane(i);
 #pragma unroll
     for (int half = 0; half < HALVES_OF_TILE; half++)
-      sums.of[0][half] += low_of(steps[half][i]) * (span[0][half] * worth - high_of(steps[half][i]) * total);
+      sums.of[0][half] += low_of(steps[half][i]) * worth * (span[0][half] - high_of(steps[half][i]) * total);
   }
   sums.store(sh, side_of(FC2));
   s.stream_tag ^= 1;
@@ -2105,16 +2108,14 @@ __device__ __forceinline__ void multiply_layers(const Arguments& a, State& s, Sh
   for (int layer = 0; layer < LAYERS; layer++, s.tag ^= 1)
 #pragma unroll 1
     for (int step = 0; step < STEPS; step++)
-      if (is_attention(step))
-        continue;  // With the product in front of it.
-      else if (step == FC2)
-        product_of_hidden(a, s, sh);
-      else if (is_large(step))
-        product_of_stream<Large>(a, own, s, sh, layer, step);
-      else if (from_stream(step))
-        product_of_stream<Query>(a, own, s, sh, layer, step);
-      else
-        product_of_runs(a, own, s, sh, step);
+      switch (step) {
+        case QKV: product_of_stream<QKV>(a, own, s, sh, layer); break;
+        case OWN_OUT: product_of_runs<OWN_OUT>(a, own, s, sh); break;
+        case QUERY: product_of_stream<QUERY>(a, own, s, sh, layer); break;
+        case CROSS_OUT: product_of_runs<CROSS_OUT>(a, own, s, sh); break;
+        case FC1: product_of_stream<FC1>(a, own, s, sh, layer); break;
+        case FC2: product_of_hidden(a, s, sh);
+      }
 }
 
 __device__ __forceinline__ void finish_layers(const Arguments& a, State& s, Shared& sh) {
@@ -2156,7 +2157,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments
   const int slot = (int)*a.length - 1;
   // What is needed of cold memory on the way, copied while the first weights come.
   const int other = thread() < 32 * FETCHER ? thread() : thread() - 32;
-  if (thread() / 32 < WARPS) fill_lines(sh);
+  if (thread() / 32 < WARPS) {
+    fill_lines(sh);
+#if BITS != 16
+    fill_ones(sh);
+#endif
+  }
   if (thread() / 32 != FETCHER) {
     constexpr int OTHERS = THREADS - 32;
     for (int i = other; i < LAYERS * 4; i += OTHERS) sh.caches[i / 4][i % 4] = a.table[i / 4 * POINTERS + KEYS + i % 4];
