@@ -846,6 +846,7 @@ struct State {
   int slot;
   u32 stream_tag, tag;  // Of the next reading of `stream` and its moments, and of this layer's other buffers.
   float residual[2];    // Of the features that this thread finishes.
+  uint4 gains;          // Of the layer norm behind the last product, for the elements that this thread multiplies.
 };
 
 // The rows of a step's product with `WIDTH` elements, in eights and in the tiles that the tensor cores take.
@@ -1414,6 +1415,13 @@ __device__ __forceinline__ void values_of(float (&x)[8], const uint4 (&units)[UN
 }
 #endif
 
+// The gains of a layer norm, for the elements that a lane asks for. They are asked for while there is nothing else to do:
+// all programs want the same.
+__device__ __forceinline__ void ask_for_gains(const Lane& own, State& s, const Shared& sh, int layer, int norm) {
+  s.gains = {};
+  if (own.element() < WIDTH && layer < LAYERS) s.gains = fetch16((const u16*)sh.gains[layer][norm] + own.element());
+}
+
 // This warp's share of every sum is in shared memory: the finishing warps go on. Until they have published what comes
 // of it, loading the next weights would only take shared memory's time from them.
 template <class Meanwhile>
@@ -1422,9 +1430,6 @@ __device__ __forceinline__ void hand_over(int step, Meanwhile meanwhile) {
   bar_arrive(STEP_DONE + step, 32 * (WARPS + finishers(step)));
   meanwhile();
   bar_sync(PUBLISHED, 32 * (WARPS + finishers(step)));
-}
-__device__ __forceinline__ void hand_over(int step) {
-  hand_over(step, [] {});
 }
 
 // Whether this program has a run of self-attention's keys, if only the newest.
@@ -1493,11 +1498,13 @@ struct Cached {
           const u8* rows = rows_of(tile, half) + CHUNK_KEYS * 128;
           const int begin = (tile * WARPS + warp) * 16 + 8 * half;
 #pragma unroll
-          for (int i = 0; i < 2; i++) {
+          for (int i = 0; i < 2; i++)
             v[tile][2 * half + i] = *(const uint4*)(rows + (4 * i + lane / 8) * 128 + lane % 8 * 16);
-            // What lies behind the last value may be no number, which a weight of zero does not hide.
-            if (begin + 4 * i + lane / 8 >= span.count) v[tile][2 * half + i] = {};
-          }
+          // What lies behind the last value may be no number, which a weight of zero does not hide.
+          if (begin + 8 > span.count)
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+              if (begin + 4 * i + lane / 8 >= span.count) v[tile][2 * half + i] = {};
         }
       release(sh, place, CROSS_ATTENTION, KEY_CHUNKS);
     }
@@ -1591,7 +1598,7 @@ __device__ __forceinline__ void product_of_stream(const Arguments& a, const Lane
   const u32 id = thread();
   const int lane = id % 32;
   const u16* from = own.stream_at(a);
-  uint4 units[UNITS] = {}, gains = {};
+  uint4 units[UNITS] = {};
   u32 missing = gives(STEP) && from ? (1u << UNITS) - 1 : 0;
   auto look = [&] {
 #pragma unroll
@@ -1600,7 +1607,6 @@ __device__ __forceinline__ void product_of_stream(const Arguments& a, const Lane
   };
   Weights<STEP> weights;
   weights.load(own, s, sh, look);
-  if (from) gains = fetch16((const u16*)sh.gains[layer][norm_of(STEP)] + own.element());
   Patience patience;
   while (true) {
 #pragma unroll
@@ -1611,7 +1617,7 @@ __device__ __forceinline__ void product_of_stream(const Arguments& a, const Lane
     look();
   }
   float x[8], sum = 0, squares = 0;
-  const u32 gain[4] = {gains.x, gains.y, gains.z, gains.w};
+  const u32 gain[4] = {s.gains.x, s.gains.y, s.gains.z, s.gains.w};
   values_of(x, units);
 #pragma unroll
   for (int j = 0; j < 8; j++) {
@@ -1709,7 +1715,7 @@ __device__ __forceinline__ void merge(float (&x)[8], const u16* units_from, cons
 
 // A product with attention's result.
 template <int STEP>
-__device__ __forceinline__ void product_of_runs(const Arguments& a, const Lane& own, State& s, Shared& sh) {
+__device__ __forceinline__ void product_of_runs(const Arguments& a, const Lane& own, State& s, Shared& sh, int layer) {
   Weights<STEP> weights;
   weights.load(own, s, sh, [] {});
 
@@ -1729,13 +1735,13 @@ __device__ __forceinline__ void product_of_runs(const Arguments& a, const Lane& 
   sums.multiply(weights, sh, grain);
   sums.store(sh, side_of(STEP));
   s.stream_tag ^= 1;
-  hand_over(STEP);
+  hand_over(STEP, [&] { ask_for_gains(own, s, sh, layer, norm_of(STEP) + 1); });
 }
 
 #if BITS == 16
 // The product with the hidden layer: many elements, few rows. Eight of them fill a tile's rows. The others take its
 // rows several times over, each time with another turn, whose activations are in columns of their own.
-__device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, Shared& sh) {
+__device__ __forceinline__ void product_of_hidden(const Arguments& a, const Lane& own, State& s, Shared& sh, int layer) {
   constexpr int BLOCKS = turns(FFN), UNITS = ratio(BLOCKS * 4, 32);
   constexpr int REST = most(ROWS - 8, 0), EACH = REST > 4 ? 8 : REST > 2 ? 4 : 2;
   constexpr int SUBS = least(8 / EACH, 4), REST_BLOCKS = REST ? ratio(BLOCKS, SUBS) : 0;
@@ -1830,11 +1836,11 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
     if (t == 0 && g < EACH) sum_at(sh, 1, 8, g) = all;
   }
   s.stream_tag ^= 1;
-  hand_over(FC2);
+  hand_over(FC2, [&] { ask_for_gains(own, s, sh, layer + 1, 0); });
 }
 #else
 // The product with the hidden layer: many elements, few rows. Two runs of a group follow each other.
-__device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, Shared& sh) {
+__device__ __forceinline__ void product_of_hidden(const Arguments& a, const Lane& own, State& s, Shared& sh, int layer) {
   constexpr int FUSE = fuses(FFN) && runs(FFN) % WARPS == 0 ? 2 : 1;
   constexpr int BLOCKS = HIDDEN_BLOCKS, UNITS = ratio(BLOCKS * 4, 32);
   using Of = Spans<BLOCKS, BLOCKS, FUSE>;
@@ -1936,7 +1942,7 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
   }
   sums.store(sh, side_of(FC2));
   s.stream_tag ^= 1;
-  hand_over(FC2);
+  hand_over(FC2, [&] { ask_for_gains(own, s, sh, layer + 1, 0); });
 }
 #endif
 
@@ -2104,17 +2110,18 @@ __device__ __forceinline__ void finish_attention(const Arguments& a, State& s, S
 __device__ __forceinline__ void multiply_layers(const Arguments& a, State& s, Shared& sh) {
   Lane own;
   own.fill(a);
+  ask_for_gains(own, s, sh, 0, 0);
 #pragma unroll 1
   for (int layer = 0; layer < LAYERS; layer++, s.tag ^= 1)
 #pragma unroll 1
     for (int step = 0; step < STEPS; step++)
       switch (step) {
         case QKV: product_of_stream<QKV>(a, own, s, sh, layer); break;
-        case OWN_OUT: product_of_runs<OWN_OUT>(a, own, s, sh); break;
+        case OWN_OUT: product_of_runs<OWN_OUT>(a, own, s, sh, layer); break;
         case QUERY: product_of_stream<QUERY>(a, own, s, sh, layer); break;
-        case CROSS_OUT: product_of_runs<CROSS_OUT>(a, own, s, sh); break;
+        case CROSS_OUT: product_of_runs<CROSS_OUT>(a, own, s, sh, layer); break;
         case FC1: product_of_stream<FC1>(a, own, s, sh, layer); break;
-        case FC2: product_of_hidden(a, s, sh);
+        case FC2: product_of_hidden(a, own, s, sh, layer);
       }
 }
 
