@@ -10,7 +10,7 @@
 //
 // Products run on the tensor cores: a tile of the weight, eight columns of activations. One row of a batch needs one
 // column; the others hold what single half-precision numbers cannot, the remainders of the activations. Packed weights
-// are multiplied as the integers that they are, by activations made integers of three digits, exactly; scales are
+// are multiplied as the integers that they are, by activations made integers of two digits, exactly; scales are
 // applied to the sums. (For several rows they are made halves, and columns are rows.)
 //
 // Built by NVRTC without headers. Constants that the launcher defines:
@@ -137,6 +137,13 @@ __device__ __forceinline__ void many_registers() {
 template <class T>
 __device__ __forceinline__ void settle(T*& p) { asm volatile("" : "+l"(p)); }
 __device__ __forceinline__ void settle(u32& place) { asm volatile("" : "+r"(place)); }
+// A tag that is known only when `word` has been loaded: the compiler would have answers checked, and waited for, in front
+// of loads that could be under way meanwhile.
+__device__ __forceinline__ u32 tag_behind(u32 tag, u32 word) {
+  u32 bits;
+  asm volatile("popc.b32 %0,%1;" : "=r"(bits) : "r"(word));
+  return tag + (bits >> 6);
+}
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
@@ -147,11 +154,7 @@ __device__ __forceinline__ float log2_fast(float x) {
   asm("lg2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
   return y;
 }
-__device__ __forceinline__ float rsqrt_fast(float x) {
-  float y;
-  asm("rsqrt.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
-  return y;
-}
+__device__ __forceinline__ float rsqrt_fast(float x) { return rsqrtf(x); }
 __device__ __forceinline__ u32 byte_permute(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
 // a & b | c, of which the compiler makes two instructions where both b and c are constants.
 __device__ __forceinline__ u32 and_or(u32 a, u32 b, u32 c) {
@@ -224,6 +227,7 @@ __device__ __forceinline__ u32 half_fma(u32 a, u32 b, u32 c) {
 #define thread() ((u32)threadIdx.x)
 template <class T>
 inline void settle(T&) {}
+inline u32 tag_behind(u32 tag, u32) { return tag; }
 #define program() ((int)blockIdx.x)
 inline u32 largest_of_warp(u32 x) {
   for (int step = 1; step < 32; step *= 2) {
@@ -268,7 +272,7 @@ constexpr int ratio(int a, int b) { return (a + b - 1) / b; }
 constexpr int ROWS = up(ratio(WIDTH, PROGRAMS), 2), ROWS_FFN = up(ratio(FFN, PROGRAMS), 8);
 constexpr int GIVERS = ratio(WIDTH, ROWS);  // Programs that have some of `WIDTH` features.
 static_assert(ratio(FFN, ROWS_FFN) <= GIVERS, "");
-constexpr int STATS = up(GIVERS, 2);        // Their moments are read two at a time.
+constexpr int STATS = up(GIVERS, 2);        // Of several rows their moments are read two at a time.
 static_assert(ROWS <= 16, "");
 #if BATCH == 1
 static_assert(HEADS * CROSS_SPLITS <= GIVERS && CROSS_SPLITS <= 8, "");
@@ -465,14 +469,11 @@ static_assert(SHARED_AT + (int)sizeof(Shared) <= MEMORY, "");
 constexpr int COPIES = BATCH == 1 ? 4 : 1;
 // So does a line that every warp asks for: each head's logarithms have one of their own.
 constexpr int LOGS = 32;
-#ifndef GATE
-#define GATE 0
-#endif
 struct Arguments {
   const u64* table;
   u16 *stream;           // [COPIES][2][WIDTH]: halves, then their remainders.
   u16 *heads, *query;    // [2][3 WIDTH], [2][WIDTH], likewise.
-  float2* stats;         // [COPIES][STATS]: of the rows of each giver, sum and sum of squares.
+  float2* stats;         // Of several rows, [COLUMNS][STATS]: of the features of each giver, sum and sum of squares.
   u16 *own_runs, *cross_runs;     // [COPIES][HEADS][8][64]
   float *own_logs, *cross_logs;   // [COPIES][HEADS][LOGS]: the logarithms (of base 2) of 8 sums of exponentials.
   u16* hidden;           // [COPIES][FFN]
@@ -564,25 +565,18 @@ __device__ __forceinline__ u32 home_barrier(Shared& sh, int step, int chunk) {
 struct Fetching {
   Cursor cursor, landed;
   int issued = 0, layer = 0;
-  // At home: the barriers of what was fetched last, with their layers.
-  u32 last = 0, last_but_one = 0;
-  int last_layer = 0, last_but_one_layer = 0;
 };
 // Room for a chunk of a step, when few enough are on their way; its barrier expects `bytes`. Where the chunk goes.
 template <class Prefetch>
 __device__ __forceinline__ u32 make_room(Shared& sh, Fetching& f, int step, int chunk, u32 bytes, u32& barrier,
                                          Prefetch prefetch_it) {
-  // Few bytes on their way keep the memory busy. More would only stand in front of what the programs exchange.
+  // In a ring, few bytes on their way keep the memory busy. More would only stand in front of what the programs exchange.
   u32 at, empty, phase;
   bool first = true;
   if (AT_HOME) {
     at = home_of(step) + chunk * (step == CROSS_ATTENTION ? KEYS_PIECE * 256 : ROWS_OF_CHUNK);
     empty = shared_address(&sh.empty[step]), phase = f.layer & 1, barrier = home_barrier(sh, step, chunk);
     first = chunk == 0;
-    if (f.last != barrier) {
-      if (f.last_but_one) await(f.last_but_one, f.last_but_one_layer & 1);
-      f.last_but_one = f.last, f.last_but_one_layer = f.last_layer, f.last = barrier, f.last_layer = f.layer;
-    }
   } else {
     if (f.issued++ >= IN_FLIGHT) {
       await(shared_address(&sh.full[f.landed.place]), f.landed.phase);
@@ -982,6 +976,7 @@ struct Weights {
   static constexpr int EIGHTS = RowsOf<STEP>::EIGHTS, CHUNKS = RowsOf<STEP>::CHUNKS;
   static constexpr int SHARED = shared_eights(EIGHTS);
   u32 kept[EIGHTS][most(OWN, 1)][4], shared[most(SHARED, 1)][4];
+  u32 last;  // What was loaded last, or nearly so.
 
   // `look` asks for activations for the first time: they may be there when the weights are.
   template <class Look>
@@ -990,7 +985,11 @@ struct Weights {
     const int place = take(sh, s, STEP, CHUNKS);
 #pragma unroll
     for (int h = 0; h < EIGHTS; h++) {
-      if (h == EIGHTS / 2) look();
+      if (h == EIGHTS / 2) {
+        __syncwarp();  // The compiler keeps loads on their sides of it.
+        look();
+        __syncwarp();
+      }
       const Line line = line_of<STEP>(sh, place, h);
 #pragma unroll
       for (int b = 0; b < OWN; b++) load16(kept[h][b], dynamic_shared() + line.row + 2 * ((b * WARPS + warp) * 32 + t * 8));
@@ -1000,6 +999,7 @@ struct Weights {
       const Line line = line_of<STEP>(sh, place, least(warp / most(LEFT, 1) + i * SHARERS, EIGHTS - 1));
       load16(shared[i], dynamic_shared() + line.row + 2 * ((OWN * WARPS + warp % most(LEFT, 1)) * 32 + t * 8));
     }
+    last = OWN ? kept[EIGHTS - 1][0][0] : shared[0][0];
     release(sh, place, STEP, CHUNKS);
   }
 };
@@ -1209,6 +1209,7 @@ struct Weights {
   static constexpr int EIGHTS = RowsOf<STEP>::EIGHTS, CHUNKS = RowsOf<STEP>::CHUNKS;
   u32 kept[EIGHTS][OF_WARP][2];
   float scale[EIGHTS][SPANS], offset[EIGHTS][SPANS];  // An offset is scale times zero point.
+  u32 last;  // What was loaded last.
 
   // Where a lane's row of an eight lies. At home the rows are one behind the other, and most of it is known.
   static __device__ __forceinline__ u32 row_at(const Shared& sh, const Line& line, int place, int eight) {
@@ -1219,7 +1220,8 @@ struct Weights {
     return place + (8 * eight + 8 <= ALL ? row : least(row, ALL - 1)) * stride(WIDTH);
   }
 
-  // `look` asks for activations for the first time: by now they may be there.
+  // `look` asks for activations for the first time: of large products they may be there when half of the weights is loaded.
+  static constexpr int LOOK_AT = CHUNKS > 1 ? EIGHTS / 2 : EIGHTS;
   template <class Look>
   __device__ __forceinline__ void load(const Lane& lane, State& s, Shared& sh, Look look) {
     const int warp = thread() / 32, t = thread() % 4;
@@ -1227,6 +1229,11 @@ struct Weights {
     u16 scales[EIGHTS][SPANS], zeros[EIGHTS][SPANS];
 #pragma unroll
     for (int h = 0; h < EIGHTS; h++) {
+      if (h == LOOK_AT) {
+        __syncwarp();  // The compiler keeps loads on their sides of it.
+        look();
+        __syncwarp();
+      }
       const Line line = line_of<STEP>(sh, place, h);
       const u32 row = row_at(sh, line, place, h);
 #pragma unroll
@@ -1266,7 +1273,7 @@ struct Weights {
       }
     }
     release(sh, place, STEP, CHUNKS);
-    look();
+    if (LOOK_AT == EIGHTS) look();
 #pragma unroll
     for (int h = 0; h < EIGHTS; h++)
 #pragma unroll
@@ -1274,6 +1281,7 @@ struct Weights {
         scale[h][i] = widen(scales[h][i]) * lane.shrink[i];
         offset[h][i] = scale[h][i] * widen(zeros[h][i]);
       }
+    last = scales[EIGHTS - 1][SPANS - 1];
   }
 };
 
@@ -1607,11 +1615,12 @@ __device__ __forceinline__ void product_of_stream(const Arguments& a, const Lane
   };
   Weights<STEP> weights;
   weights.load(own, s, sh, look);
+  const u32 tag = tag_behind(s.stream_tag, weights.last);
   Patience patience;
   while (true) {
 #pragma unroll
     for (int i = 0; i < UNITS; i++)
-      if (all_fresh(units[i], s.stream_tag)) missing &= ~(1u << i);
+      if (all_fresh(units[i], tag)) missing &= ~(1u << i);
     if (!__any_sync(~0u, missing)) break;
     patience.spend();
     look();
@@ -1877,7 +1886,11 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, const Lane
   for (int half = 0; half < HALVES_OF_TILE; half++) {
     const int row = least(8 * half + id / 4 % 8, ROWS - 1);
     const bool one = TOTALS == IN_LAST_ROW && half == 1 && id / 4 % 8 == 7;
-    if (half == HALVES_OF_TILE - 1) look();
+    if (half == HALVES_OF_TILE - 1) {
+      __syncwarp();  // As above.
+      look();
+      __syncwarp();
+    }
 #pragma unroll
     for (int i = 0; i < BLOCKS; i += DIGITS * FUSE)
 #pragma unroll
@@ -1901,11 +1914,12 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, const Lane
     }
   }
   release(sh, place, FC2, chunks_of(FC2));
+  const u32 tag = tag_behind(s.tag, steps[HALVES_OF_TILE - 1][Of::COUNT - 1]);
   Patience patience;
   while (true) {
 #pragma unroll
     for (int i = 0; i < UNITS; i++)
-      if (fresh(units[i].x, s.tag)) missing &= ~(1u << i);
+      if (fresh(units[i].x, tag)) missing &= ~(1u << i);
     if (!__any_sync(~0u, missing)) break;
     patience.spend();
     look();
@@ -1990,11 +2004,6 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
   for (int i = 0; i < 4; i++) of_warps[i] = *(const float4*)((const u8*)&sh + sums + i * sizeof(sh.sums[0][0]));
 #pragma unroll
   for (int i = 0; i < WARPS / 2; i++) two[i] = *(const float4*)&sh.moments[2 * i];
-  const bool early = GATE >> step & 1;
-  if (early) {
-    __syncwarp();
-    bar_arrive(PUBLISHED, 32 * (WARPS + finishers(step)));
-  }
   float total[2];
 #pragma unroll
   for (int i = 0; i < 2; i++) {
@@ -2034,7 +2043,6 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
     if (!last) publish_stream(s, to, finishes);
     if (last) leave_result(a, s, n, lane, second, finishes);
   }
-  if (early) return;
   __syncwarp();
   bar_arrive(PUBLISHED, 32 * (WARPS + finishers(step)));
 }

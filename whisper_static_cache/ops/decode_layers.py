@@ -324,7 +324,9 @@ def work_space(shape, device):
     """
     runs = shape.heads * (MAX_SPLITS if shape.batch == 1 else _MAX_RUNS) * HEAD_DIM
     logs = shape.heads * _LOGS * 2
-    copied = 2 * shape.width, 4 * (shape.givers + shape.givers % 2), runs, runs, logs, logs, shape.ffn
+    # Of one row, who multiplies adds up the moments of the stream.
+    moments = 4 * (shape.givers + shape.givers % 2) if shape.batch > 1 else 0
+    copied = 2 * shape.width, moments, runs, runs, logs, logs, shape.ffn
     copies = _COPIES if shape.batch == 1 else 1
     stream, stats, *others = (copies * size * shape.batch for size in copied)
     sizes = stream, 6 * shape.width * shape.batch, 2 * shape.width * shape.batch, stats, *others
