@@ -1451,12 +1451,14 @@ struct Cached {
   static constexpr int TILES = ratio(OWN_KEYS ? least(SELF_RUN, SLOTS) : CROSS_RUN, 16 * WARPS);
   uint4 k[TILES][2][2], v[TILES][4];
   bool seen[TILES][2];
+  bool all;  // Whether the first tiles of all warps are not all: a short text's are.
 
   __device__ __forceinline__ void load(State& s, Shared& sh, int layer) {
     const u32 id = thread();
     const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4, head = program() % HEADS;
     const Span span = keys_of(OWN_KEYS, s.slot);
     const int piece = g & 1;
+    all = !OWN_KEYS || span.count > 16 * WARPS;
     if (OWN_KEYS) {
       const u16* keys = (const u16*)sh.caches[layer][0] + (long long)head * SLOTS * 64;
       const u16* values = (const u16*)sh.caches[layer][1] + (long long)head * SLOTS * 64;
@@ -1552,6 +1554,8 @@ __device__ __forceinline__ void attend(const Arguments& a, State& s, Shared& sh,
   float score[TILES][2], best = NOTHING;
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++) {
+    score[tile][0] = score[tile][1] = __int_as_float(0xFF800000);
+    if (tile && !cached.all) continue;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       float c[4] = {};
@@ -1571,6 +1575,7 @@ __device__ __forceinline__ void attend(const Arguments& a, State& s, Shared& sh,
   float total = 0, out[8] = {};
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++) {
+    if (tile && !cached.all) continue;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       score[tile][half] = exp2_fast(score[tile][half] - best);
