@@ -197,6 +197,9 @@ SMALL = ops.Shape(128, 512, 2, 300, 50, False, 16, 0, 12, 120_000)
         # Weights that go around a ring, as they do not fit into shared memory.
         {"memory": 72_000},
         {"bits": 4, "group_size": 64, "memory": 50_000},
+        # Eight rows to a program: half of a tile is free.
+        {"bits": 4, "group_size": 64, "programs": 16},
+        {"bits": 3, "group_size": 64, "programs": 16, "memory": 60_000},
         # Runs of one group in one warp.
         {"bits": 4, "group_size": 64, "width": 1024, "ffn": 1024, "programs": 66, "memory": 200_000},
         # Programs that have none of the hidden layer.
