@@ -446,7 +446,7 @@ struct Shared {
 #endif
   };
   alignas(16) float tops[WARPS], totals[WARPS];
-  alignas(16) float2 moments[WARPS];  // Of the stream, from the programs that a warp asks.
+  alignas(16) float2 moments[WARPS];  // Of what each warp has of the stream.
   alignas(8) uint2 lines[2 * 8 * MOST_EIGHTS + 16];
 #if BITS != 16
   alignas(16) u8 ones[row_bytes(FFN)];  // A packed row whose elements are all one.
@@ -838,7 +838,7 @@ __device__ __forceinline__ float newest_key(const u16* from, u32 tag, float (&va
 struct State {
   Cursor cursor;
   int slot;
-  u32 stream_tag, tag;  // Of the next reading of `stream` and its moments, and of this layer's other buffers.
+  u32 stream_tag, tag;  // Of the next reading of `stream`, and of this layer's other buffers.
   float residual[2];    // Of the features that this thread finishes.
   uint4 gains;          // Of the layer norm behind the last product, for the elements that this thread multiplies.
 };
