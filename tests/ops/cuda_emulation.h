@@ -9,6 +9,10 @@
 // issued and brings the data late; a poke reaches the other blocks late and out of order. A launch that goes wrong
 // returns 1 and says why, also on stderr.
 //
+// With -DEMULATED_RACES and -fsanitize=thread, whose runtime is not linked, it also looks at every access to shared memory
+// and reports two by different warps, or by a warp and a bulk copy, that nothing orders: no named barrier, no mbarrier.
+// That does not depend on what the order happened to be. (Lanes of one warp are taken to be in order.)
+//
 // What it cannot show: memory order within a block (shared memory and ordinary stores are seen at once, and a thread
 // runs on until it waits), and lanes that meet at the same kind of collective from different places. Memory that is
 // poked must be read by peek alone: nothing else, a bulk copy included, sees what its own block poked a moment ago.
@@ -150,8 +154,130 @@ static inline u32 chance(u32 below) {
     return (now.random * 0x2545F4914F6CDD1Dull >> 32) % below;
 }
 
+#ifdef EMULATED_RACES
+// Who knows of what: vector clocks of a block's warps and of its mbarriers' bulk copies, which are let know where warps
+// meet. The compiler calls the hooks behind the namespace; nothing here may be instrumented itself, and so it calls nobody.
+#define EMULATED_UNSEEN __attribute__((no_sanitize("thread")))
+namespace races {
+constexpr u32 most_warps = 32, most_barriers = 64, all = most_warps + most_barriers;
+struct Clocks { u32 of[all]; };
+struct Mbarrier { u32 at; Clocks arriving, done; };
+struct Known {
+    u32* cells;  // of each 4 bytes: the last write's clock and line, its author, and each warp's last read since
+    Clocks who[all], named[16];
+    Mbarrier barriers[most_barriers];
+    u32 count;
+};
+static Known* blocks;
+static u32 warps, words, block_count;
+static Known* here;   // of the thread that runs
+static u8* shared;
+static u32 warp;
+static bool running;
+
+EMULATED_UNSEEN static void join(Clocks& into, const Clocks& from) {
+    for (u32 i = 0; i < all; i++)
+        if (into.of[i] < from.of[i]) into.of[i] = from.of[i];
+}
+EMULATED_UNSEEN static void forget() {
+    for (u32 b = 0; blocks && b < block_count; b++) free(blocks[b].cells);
+    free(blocks);
+    blocks = nullptr, running = false;
+}
+EMULATED_UNSEEN static void begin(u32 count, u32 warps_of_block, u32 bytes) {
+    forget();
+    block_count = count, warps = warps_of_block, words = (bytes + 3) / 4;
+    blocks = static_cast<Known*>(calloc(count, sizeof(Known)));
+    for (u32 b = 0; b < count; b++) {
+        blocks[b].cells = static_cast<u32*>(calloc(size_t(words) * (2 + warps), 4));
+        for (u32 i = 0; i < all; i++) blocks[b].who[i].of[i] = 1;
+    }
+}
+EMULATED_UNSEEN static void run(u32 block, u32 index, u8* memory) {
+    here = &blocks[block], warp = index, shared = memory, running = true;
+}
+EMULATED_UNSEEN static void stop() { running = false; }
+// A warp comes to a named barrier, and warps leave it together.
+EMULATED_UNSEEN static void arrive(u32 block, u32 index, u32 id) {
+    Known& known = blocks[block];
+    join(known.named[id], known.who[index]);
+    known.who[index].of[index]++;
+}
+EMULATED_UNSEEN static void leave(u32 block, u32 waiting, u32 id) {
+    Known& known = blocks[block];
+    for (u32 w = 0; w < warps; w++)
+        if (waiting >> w & 1) join(known.who[w], known.named[id]);
+    known.named[id] = Clocks();
+}
+EMULATED_UNSEEN static u32 slot(Known& known, u32 at) {
+    for (u32 i = 0; i < known.count; i++)
+        if (known.barriers[i].at == at) return i;
+    if (known.count == most_barriers) __builtin_trap();
+    known.barriers[known.count] = {at, {}, {}};
+    // Its own words are nobody's.
+    for (u32 i = 0; i < 2; i++) known.cells[size_t((at - shared_base) / 4 + i) * (2 + warps) + 1] = ~0u;
+    return known.count++;
+}
+EMULATED_UNSEEN static void arrive_at(u32 at) {
+    join(here->barriers[slot(*here, at)].arriving, here->who[warp]);
+    here->who[warp].of[warp]++;
+}
+EMULATED_UNSEEN static void flip(u32 block, u32 at) {
+    Mbarrier& barrier = blocks[block].barriers[slot(blocks[block], at)];
+    join(barrier.done, barrier.arriving);
+}
+EMULATED_UNSEEN static void wait_for(u32 at) { join(here->who[warp], here->barriers[slot(*here, at)].done); }
+
+static void report(u32 word, const char* what, u32 author, const char* did, u32 line);
+constexpr u32 line_bits = 13;
+EMULATED_UNSEEN static u32 line_now();
+// `author`, a warp or an mbarrier's copies, reads or writes words.
+EMULATED_UNSEEN static void touch(u32 first, u32 last, u32 author, bool writes) {
+    const Clocks& known = here->who[author];
+    const u32 now_and_line = known.of[author] << line_bits | line_now();
+    for (u32 word = first; word <= last; word++) {
+        u32* cell = here->cells + size_t(word) * (2 + warps);
+        if (cell[1] == ~0u) continue;
+        const u32 by = cell[1] - 1;
+        if (cell[1] && by != author && cell[0] >> line_bits > known.of[by])
+            report(word, writes ? "written" : "read", by, "wrote", cell[0] & ((1 << line_bits) - 1));
+        if (!writes) {
+            cell[2 + author] = now_and_line;
+            continue;
+        }
+        for (u32 w = 0; w < warps; w++) {
+            if (w != author && cell[2 + w] >> line_bits > known.of[w])
+                report(word, "written", w, "read", cell[2 + w] & ((1 << line_bits) - 1));
+            cell[2 + w] = 0;
+        }
+        cell[0] = now_and_line, cell[1] = author + 1;
+    }
+}
+EMULATED_UNSEEN static void access(const void* at, u64 bytes, bool writes) {
+    if (!running) return;
+    const u64 offset = static_cast<const u8*>(at) - shared;
+    if (offset + bytes > u64(words) * 4 || !bytes) return;
+    touch(offset / 4, (offset + bytes - 1) / 4, warp, writes);
+}
+// A bulk copy is on its way, in the name of the mbarrier that will tell of it. It has landed.
+EMULATED_UNSEEN static void copy(u32 to, u32 bytes, u32 barrier) {
+    const u32 author = most_warps + slot(*here, barrier);
+    join(here->who[author], here->who[warp]);
+    here->who[author].of[author]++;
+    touch((to - shared_base) / 4, (to - shared_base + bytes - 1) / 4, author, true);
+}
+EMULATED_UNSEEN static void landed(u32 block, u32 at) {
+    const u32 i = slot(blocks[block], at);
+    join(blocks[block].barriers[i].arriving, blocks[block].who[most_warps + i]);
+}
+}  // namespace races
+#define EMULATED_RACE(what) races::what
+#else
+#define EMULATED_RACE(what) (void)0
+#endif
+
 // Leaves the running stack's pointer in *from, its registers on it, and goes on where the stack `to` was left.
-__attribute__((naked, noipa)) static void switch_stack(void** /*from*/, void* /*to*/) {
+__attribute__((naked, noipa, no_sanitize("thread"))) static void switch_stack(void** /*from*/, void* /*to*/) {
     asm("push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15; mov %rsp, (%rdi); mov %rsi, %rsp;"
         "pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp; ret");
 }
@@ -207,6 +333,7 @@ static inline void run_next(Warp& warp, u32 after, void** from) {
                              : __builtin_ctz(above ? above : warp.ready);
     warp.ready &= ~(1u << now.lane);
     threadIdx.x = warp.index * 32 + now.lane;
+    EMULATED_RACE(run(warp.block, warp.index, now.blocks[warp.block].shared));
     switch_stack(from, warp.lanes[now.lane].stack);
 }
 
@@ -231,6 +358,7 @@ static void settle(Block& block, NamedBarrier& barrier) {
     if (!barrier.arrived || barrier.arrived < needed) return;
     for (Warp& warp : block.warps)
         if (barrier.waiting >> warp.index & 1) warp.ready |= std::exchange(warp.gathered, 0);
+    EMULATED_RACE(leave(&block - now.blocks.data(), barrier.waiting, &barrier - block.barriers));
     barrier = NamedBarrier();
 }
 
@@ -272,6 +400,7 @@ static void complete(Warp& warp, const Place& at) {
     barrier.threads = threads;
     barrier.arrived += 32;
     barrier.warps |= 1u << warp.index;
+    EMULATED_RACE(arrive(warp.block, warp.index, id));
     if (at.kind == Kind::bar_arrive) warp.ready |= std::exchange(warp.gathered, 0);
     else barrier.waiting |= 1u << warp.index;
     if (threads && barrier.arrived > threads) fail(true, "barrier %u, line %d: too many arrive", id, at.line);
@@ -346,7 +475,8 @@ static Phases& phases(Block& block, u32 at, const char* what, int line) {
 }
 
 // Takes arrivals and bytes off what the barrier's phase waits for.
-static void advance(Phases& barrier, u32 arrivals, long long bytes, const char* what, int line) {
+static void advance(Block& block, u32 at, u32 arrivals, long long bytes, const char* what, int line) {
+    Phases& barrier = phases(block, at, what, line);
     if (arrivals > barrier.pending) fail(true, "%s, line %d: more arrivals than the barrier counts", what, line);
     bytes = barrier.bytes - bytes;
     if (bytes >= 1 << 20 || bytes <= -(1 << 20)) fail(false, "%s, line %d: a barrier waits for 2^20 bytes", what, line);
@@ -356,6 +486,7 @@ static void advance(Phases& barrier, u32 arrivals, long long bytes, const char* 
     if (barrier.pending || bytes) return;
     barrier.parity ^= 1;
     barrier.pending = barrier.count;
+    EMULATED_RACE(flip(&block - now.blocks.data(), at));
 }
 
 static void aligned(const void* at, u32 bytes, const char* what, int line) {
@@ -422,7 +553,8 @@ static void commit(const u64 turn) {
         Block& block = now.blocks[copy.block];
         if (!block.live) fail(false, "copy_async, line %d: block %u ended before the copy did", copy.line, copy.block);
         memcpy(shared_at(block, copy.to, copy.bytes, 16, "copy_async", copy.line), copy.from, copy.bytes);
-        advance(phases(block, copy.barrier, "copy_async", copy.line), 0, copy.bytes, "copy_async", copy.line);
+        EMULATED_RACE(landed(copy.block, copy.barrier));
+        advance(block, copy.barrier, 0, copy.bytes, "copy_async", copy.line);
         now.events--;
     }
 }
@@ -448,6 +580,7 @@ static void schedule() {
                     blockIdx.x = warp.block;
                     now.warp = &warp;
                     run_next(warp, chance(32), &now.scheduler);
+                    EMULATED_RACE(stop());
                     now.warp = nullptr;
                     if (!now.message.empty()) throw Failure();
                 }
@@ -503,6 +636,7 @@ static int launch(void (*body)(const void*), const void* call, u32 blocks, u32 t
             }
             poison(block.warps.back(), block.warps.back().ended);
         }
+        EMULATED_RACE(begin(blocks, warps, shared_bytes));
         schedule();
         for (Block& block : now.blocks)
             for (u8* at = block.memory.data(); at < block.memory.data() + block.memory.size(); at++)
@@ -513,10 +647,24 @@ static int launch(void (*body)(const void*), const void* call, u32 blocks, u32 t
         fprintf(stderr, "emulated kernel: %s\n", now.message.c_str());
     }
     now.warp = nullptr;
+    EMULATED_RACE(forget());
     if (stack) munmap(stack, stacks);
     _mm_setcsr(control);
     return !now.message.empty();
 }
+
+#ifdef EMULATED_RACES
+static void races::report(u32 word, const char* what, u32 author, const char* did, u32 line) {
+    running = false;
+    char by[40];
+    snprintf(by, sizeof by, author < most_warps ? "warp %u" : "a copy for the barrier at 0x%x",
+             author < most_warps ? author : here->barriers[author - most_warps].at);
+    fail(false, "a race: byte %u of shared memory is %s behind line %u, and %s %s it behind line %u", word * 4, what,
+         line_now(), by, did, line);
+}
+// The line of the collective that the thread passed last.
+EMULATED_UNSEEN static u32 races::line_now() { return now.warp->lanes[now.lane].at.line & ((1 << line_bits) - 1); }
+#endif
 
 template <class To, class From> static inline To bits(From from) {
     static_assert(sizeof(To) == sizeof(From), "");
@@ -698,22 +846,29 @@ static inline u32 shared_address(const void* pointer, EMULATED_LINE) {
 }
 
 static inline void barrier_init(u32 at, u32 count, EMULATED_LINE) {
-    u8* barrier = emulation::shared_at(emulation::own_block(), at, 8, 8, "barrier_init", line);
-    if (!count || count >> 20) emulation::fail(false, "barrier_init, line %d, with count %u", line, count);
-    *reinterpret_cast<emulation::Phases*>(barrier) = {0, 0, count, count, 0};
+    using namespace emulation;
+    u8* barrier = shared_at(own_block(), at, 8, 8, "barrier_init", line);
+    EMULATED_RACE(slot(*races::here, at));
+    if (!count || count >> 20) fail(false, "barrier_init, line %d, with count %u", line, count);
+    *reinterpret_cast<Phases*>(barrier) = {0, 0, count, count, 0};
 }
 static inline void barrier_expect(u32 at, u32 bytes, EMULATED_LINE) {
-    auto& barrier = emulation::phases(emulation::own_block(), at, "barrier_expect", line);
-    emulation::advance(barrier, 1, -static_cast<long long>(bytes), "barrier_expect", line);
+    using namespace emulation;
+    EMULATED_RACE(arrive_at(at));
+    advance(own_block(), at, 1, -static_cast<long long>(bytes), "barrier_expect", line);
 }
 static inline void barrier_arrive(u32 at, EMULATED_LINE) {
-    auto& barrier = emulation::phases(emulation::own_block(), at, "barrier_arrive", line);
-    emulation::advance(barrier, 1, 0, "barrier_arrive", line);
+    using namespace emulation;
+    EMULATED_RACE(arrive_at(at));
+    advance(own_block(), at, 1, 0, "barrier_arrive", line);
 }
 static inline bool barrier_try(u32 at, u32 parity, EMULATED_LINE) {
-    auto& barrier = emulation::phases(emulation::own_block(), at, "barrier_try", line);
-    if (barrier.parity == (parity & 1)) emulation::poll({emulation::Kind::barrier_try, line, at, parity});
-    return barrier.parity != (parity & 1);
+    using namespace emulation;
+    auto& barrier = phases(own_block(), at, "barrier_try", line);
+    if (barrier.parity == (parity & 1)) poll({Kind::barrier_try, line, at, parity});
+    if (barrier.parity == (parity & 1)) return false;
+    EMULATED_RACE(wait_for(at));
+    return true;
 }
 static inline void barrier_fence() {}
 static inline void copy_async(u32 to, const void* from, u32 bytes, u32 barrier, EMULATED_LINE) {
@@ -721,6 +876,7 @@ static inline void copy_async(u32 to, const void* from, u32 bytes, u32 barrier, 
     if (to % 16 || uintptr_t(from) % 16 || bytes % 16 || !bytes)
         fail(false, "copy_async, line %d: %u bytes from %p to 0x%x are not whole 16s", line, bytes, from, to);
     phases(own_block(), barrier, "copy_async", line);
+    EMULATED_RACE(copy(to, bytes, barrier));
     memset(shared_at(own_block(), to, bytes, 16, "copy_async", line), 0xFF, bytes);
     const u64 due = now.turn + 1 + chance(now.lateness);
     now.copies[due % calendar].push_back({now.warp->block, to, bytes, barrier, from, line});
@@ -802,6 +958,28 @@ template <class A, class B> static inline std::common_type_t<A, B> max(A a, B b)
     if constexpr (std::is_floating_point_v<std::common_type_t<A, B>>) return fmax(a, b);
     else { std::common_type_t<A, B> x = a, y = b; return x > y ? x : y; }
 }
+
+#ifdef EMULATED_RACES
+#define EMULATED_HOOK(bytes)                                                                                           \
+    EMULATED_UNSEEN void __tsan_read##bytes(void* at) { emulation::races::access(at, bytes, false); }                  \
+    EMULATED_UNSEEN void __tsan_write##bytes(void* at) { emulation::races::access(at, bytes, true); }                  \
+    EMULATED_UNSEEN void __tsan_unaligned_read##bytes(void* at) { emulation::races::access(at, bytes, false); }        \
+    EMULATED_UNSEEN void __tsan_unaligned_write##bytes(void* at) { emulation::races::access(at, bytes, true); }
+extern "C" {
+EMULATED_HOOK(1)
+EMULATED_HOOK(2)
+EMULATED_HOOK(4)
+EMULATED_HOOK(8)
+EMULATED_HOOK(16)
+EMULATED_UNSEEN void __tsan_read_range(void* at, u64 bytes) { emulation::races::access(at, bytes, false); }
+EMULATED_UNSEEN void __tsan_write_range(void* at, u64 bytes) { emulation::races::access(at, bytes, true); }
+EMULATED_UNSEEN void __tsan_func_entry(void*) {}
+EMULATED_UNSEEN void __tsan_func_exit() {}
+EMULATED_UNSEEN void __tsan_vptr_update(void*, void*) {}
+EMULATED_UNSEEN void __tsan_vptr_read(void*) {}
+EMULATED_UNSEEN void __tsan_init() {}
+}
+#endif
 
 // Runs all blocks together. 0, or 1 where the launch went wrong: emulation::now.message says how.
 template <class Arguments>

@@ -1,15 +1,15 @@
 """The CPU emulation of CUDA's primitives: each against what it stands for, and that it shows what is wrong."""
 
 import ctypes
-import pathlib
 import platform
 import re
 import shutil
-import subprocess
 
 import numpy as np
 import pytest
 import torch
+
+from tests.ops import compile_emulated
 
 
 pytestmark = [
@@ -17,7 +17,6 @@ pytestmark = [
     pytest.mark.skipif(platform.machine() != "x86_64", reason="needs x86-64, whose stacks the emulation switches"),
 ]
 
-HEADER = pathlib.Path(__file__).with_name("cuda_emulation.h")
 SEEDS = range(8)
 SOURCE = r"""
 struct Arguments {
@@ -262,12 +261,11 @@ def copied(array):
 class Library:
     """The kernels of `SOURCE`, compiled for one element type."""
 
-    def __init__(self, folder, bf16):
-        source, library = folder / "kernels.cu", folder / f"kernels{bf16}.so"
+    def __init__(self, folder, bf16, races=False):
+        source, library = folder / "kernels.cu", folder / f"kernels{bf16}{races}.so"
         source.write_text(SOURCE + "".join(f"EMULATED_ENTRY({name}, Arguments)\n" for name in KERNELS))
-        flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-sign-compare", "-Werror"]
-        flags += ["-Wno-unknown-pragmas", "-DEMULATED", f"-DBF16={bf16}", "-include", HEADER, "-x", "c++"]
-        subprocess.run(["g++", *flags, source, "-o", library], check=True)
+        flags = ["-Wall", "-Wextra", "-Wno-sign-compare", "-Werror", "-Wno-unknown-pragmas", f"-DBF16={bf16}"]
+        compile_emulated(source, library, *flags, races=races)
         self.kernels = ctypes.CDLL(str(library))
 
     def failure(self, name, blocks, threads, seed=0, a=None, b=None, out=None, n=0, mode=0, shared=0):
@@ -295,6 +293,12 @@ def libraries(tmp_path_factory):
 @pytest.fixture(scope="module")
 def library(libraries):
     return libraries[0]
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """The kernels with every access to shared memory looked at."""
+    return Library(tmp_path_factory.mktemp("races"), 0, races=True)
 
 
 @pytest.mark.parametrize("before, after", [(32, 32), (20, 20), (32, 11)])
@@ -369,6 +373,23 @@ def test_a_ring_of_bulk_copies(library, seed):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_ring_without_waiting_shows(library, seed, mode):
     assert ring(library, seed, mode) != ("", True)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_races_are_seen_in_every_order(watched, seed):
+    assert named_barriers(watched, seed, 0) == ring(watched, seed, 0) == ("", True)
+    assert "a race: byte" in named_barriers(watched, seed, 2)[0]
+    assert "a race: byte" in ring(watched, seed, 2)[0]
+    # In some orders the barrier is found in use first.
+    assert re.search("a race: byte|more arrivals", ring(watched, seed, 1)[0])
+
+
+def test_a_race_is_told_with_both_lines(watched):
+    message = named_barriers(watched, 0, 2)[0]
+    lines = SOURCE.splitlines()
+    first, second = (int(line) for line in re.findall(r"behind line (\d+)", message))
+    # Behind the only collective that both warps passed.
+    assert "__syncthreads" in lines[first - 1] and first == second, message
 
 
 @pytest.mark.parametrize("bf16", [0, 1])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.ops import EMULATION, compile_emulated
 from whisper_static_cache import int8_states
 from whisper_static_cache.ops import decode_layers as ops
 from whisper_static_cache.ops.decode_linear import Weight
@@ -132,14 +133,12 @@ class Model:
 
 @functools.cache
 def emulated(shape):
-    """The source as a library for the CPU."""
+    """The source as a library for the CPU, which also looks for races in shared memory."""
     folder = Path(tempfile.mkdtemp(prefix="whisper_static_cache_"))
     wrapper = folder / "wrapper.cpp"
     wrapper.write_text(f"{ops.source_of(shape)}\nEMULATED_ENTRY(decode_layers, Arguments)\n")
     defines = [f"-D{name}={value}" for name, value in ops.definitions(shape).items()]
-    header = Path(__file__).with_name("cuda_emulation.h")
-    command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-DEMULATED", *defines, "-include", str(header)]
-    subprocess.run([*command, str(wrapper), "-o", str(folder / "kernel.so")], check=True)
+    compile_emulated(wrapper, folder / "kernel.so", "-w", *defines, races=True)
     library = ctypes.CDLL(str(folder / "kernel.so"))
     library.decode_layers_message.restype = ctypes.c_char_p
     return library
@@ -228,14 +227,13 @@ def test_emulated(changes):
 @pytest.mark.parametrize("width", [384, 512, 768, 1024, 1280])
 def test_every_whisper_shape_fits(width, batch, cross_int8):
     """What the source asserts of itself holds for the family, on an H100's multiprocessors and shared memory."""
-    header = Path(__file__).with_name("cuda_emulation.h")
     for bits, group_size in ((16, 0), (8, 64), (4, 64), (3, 32), (2, 16), (1.58, 16)):
         shape = ops.Shape(width, 4 * width, 4, 448, 1500, False, bits, group_size, 132, 232448, batch, cross_int8)
         if ops.why_not(shape) is not None:
             assert bits == 1.58
             continue
         defines = [f"-D{name}={value}" for name, value in ops.definitions(shape).items()]
-        command = ["g++", "-std=c++17", "-w", "-fsyntax-only", "-DEMULATED", *defines, "-include", str(header)]
+        command = ["g++", "-std=c++17", "-w", "-fsyntax-only", "-DEMULATED", *defines, "-include", str(EMULATION)]
         result = subprocess.run(
             [*command, "-x", "c++", "-"], input=ops.source_of(shape), text=True, capture_output=True
         )
