@@ -223,6 +223,15 @@ def test_emulated(changes):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed: the kernel cannot be emulated")
+@pytest.mark.parametrize("rows", [(1, 16, 0), (1, 4, 64), (8, 16, 0), (4, 4, 64)], ids=str)
+def test_emulated_on_all_of_a_gpu(rows):
+    """The kernel as it runs for large-v2 on an H100, two layers of it: what small shapes do not have, a full ring."""
+    batch, bits, group_size = rows
+    shape = ops.Shape(1280, 5120, 2, 448, 1500, False, bits, group_size, 132, 232448, batch)
+    compare(Model(shape), 260, 3, emulate)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed: the kernel cannot be emulated")
 @pytest.mark.parametrize("batch, cross_int8", [(1, False), (2, False), (16, True)])
 @pytest.mark.parametrize("width", [384, 512, 768, 1024, 1280])
 def test_every_whisper_shape_fits(width, batch, cross_int8):

@@ -693,7 +693,7 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
     for (int k = 0; k < AT_ONCE; k++) {
       const int b = time * AT_ONCE + k, turn = b / DIGITS, run = turn * WARPS + warp;
       const int part = turn / PART, in_part = ((turn - part * PART) * WARPS + warp) * RUN_BYTES + t * (RUN_BYTES / 4);
-      const u32 away = base_of(place, part) - base_of(place, 0);
+      const int away = (int)base_of(place, part) - (int)base_of(place, 0);  // Less than none where the ring begins anew.
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         w[k][i][0] = w[k][i][1] = w[k][i][2] = w[k][i][3] = 0;
