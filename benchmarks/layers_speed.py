@@ -10,7 +10,6 @@ against float64, of its norm, and whether all launches gave the same bits. This 
 """
 
 import argparse
-import ctypes
 import itertools
 import json
 import statistics
@@ -31,26 +30,12 @@ from whisper_static_cache.ops import decode_layers as ops
 SLOT, LAUNCHES = 100, 20
 
 
-class Kernel(ops._Kernel):
-    """Machine code for a shape, loaded."""
-
-    def __init__(self, code, shape):
-        self._shape, self._driver = shape, ctypes.CDLL("libcuda.so.1")
-        module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
-        for what, status in (
-            ("loading", self._driver.cuModuleLoadData(ctypes.byref(module), code)),
-            ("finding", self._driver.cuModuleGetFunction(ctypes.byref(self._function), module, b"decode_layers")),
-            ("shared memory", self._driver.cuFuncSetAttribute(self._function, 8, shape.memory)),
-        ):
-            ops._check(self._driver, status, what)
-
-
 class Version:
     """A source compiled for one model, and what was measured of it."""
 
     def __init__(self, name, code, model, stream):
         self.name, self.model, self.stream, self.times = name, model, stream, []
-        self.kernel = Kernel(code, model.shape)
+        self.kernel = ops._Kernel(model.shape, code)
         outputs, inputs = model.operands(SLOT, 0)
         self.keep = model.keep
         self.arguments = ops.arguments_for(*outputs, *inputs)

@@ -843,10 +843,10 @@ struct State {
   uint4 gains;          // Of the layer norm behind the last product, for the elements that this thread multiplies.
 };
 
-// The rows of a step's product with `WIDTH` elements, in eights and in the tiles that the tensor cores take.
+// The rows of a step's product with `WIDTH` elements, and eights of them.
 template <int STEP>
 struct RowsOf {
-  static constexpr int CHUNKS = chunks_of(STEP), ALL = CHUNKS * ROWS, EIGHTS = ratio(ALL, 8), TILES = ratio(ALL, 16);
+  static constexpr int CHUNKS = chunks_of(STEP), ALL = CHUNKS * ROWS, EIGHTS = ratio(ALL, 8);
 };
 
 // What a step's fetching has brought is there: the place of its first chunk. And it has been read.

@@ -275,11 +275,10 @@ def _check(driver, status, what):
 
 
 class _Kernel:
-    """The kernel for one `Shape`, loaded into the current context of one device."""
+    """The machine code for one `Shape`, loaded into the current context of one device."""
 
-    def __init__(self, shape):
+    def __init__(self, shape, code):
         self._driver = driver = ctypes.CDLL("libcuda.so.1")
-        code = _code(shape)
         module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         _check(driver, driver.cuModuleLoadData(ctypes.byref(module), code), "loading decode_layers")
         found = driver.cuModuleGetFunction(ctypes.byref(self._function), module, b"decode_layers")
@@ -311,7 +310,7 @@ def kernel_for(shape, device_index):
     """
     with torch.cuda.device(device_index):
         torch.cuda.current_stream().synchronize()  # The device's context exists from here on.
-        return _Kernel(shape)
+        return _Kernel(shape, _code(shape))
 
 
 # -- The op -----------------------------------------------------------------------------------------------------------
