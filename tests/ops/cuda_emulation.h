@@ -77,12 +77,12 @@ constexpr u32 busy = 100;        // as many collectives of a warp without a poll
 constexpr u64 canary = 0xC0FFEE1234567890;
 
 enum class Kind {
-    start, shfl_xor, shfl_down, shfl, any, all, ballot, syncwarp, multiply, multiply_bytes,
+    start, shfl_xor, shfl_down, shfl, any, all, ballot, syncwarp, multiply,
     syncthreads, bar_sync, bar_arrive,  // these wait for other warps
     barrier_try, peek, nanosleep,       // these for the warp's next turn
 };
 static const char* const names[] = {"its start", "shfl_xor", "shfl_down", "shfl", "any", "all", "ballot", "syncwarp",
-                                    "multiply", "multiply_bytes", "syncthreads", "bar_sync", "bar_arrive", "barrier_try", "peek",
+                                    "multiply", "syncthreads", "bar_sync", "bar_arrive", "barrier_try", "peek",
                                     "nanosleep"};
 static inline const char* name(Kind kind) { return names[int(kind)]; }
 
@@ -367,8 +367,7 @@ static inline void poison(Warp& warp, u32 lanes) {
     for (; lanes; lanes &= lanes - 1) memset(warp.slots[warp.half][__builtin_ctz(lanes)], 0xFF, sizeof(Slots) / 32);
 }
 
-static void multiply_fragments(Slots& slots);
-static void multiply_byte_fragments(Slots& slots);
+static void multiply_fragments(Slots& slots, bool bf16);
 
 // Does what the lanes gathered at a collective are gathered for. One that ends while the others wait completes it too.
 static void complete(Warp& warp, const Place& at) {
@@ -377,9 +376,9 @@ static void complete(Warp& warp, const Place& at) {
     warp.half ^= 1;
     warp.votes[warp.half] = 0;
     poison(warp, warp.ended);
-    if (at.kind == Kind::multiply || at.kind == Kind::multiply_bytes) {
+    if (at.kind == Kind::multiply) {
         if (warp.ended) fail(true, "%s, line %d, in a warp of which lanes have ended", name(at.kind), at.line);
-        at.kind == Kind::multiply ? multiply_fragments(slots) : multiply_byte_fragments(slots);
+        multiply_fragments(slots, at.first);
     }
     if (at.kind < Kind::syncthreads) {
         warp.ready |= std::exchange(warp.gathered, 0);
@@ -715,7 +714,7 @@ static inline u32 half_fma(u32 a, u32 b, u32 c) {
 }
 
 // mma.m16n8k16 from the slots' a0-a3, b0-b1 and c0-c3, into the last.
-static void multiply_fragments(Slots& slots) {
+static void multiply_fragments(Slots& slots, bool bf16) {
     typedef float Four __attribute__((vector_size(16)));
     float a[16][16];
     Four b[16][2], c[16][2];
@@ -726,7 +725,7 @@ static void multiply_fragments(Slots& slots) {
         for (u32 i = 0; i < 6; i++) {
             for (u32 high = 0; high < 2; high++) {
                 const u16 half = slots[lane][i] >> 16 * high;
-                const float value = BF16 ? widen_bf16(half) : f16.of[half];
+                const float value = bf16 ? widen_bf16(half) : f16.of[half];
                 if (i < 4) a[group + i % 2 * 8][pair + i / 2 * 8 + high] = value;
                 else b_flat[(pair + (i - 4) * 8 + high) * 8 + group] = value;
             }
@@ -741,27 +740,6 @@ static void multiply_fragments(Slots& slots) {
     for (u32 lane = 0; lane < 32; lane++)
         for (u32 i = 0; i < 4; i++)
             memcpy(&slots[lane][6 + i], &c_flat[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2], 4);
-}
-
-static void multiply_byte_fragments(Slots& slots) {
-    u8 a[16][32];
-    int8_t b[32][8];
-    int c[16][8];
-    for (u32 lane = 0; lane < 32; lane++) {
-        const u32 group = lane / 4, member = lane % 4;
-        for (u32 i = 0; i < 4; i++) {
-            for (u32 byte = 0; byte < 4; byte++) {
-                a[group + i % 2 * 8][i / 2 * 16 + member * 4 + byte] = slots[lane][i] >> 8 * byte;
-                if (i < 2) b[i * 16 + member * 4 + byte][group] = slots[lane][4 + i] >> 8 * byte;
-            }
-            c[group + i / 2 * 8][member * 2 + i % 2] = slots[lane][6 + i];
-        }
-    }
-    for (u32 row = 0; row < 16; row++)
-        for (u32 k = 0; k < 32; k++)
-            for (u32 column = 0; column < 8; column++) c[row][column] += a[row][k] * b[k][column];
-    for (u32 lane = 0; lane < 32; lane++)
-        for (u32 i = 0; i < 4; i++) slots[lane][6 + i] = c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
 }
 
 static inline void full(u32 mask, const char* what, int line) {
@@ -814,20 +792,18 @@ static inline void __syncwarp(u32 mask = ~0u, EMULATED_LINE) {
     emulation::full(mask, "syncwarp", line);
     emulation::meet({emulation::Kind::syncwarp, line, 0, 0});
 }
-static inline void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, EMULATED_LINE) {
+static inline void multiply_fragment(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, bool bf16, int line) {
     using emulation::bits;
     const u32 lane = emulation::now.lane;
-    auto& slots = emulation::meet({emulation::Kind::multiply, line, 0, 0}, a0, a1, a2, a3, b0, b1, bits<u32>(c[0]),
+    auto& slots = emulation::meet({emulation::Kind::multiply, line, bf16, 0}, a0, a1, a2, a3, b0, b1, bits<u32>(c[0]),
                                   bits<u32>(c[1]), bits<u32>(c[2]), bits<u32>(c[3]));
     memcpy(c, &slots[lane][6], sizeof c);
 }
-
-static inline void multiply_bytes(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, const int (&c)[4],
-                                  EMULATED_LINE) {
-    const u32 lane = emulation::now.lane;
-    auto& slots = emulation::meet({emulation::Kind::multiply_bytes, line, 0, 0}, a0, a1, a2, a3, b0, b1, u32(c[0]),
-                                  u32(c[1]), u32(c[2]), u32(c[3]));
-    memcpy(d, &slots[lane][6], sizeof d);
+static inline void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, EMULATED_LINE) {
+    multiply_fragment(c, a0, a1, a2, a3, b0, b1, BF16, line);
+}
+static inline void multiply_f16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, EMULATED_LINE) {
+    multiply_fragment(c, a0, a1, a2, a3, b0, b1, false, line);
 }
 
 static inline void __syncthreads(EMULATED_LINE) { emulation::meet({emulation::Kind::syncthreads, line, 0, 0}); }

@@ -168,18 +168,15 @@ __device__ __forceinline__ u32 and_or(u32 a, u32 b, u32 c) {
 #else
 #define HALF "f16"
 #endif
-// c += a b: a 16 x 16, b 16 x 8, of halves.
+// c += a b: a 16 x 16, b 16 x 8, of halves, or of float16 whatever halves are.
+#define MULTIPLY(TYPE)                                                                                                 \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};" \
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1))
 __device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32." HALF "." HALF
-               ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  MULTIPLY(HALF);
 }
-// d = a b + c of bytes: a 16 x 32 without sign, b 32 x 8 with one.
-__device__ __forceinline__ void multiply_bytes(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1,
-                                               const int (&c)[4]) {
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%11,%12,%13};"
-      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+__device__ __forceinline__ void multiply_f16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  MULTIPLY("f16");
 }
 __device__ __forceinline__ u32 largest_of_warp(u32 x) {
   u32 y;
@@ -303,8 +300,12 @@ constexpr int CROSS_RUN = ratio(SOURCE, CROSS_SPLITS);
 // Of several rows there are many keys, which come by 64 at least.
 constexpr int KEYS_AT_LEAST = 256 * (BATCH > 1 ? 64 : up(ratio(CROSS_RUN, 4), 8));
 constexpr int ROW_AT_LEAST = most(row_bytes(WIDTH), KEYS_AT_LEAST / ROWS - 5 * groups(FFN));
-// Rows in shared memory lie so that lanes served together meet different banks: two rows of 64 bytes, four of 32.
-constexpr int stride_of(int bytes) { return BITS == 16 ? up(bytes + 64, 128) - 64 : up(bytes + 96, 128) - 96; }
+// Whether the halves of a block may differ in scale. For one row a lane then has four elements of either half.
+constexpr bool HALVES = BATCH == 1 && BITS != 16 && (GROUP % 32 != 0 || plane(FFN) % 32 != 0);
+// Rows in shared memory lie so that lanes served together meet different banks: two rows of 64 bytes, four of 32, eight of
+// 16.
+constexpr int APIECE = BITS == 16 ? 64 : HALVES ? 16 : 32, APIECE_OF_LANE = APIECE / 4;  // Bytes of a row taken at once.
+constexpr int stride_of(int bytes) { return up(bytes + 128 - APIECE, 128) - (128 - APIECE); }
 // Behind the rows: scales, zero points, two vectors, each from the multiple of 16 bytes at or below its first element.
 // Those of the second feed-forward product lie a little further apart where a row of them is a multiple of 64 bytes:
 // four or eight rows would meet the same bank.
@@ -406,9 +407,6 @@ constexpr bool fuses(int depth) {
 constexpr int FUSED = BATCH == 1 && fuses(WIDTH) ? 2 : 1;
 constexpr int OWN_BLOCKS = OWN * DIGITS, LATE = ratio(LEFT * DIGITS, WARPS), OF_WARP = OWN_BLOCKS + LATE;
 constexpr int HIDDEN_BLOCKS = turns(FFN) * DIGITS;
-// What packed integers are multiplied by, for one row: activations as integers of this many digits of base 256, a lane's
-// eight of a block, of eight blocks at a time.
-constexpr int DIGITS_OF_X = 2, STAGED = up(most(OF_WARP, HIDDEN_BLOCKS), 8);
 // Eights of rows of the larger product.
 constexpr int MOST_EIGHTS = ratio(most(3, FFN_CHUNKS) * ROWS, 8);
 #if BATCH > 1
@@ -437,20 +435,13 @@ struct Shared {
   union {
     alignas(16) float runs[WARPS][64 + 4];
     // A warp's activations on their way to the lanes that multiply them: blocks of the hidden layer; of the stream and
-    // of attention's result each block's halves and remainders, or its digits.
-#if BITS == 16
+    // of attention's result each block's halves and, in 16 bits, their remainders.
     alignas(16) u16 hidden[WARPS][HIDDEN_BLOCKS][32];
-    alignas(16) u16 staged[WARPS][OF_WARP][2][32];
-#else
-    alignas(16) u8 staged[WARPS][STAGED][DIGITS_OF_X][32];
-#endif
+    alignas(16) u16 staged[WARPS][OF_WARP][BITS == 16 ? 2 : 1][32];
   };
   alignas(16) float tops[WARPS], totals[WARPS];
   alignas(16) float2 moments[WARPS];  // Of what each warp has of the stream.
   alignas(8) uint2 lines[2 * 8 * MOST_EIGHTS + 16];
-#if BITS != 16
-  alignas(16) u8 ones[row_bytes(FFN)];  // A packed row whose elements are all one.
-#endif
   u64 caches[LAYERS][4], gains[LAYERS][3];
   float eps[LAYERS][3];
   u8 valid[SLOTS];
@@ -718,11 +709,54 @@ __device__ __forceinline__ u32 third(u32 pair, int power) {
   return (pair * factor >> shift) & (0xFFFFu >> shift) * 0x10001u;
 }
 
-// What a lane holds of a run: eight packed bytes and, in 3 bits, the eight that hold the high bits, moved to where they
-// belong. For one row: of the first three digits and of the last; for several: of the even bytes and of the odd ones.
+// What a lane holds of a run: eight packed bytes and, in 3 bits, the eight that hold the high bits, moved to where those of
+// the even bytes belong and to where those of the odd ones do.
 struct Packed {
   u32 raw[2], high[2][2];
 };
+
+// An integer's bits are those of a subnormal float16, q * 2 ** -24: the tensor cores take it as it is, exactly, and the
+// sums make good the factor. Subnormals of bfloat16 are too small for sums in float32: there integers sit in the mantissa
+// of `ORIGIN`, 128, from which they are taken by one instruction. A digit stays where it lies in its byte if the mantissa
+// has room for it there, and is else moved down. For one row the tensor cores multiply float16 in either case.
+constexpr bool IN_BF16 = BF16 && BATCH > 1;
+constexpr u32 ORIGIN = IN_BF16 ? 0x43004300 : 0;
+constexpr int MANTISSA = IN_BF16 ? 7 : 10, EXPONENT_OF_ONE = IN_BF16 ? 127 : 15;
+constexpr bool stays(int digit) { return BITS != 158 && LOW_BITS * digit + BITS <= MANTISSA; }
+constexpr int place_of(int digit) { return stays(digit) ? LOW_BITS * digit : 0; }
+
+// Digit `digit` of eight packed bytes as halves, in float16 times 2 ** (place_of(digit) - 24): pairs of the first and
+// third byte of a word, of the second and fourth.
+__device__ __forceinline__ void integers(u32 (&q)[4], const Packed& packed, int digit) {
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+#pragma unroll
+    for (int odd = 0; odd < 2; odd++) {
+      u32& to = q[2 * i + odd];
+      const u32 word = packed.raw[i];
+      if (BITS == 8 && IN_BF16) {
+        // Beyond bfloat16's mantissa: through float32's, where the same trick takes 23 bits.
+        const float low = __uint_as_float(byte_permute(word, 0x4B000000, odd ? 0x7441 : 0x7440));
+        const float high = __uint_as_float(byte_permute(word, 0x4B000000, odd ? 0x7443 : 0x7442));
+        to = pack(low - 8388608.0f, high - 8388608.0f);
+        continue;
+      }
+      const int place = place_of(digit);
+      if (BITS == 158) {
+        const u32 pair = word >> 8 * odd & 0x00FF00FF;
+        to = third(pair, digit);
+        if (digit < 4) to -= 3 * third(pair, digit + 1);
+        to |= ORIGIN;
+      } else {
+        to = and_or(word >> (8 * odd + LOW_BITS * digit - place), twice(((1 << LOW_BITS) - 1) << place), ORIGIN);
+        if (BITS == 3) to = and_or(packed.high[i][odd] >> (2 * digit - place), twice(4 << place), to);
+      }
+      // Times 2 ** -place, less the origin: exact.
+      if (IN_BF16)
+        to = half_fma(to, twice(EXPONENT_OF_ONE - place << MANTISSA),
+                      twice(0x8000 | EXPONENT_OF_ONE + MANTISSA - place << MANTISSA));
+    }
+}
 
 // The next `chunks` chunks are there; the place of the first.
 __device__ __forceinline__ int take(Shared& sh, Cursor& cursor, int chunks) {
@@ -763,18 +797,24 @@ __device__ __forceinline__ u32 base_of(u32 place, u32 chunk) {
 template <int DEPTH>
 __device__ __forceinline__ void load_packed(Packed& packed, u32 row, int at, int in_plane) {
   const u8* memory = dynamic_shared();
-  load8(packed.raw, memory + row + at);
+  if (HALVES)
+    packed.raw[0] = *(const u32*)(memory + row + at), packed.raw[1] = *(const u32*)(memory + row + at + 16);
+  else
+    load8(packed.raw, memory + row + at);
   if (BITS == 3) {
     // A high plane's byte holds the bits of two elements of each byte of the first plane, those of its second half
     // in the upper place.
     constexpr int PLANE = plane(DEPTH), HIGH = most(high_plane(DEPTH), 1);
-    const int upper = in_plane >= HIGH;
+    const int upper[2] = {in_plane >= HIGH, in_plane + (HALVES ? 16 : 0) >= HIGH};
     u32 high[2];
-    load8(high, memory + row + PLANE + in_plane - upper * HIGH);
+    if (HALVES)
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-      packed.high[i][0] = high[i] << (2 - upper), packed.high[i][1] = high[i] >> (BATCH == 1 ? upper : 6 + upper);
-    }
+      for (int i = 0; i < 2; i++) high[i] = *(const u32*)(memory + row + PLANE + in_plane + 16 * i - upper[i] * HIGH);
+    else
+      load8(high, memory + row + PLANE + in_plane - upper[0] * HIGH);
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+      packed.high[i][0] = high[i] << (2 - upper[i]), packed.high[i][1] = high[i] >> (6 + upper[i]);
   }
 }
 
@@ -910,6 +950,10 @@ __device__ __forceinline__ void multiply_row(float (&c)[4], const u32 (&w)[4], u
 }
 __device__ __forceinline__ void multiply_row(float (&c)[4], const uint4& w, u32 x0, u32 x1) {
   multiply(c, w.x, w.y, w.z, w.w, x0, x1);
+}
+// The same of packed weights, as `integers` leaves them.
+__device__ __forceinline__ void multiply_integers(float (&c)[4], const u32 (&q)[4], const uint2& x) {
+  multiply_f16(c, q[0], q[2], q[1], q[3], x.x, x.y);
 }
 // Where a warp's sum of a row goes, which is `behind` a multiple of eight.
 __device__ __forceinline__ float& sum_at(Shared& sh, int side, int eighth, u32 behind) {
@@ -1057,9 +1101,9 @@ __device__ __forceinline__ void values_of(float (&x)[8], const uint4 (&units)[UN
     x[2 * j + 1] = high_of(halves[j]) + high_of(rests[j]);
   }
 }
-// A lane's eight activations of block `b`, staged; what sums of them are worth.
-__device__ __forceinline__ float stage_eight(Shared& sh, int b, const float (&x)[8]) {
-  const int warp = thread() / 32, t = thread() % 4;
+// A lane's eight activations of a block, staged; what sums of them are worth.
+__device__ __forceinline__ float stage_eight(Shared& sh, const Lane&, const float (&x)[8]) {
+  const int warp = thread() / 32, b = thread() % 32 / 4, t = thread() % 4;
   if (b >= OF_WARP) return 1;
   u32 halves[4], rests[4];
 #pragma unroll
@@ -1072,103 +1116,114 @@ __device__ __forceinline__ float stage_eight(Shared& sh, int b, const float (&x)
   return 1;
 }
 #else
-// -- A product's weights and activations as integers
+// -- A product's weights, in low-bit integers, and activations
 
-// Activations are made integers of 14 bits and a sign, multiples of a power of two that the largest one of their warp's
-// sets: two digits of base 256, from -128 to 127. The tensor cores multiply them by packed integers as they are, exactly.
+// Activations are float16, those of bfloat16 when they have been multiplied by a power of two that brings the largest one of
+// a warp's below 2 ** 15.
 struct Grain {
-  float up, down;  // The power's inverse and the power.
+  float up, down;  // The power and its inverse.
 };
 __device__ __forceinline__ u32 magnitude(float x) { return __float_as_uint(x) & 0x7FFFFFFF; }
 // From the largest magnitude of a lane, for all that a warp multiplies.
 __device__ __forceinline__ Grain grain_of(u32 largest) {
+  if (!BF16) return {1, 1};
   const u32 exponent = most(largest_of_warp(largest) >> 23, 32);
   // What is no number is to stay none.
-  return {__uint_as_float(267 - exponent << 23), __uint_as_float(exponent == 255 ? 0x7FC00000 : exponent - 13 << 23)};
+  return {__uint_as_float(268 - exponent << 23), __uint_as_float(exponent == 255 ? 0x7FC00000 : exponent - 14 << 23)};
 }
-// Four activations as words of their digits, the most significant first.
-__device__ __forceinline__ void digits_of(u32 (&words)[DIGITS_OF_X], const float (&x)[4], float up) {
-  // In the mantissa of what lies behind 2 ** 23, with as much added to each digit as makes it positive.
-  constexpr float ADDED = 8388608.0f + 0x8080;
-  u32 in[4];
-#pragma unroll
-  for (int i = 0; i < 4; i++) in[i] = __float_as_uint(x[i] * up + ADDED);
-  const u32 first = byte_permute(in[0], in[1], 0x5140), second = byte_permute(in[2], in[3], 0x5140);
-  words[0] = byte_permute(first, second, 0x7632) ^ 0x80808080;
-  words[1] = byte_permute(first, second, 0x5410) ^ 0x80808080;
-}
+// What the sums of `integers` times activations are to be multiplied by.
+__device__ __forceinline__ float worth_of(const Grain& grain) { return grain.down * 16777216.0f; }
 
-// Bytes that hold digit `digit` of eight packed ones times 2 ** byte_place(digit).
-constexpr int byte_place(int digit) { return BITS == 158 ? 0 : BITS == 3 ? least(2 * digit, 4) : LOW_BITS * digit; }
-__device__ __forceinline__ void bytes_of(u32 (&q)[2], const Packed& packed, int digit) {
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    const u32 word = packed.raw[i];
-    if (BITS == 158) {
-      const u32 even = word & 0x00FF00FF, odd = word >> 8 & 0x00FF00FF;
-      q[i] = third(even, digit) + (third(odd, digit) << 8);
-      if (digit < 4) q[i] -= 3 * (third(even, digit + 1) + (third(odd, digit + 1) << 8));
-    } else if (BITS == 8) {
-      q[i] = word;
-    } else {
-      const int place = byte_place(digit);
-      q[i] = (word >> (LOW_BITS * digit - place)) & ((1 << LOW_BITS) - 1) * 0x01010101u << place;
-      if (BITS == 3) q[i] = and_or(packed.high[i][digit == 3], 0x04040404u << place, q[i]);
-    }
-  }
-}
-
-// A byte of the first plane whose digits are all one. Of a row of such bytes with `depth` elements, the place.
-constexpr u8 ONES = BITS == 8 ? 1 : BITS == 4 ? 0x11 : BITS == 158 ? 121 : 0x55;
-__device__ __forceinline__ void fill_ones(Shared& sh) {
-  for (u32 i = thread(); i < sizeof(sh.ones); i += 32 * WARPS) sh.ones[i] = i < plane(FFN) ? ONES : 0;
-}
-__device__ __forceinline__ u32 ones_at(const Shared& sh, int depth) {
-  return SHARED_AT + (u32)(sh.ones - (const u8*)&sh) + plane(FFN) - plane(depth);
-}
-// Activations are also multiplied by a row of ones, for the zero points: it is the second half of the last tile where no
-// row is there, else the last row of the tile where that is none, or has a tile of its own.
-enum Totals { IN_HALF, IN_LAST_ROW, IN_TILE };
-constexpr Totals totals_of(int rows) {
-  return (rows - 1) % 16 < 8 ? IN_HALF : rows % 16 ? IN_LAST_ROW : IN_TILE;
-}
-
-// Which blocks a lane's columns of a product are of. A unit is of as many blocks as have a scale in common, `FUSE` of the
-// `OWN_OF` first ones; it has two columns, for two digits, or where the halves of a block may differ in scale two for
-// each. A span is of as many units as there are columns for, and a lane has the sums of one of them, or of a half.
-constexpr bool HALVES = GROUP % 32 != 0 || plane(FFN) % 32 != 0;
-constexpr int EACH_SPAN = HALVES ? 2 : 4;
-template <int BLOCKS, int OWN_OF, int FUSE>
+// Which blocks a lane's columns of a product are of. A unit is of as many blocks as have a scale in common, `EACH` of the
+// `OWN_OF` first ones. It has two columns, as a row of weights has (`multiply_row`); where the halves of a block may differ
+// in scale, they have one each. A span is of as many units as there are columns for, and a lane has the sums of one of
+// them. The first blocks' digits come one after another, or each with all of its `TURNS` units.
+constexpr int EACH_SPAN = 4, PARTS = HALVES ? 2 : 1;
+template <int BLOCKS, int OWN_OF, int EACH, int TURNS>
 struct Spans {
-  static constexpr int OWN_UNITS = OWN_OF / FUSE, UNITS = OWN_UNITS + BLOCKS - OWN_OF, COUNT = ratio(UNITS, EACH_SPAN);
-  static constexpr int unit_of(int b) { return b < OWN_OF ? b / FUSE : b - OWN_OF + OWN_UNITS; }
+  static constexpr int OF_UNIT = EACH, OWN_UNITS = OWN_OF / EACH, UNITS = OWN_UNITS + BLOCKS - OWN_OF;
+  static constexpr int COUNT = ratio(UNITS, EACH_SPAN);
+  static constexpr int unit_of(int b) { return b < OWN_OF ? b / EACH : b - OWN_OF + OWN_UNITS; }
+  static constexpr int in_unit(int b) { return b < OWN_OF ? b % EACH : 0; }
+  // Where a block's activations are staged: those that are first in their unit, then those that are second.
+  static constexpr int stage_of(int b) { return in_unit(b) * UNITS + unit_of(b); }
+  static constexpr int digit_of(int unit) { return TURNS ? unit / TURNS : unit % DIGITS; }
   static __device__ __forceinline__ int unit_of_lane(int span) {
-    const int t = thread() % 4;
-    return least(span * EACH_SPAN + (HALVES ? t >> 1 : t), UNITS - 1);
+    return least(span * EACH_SPAN + (int)(thread() % 4), UNITS - 1);
   }
   // The first block of a lane's unit.
   static __device__ __forceinline__ int block_of_lane(int span) {
     const int unit = unit_of_lane(span);
-    return unit < OWN_UNITS ? unit * FUSE : unit - OWN_UNITS + OWN_OF;
+    return unit < OWN_UNITS ? unit * EACH : unit - OWN_UNITS + OWN_OF;
   }
-  // Digits of own blocks stay where they lie in their bytes, which brings a unit's sums to scale.
-  static constexpr int place_of(int unit) { return unit < OWN_UNITS ? byte_place(unit % DIGITS) : 0; }
+  // What brings its sums to scale, as digits of the first blocks stay where they lie in their bytes.
   static __device__ __forceinline__ float shrink_of_lane(int span) {
-    return __int_as_float(127 - place_of(unit_of_lane(span)) << 23);
+    const int unit = unit_of_lane(span), place = unit < OWN_UNITS ? place_of(digit_of(unit)) : 0;
+    return __int_as_float(127 - place << 23);
   }
 };
-// Where a lane's half begins in a block.
-__device__ __forceinline__ int half_of_lane() { return HALVES ? thread() % 2 * 16 : 0; }
-using OfWidth = Spans<OF_WARP, OWN_BLOCKS, FUSED>;
+using OfWidth = Spans<OF_WARP, OWN_BLOCKS, FUSED, 0>;
 constexpr int SPANS = OfWidth::COUNT;
 constexpr int UNITS_OF_STREAM = 1;  // That a lane asks for: its eight elements of a block.
 
-// What a thread needs time and again: where its bytes of a row's late blocks begin and how far their digits are moved,
-// where the scales of its columns lie behind those of the row, where its activations are.
+// Where scales are, in bytes behind the first one of a row, of the block that begins with `element`. Those of two halves of
+// a block are a pair where each has one of its own.
+struct ScalesAt {
+  int part[PARTS];
+};
+template <int DEPTH>
+constexpr bool PAIRED = HALVES && GROUP == 16 && plane(DEPTH) % 32 == 0 && DEPTH % 32 == 0;
+template <int DEPTH>
+__device__ __forceinline__ ScalesAt scales_of(int element) {
+  ScalesAt at;
+#pragma unroll
+  for (int i = 0; i < PARTS; i++)
+    at.part[i] = least(element + 16 * i, DEPTH - (PAIRED<DEPTH> ? 32 - 16 * i : 1)) / most(GROUP, 1) * 2;
+  return at;
+}
+// They, in the low halves, and the zero points.
+struct RawSteps {
+  u32 part[PARTS];
+};
+template <int DEPTH>
+__device__ __forceinline__ RawSteps load_steps(u32 row, const ScalesAt& at) {
+  RawSteps raw;
+  const u8* from = dynamic_shared() + row;
+  if (PAIRED<DEPTH>) {
+    const u32 scales = *(const u32*)(from + at.part[0]), zeros = *(const u32*)(from + at.part[0] + meta_bytes(DEPTH));
+#pragma unroll
+    for (int i = 0; i < PARTS; i++) raw.part[i] = byte_permute(scales, zeros, i ? 0x7632 : 0x5410);
+  } else {
+#pragma unroll
+    for (int i = 0; i < PARTS; i++)
+      raw.part[i] = *(const u16*)(from + at.part[i]) | (u32)*(const u16*)(from + at.part[i] + meta_bytes(DEPTH)) << 16;
+  }
+  return raw;
+}
+// A unit's sums, the first and the last of `c`, and its total make a part of a row's sum: an offset is scale times zero point.
+struct Steps {
+  float scale[PARTS], offset[PARTS];
+  __device__ __forceinline__ void fill(const RawSteps& raw, float shrink) {
+#pragma unroll
+    for (int i = 0; i < PARTS; i++) {
+      scale[i] = low_of(raw.part[i]), offset[i] = scale[i] * high_of(raw.part[i]);
+      scale[i] *= shrink;
+    }
+  }
+  __device__ __forceinline__ float apply(float first, float last, const float (&total)[PARTS]) const {
+    if (PARTS == 1) return scale[0] * (first + last) - offset[0] * total[0];
+    constexpr int SECOND = PARTS - 1;
+    return scale[0] * first - offset[0] * total[0] + (scale[SECOND] * last - offset[SECOND] * total[SECOND]);
+  }
+};
+
+// What a thread needs time and again: where its bytes of a row's late blocks begin and which digit they are, where the
+// scales of its columns lie behind those of the row, where its activations are and where they are staged.
 struct Lane {
-  u32 late_at[most(LATE, 1)], late_digit[most(LATE, 1)], scale_at[SPANS];
+  u32 late_at[most(LATE, 1)], late_digit[most(LATE, 1)];
+  ScalesAt scales_at[SPANS];
   float shrink[SPANS];
-  int asked;
+  int asked, stage;
   const u16* stream;
 
   __device__ __forceinline__ void fill(const Arguments& a) {
@@ -1177,16 +1232,16 @@ struct Lane {
     for (int i = 0; i < LATE; i++) {
       // Behind the last block the activations are zero.
       const Block block = block_of(OWN_BLOCKS + i);
-      late_at[i] = least(block.run, runs(WIDTH) - 1) * 32 + t * 8, late_digit[i] = block.digit;
+      late_at[i] = least(block.run, runs(WIDTH) - 1) * 32 + t * APIECE_OF_LANE, late_digit[i] = block.digit;
     }
 #pragma unroll
     for (int i = 0; i < SPANS; i++) {
       const Block block = block_of(OfWidth::block_of_lane(i));
-      const int element = block.digit * plane(WIDTH) + block.run * 32 + half_of_lane();
-      scale_at[i] = least(element, WIDTH - 1) / most(GROUP, 1) * 2, shrink[i] = OfWidth::shrink_of_lane(i);
+      scales_at[i] = scales_of<WIDTH>(block.digit * plane(WIDTH) + block.run * 32), shrink[i] = OfWidth::shrink_of_lane(i);
     }
     const int b = lane / 4;
     const Block block = block_of(b);
+    stage = b < OF_WARP ? OfWidth::stage_of(b) : -1;
     asked = b < OF_WARP && block.there ? least(element_of<WIDTH>(block.run, block.digit), WIDTH) : WIDTH;
     stream = asked < WIDTH ? a.stream + program() % COPIES * (2 * WIDTH) + asked : nullptr;
   }
@@ -1196,27 +1251,39 @@ struct Lane {
   // Whether no other warp in front of this one has the same.
   __device__ __forceinline__ bool counts() const { return true; }
 };
-// The first of a lane's eight elements of a warp's block.
-__device__ __forceinline__ int element_of(int b) {
-  const Block block = block_of(b);
-  return b < OF_WARP && block.there ? element_of<WIDTH>(block.run, block.digit) : WIDTH;
+
+// A digit that only the lane knows, one of `first` to `last`, of eight packed elements.
+__device__ __forceinline__ void integers_of(u32 (&q)[4], Packed& packed, int digit, int first, int last) {
+  if (BITS == 158) {
+#pragma unroll
+    for (int i = 0; i < DIGITS; i++)
+      if (i >= first && i <= last && (i == digit || i == first)) integers(q, packed, i);
+  } else {
+    // It is brought to where the first one lies.
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      packed.raw[i] >>= LOW_BITS * digit;
+#pragma unroll
+      for (int odd = 0; odd < 2; odd++)
+        if (BITS == 3) packed.high[i][odd] >>= 2 * digit;
+    }
+    integers(q, packed, 0);
+  }
 }
 
-// The weights of a product with `WIDTH` elements, from shared memory into registers, as bytes, with scales and zero points
-// for a lane's columns.
+// The weights of a product with `WIDTH` elements, from shared memory into registers, with scales and zero points for a lane's
+// columns.
 template <int STEP>
 struct Weights {
-  static constexpr int EIGHTS = RowsOf<STEP>::EIGHTS, CHUNKS = RowsOf<STEP>::CHUNKS;
-  u32 kept[EIGHTS][OF_WARP][2];
-  float scale[EIGHTS][SPANS], offset[EIGHTS][SPANS];  // An offset is scale times zero point.
+  static constexpr int EIGHTS = RowsOf<STEP>::EIGHTS, CHUNKS = RowsOf<STEP>::CHUNKS, ALL = RowsOf<STEP>::ALL;
+  u32 kept[EIGHTS][OF_WARP][4];
+  Steps steps[EIGHTS][SPANS];
   u32 last;  // What was loaded last.
 
   // Where a lane's row of an eight lies. At home the rows are one behind the other, and most of it is known.
-  static __device__ __forceinline__ u32 row_at(const Shared& sh, const Line& line, int place, int eight) {
-    constexpr int ALL = RowsOf<STEP>::ALL;
-    const int row = 8 * eight + thread() / 4 % 8;
-    if (totals_of(ALL) == IN_LAST_ROW && eight == EIGHTS - 1 && row % 8 == 7) return ones_at(sh, WIDTH);
+  static __device__ __forceinline__ u32 row_at(const Line& line, int place, int eight) {
     if (!AT_HOME) return line.row;
+    const int row = 8 * eight + thread() / 4 % 8;
     return place + (8 * eight + 8 <= ALL ? row : least(row, ALL - 1)) * stride(WIDTH);
   }
 
@@ -1226,7 +1293,7 @@ struct Weights {
   __device__ __forceinline__ void load(const Lane& lane, State& s, Shared& sh, Look look) {
     const int warp = thread() / 32, t = thread() % 4;
     const int place = take(sh, s, STEP, CHUNKS);
-    u16 scales[EIGHTS][SPANS], zeros[EIGHTS][SPANS];
+    RawSteps raw[EIGHTS][SPANS];
 #pragma unroll
     for (int h = 0; h < EIGHTS; h++) {
       if (h == LOOK_AT) {
@@ -1235,185 +1302,146 @@ struct Weights {
         __syncwarp();
       }
       const Line line = line_of<STEP>(sh, place, h);
-      const u32 row = row_at(sh, line, place, h);
+      const u32 row = row_at(line, place, h);
 #pragma unroll
       for (int turn = 0; turn < OWN; turn++) {
         Packed packed;
-        const int in = ((turn / FUSED * WARPS + warp) * FUSED + turn % FUSED) * 32 + t * 8;
+        const int in = ((turn / FUSED * WARPS + warp) * FUSED + turn % FUSED) * 32 + t * APIECE_OF_LANE;
         load_packed<WIDTH>(packed, row, in, in);
 #pragma unroll
         for (int digit = 0; digit < DIGITS; digit++)
-          bytes_of(kept[h][(turn / FUSED * DIGITS + digit) * FUSED + turn % FUSED], packed, digit);
+          integers(kept[h][(turn / FUSED * DIGITS + digit) * FUSED + turn % FUSED], packed, digit);
       }
 #pragma unroll
       for (int late = 0; late < LATE; late++) {
         Packed packed;
-        const u32 digit = lane.late_digit[late];
         load_packed<WIDTH>(packed, row, lane.late_at[late], lane.late_at[late]);
-        u32(&q)[2] = kept[h][OWN_BLOCKS + late];
-        if (BITS == 158) {
-          q[0] = q[1] = 0;
-#pragma unroll
-          for (int i = 0; i < DIGITS; i++)
-            if (i == digit) bytes_of(q, packed, i);
-        } else {
-          // The digit is brought to where the first one lies.
-#pragma unroll
-          for (int i = 0; i < 2; i++) {
-            packed.raw[i] >>= LOW_BITS * digit;
-            if (BITS == 3) packed.high[i][0] = packed.high[i][1] >> 2 * digit << 2;
-          }
-          bytes_of(q, packed, 0);
-        }
+        integers_of(kept[h][OWN_BLOCKS + late], packed, lane.late_digit[late], 0, DIGITS - 1);
       }
 #pragma unroll
-      for (int i = 0; i < SPANS; i++) {
-        const u16* from = (const u16*)(dynamic_shared() + line.meta + lane.scale_at[i]);
-        scales[h][i] = from[0], zeros[h][i] = from[meta_bytes(WIDTH) / 2];
-      }
+      for (int i = 0; i < SPANS; i++) raw[h][i] = load_steps<WIDTH>(line.meta, lane.scales_at[i]);
     }
     release(sh, place, STEP, CHUNKS);
     if (LOOK_AT == EIGHTS) look();
 #pragma unroll
     for (int h = 0; h < EIGHTS; h++)
 #pragma unroll
-      for (int i = 0; i < SPANS; i++) {
-        scale[h][i] = widen(scales[h][i]) * lane.shrink[i];
-        offset[h][i] = scale[h][i] * widen(zeros[h][i]);
-      }
-    last = scales[EIGHTS - 1][SPANS - 1];
+      for (int i = 0; i < SPANS; i++) steps[h][i].fill(raw[h][i], lane.shrink[i]);
+    last = raw[EIGHTS - 1][SPANS - 1].part[0];
   }
 };
 
-// Sums are counted from the number in whose mantissa integers below 2 ** 22 lie as they are. Of two digits, in units of the
-// first one's:
-constexpr int ORIGIN_OF_SUMS = 0x4B400000;
-__device__ __forceinline__ float sum_of(int first, int second) {
-  // The origin and a 256th of it, taken away where both are exact.
-  constexpr float BOTH = 12582912.0f + 49152.0f;
-  return __int_as_float(second) * (1.0f / 256) + (__int_as_float(first) - BOTH);
-}
-// `BLOCKS` blocks of activations in the columns, which multiply tiles of weights.
-template <int BLOCKS, int OWN_OF, int FUSE, int TILES, Totals TOTALS>
+// A warp's staged activations, in the columns of the units that they are of.
+template <class Of>
 struct Columns {
-  using Of = Spans<BLOCKS, OWN_OF, FUSE>;
-  uint2 y[BLOCKS];
+  uint2 y[Of::COUNT][Of::OF_UNIT];  // Of the unit that the lane's column has in each span.
 
-  // Of one span.
-  __device__ __forceinline__ void load(const Shared& sh, int span) {
-    const u32 id = thread();
-    const int warp = id / 32, g = id / 4 % 8, t = id % 4;
+  __device__ __forceinline__ void load(const u16 (*staged)[32]) {
+    const u32 g = thread() / 4 % 8, t = thread() % 4;
 #pragma unroll
-    for (int b = 0; b < BLOCKS; b++) {
-      if (Of::unit_of(b) / EACH_SPAN != span) continue;
-      y[b] = {};
-      const int columns = HALVES ? Of::unit_of(b) % 2 * 2 + (t >> 1) : Of::unit_of(b) % 4;
-      if (g >> 1 == columns) y[b] = *(const uint2*)&sh.staged[warp][b][g % 2][t * 8];
-    }
-  }
-  // The sums of a span for both of a lane's rows of each tile, `bytes(q, tile, half, b)` of them, and for the row of ones.
-  // Chains of products stand side by side, of one tile two: one after another, each would be waited for.
-  template <class Bytes>
-  __device__ __forceinline__ void multiply(float (&sums)[TILES][2], float& total, int span, Bytes bytes) const {
-    constexpr int CHAINS = TILES == 1 ? 2 : 1, ALL = TILES + (TOTALS == IN_TILE);
-    int c[CHAINS][ALL][4] = {}, done = 0;
+    for (int span = 0; span < Of::COUNT; span++)
 #pragma unroll
-    for (int b = 0; b < BLOCKS; b++) {
-      if (Of::unit_of(b) / EACH_SPAN != span) continue;
-#pragma unroll
-      for (int tile = 0; tile < ALL; tile++) {
-        const u32 ones = 0x01010101u << Of::place_of(Of::unit_of(b));
-        u32 q[2][2] = {{ones, ones}, {ones, ones}};
-        if (tile < TILES) bytes(q[0], tile, 0, b);
-        if (tile < TILES - (TOTALS == IN_HALF)) bytes(q[1], tile, 1, b);
-        const int start = done ? 0 : ORIGIN_OF_SUMS, origin[4] = {start, start, start, start};
-        int(&sum)[4] = c[done % CHAINS][tile];
-        if (done < CHAINS)
-          multiply_bytes(sum, q[0][0], q[1][0], q[0][1], q[1][1], y[b].x, y[b].y, origin);
-        else
-          multiply_bytes(sum, q[0][0], q[1][0], q[0][1], q[1][1], y[b].x, y[b].y, sum);
+      for (int i = 0; i < Of::OF_UNIT; i++) {
+        const int unit = span * EACH_SPAN + g / 2;
+        y[span][i] = {};
+        if (unit < (i ? Of::OWN_UNITS : Of::UNITS))
+          y[span][i] = *(const uint2*)&staged[i * Of::UNITS + unit][HALVES ? g % 2 * 16 + t * 4 : t * 8 + g % 2 * 4];
       }
-      done++;
-    }
+  }
+  // Of a block, with zeros in the columns of all others.
+  __device__ __forceinline__ uint2 of(int b) const {
+    const int unit = Of::unit_of(b);
+    uint2 x = y[unit / EACH_SPAN][Of::in_unit(b)];
+    if ((int)(thread() / 8 % 4) != unit % EACH_SPAN) x = {};
+    return x;
+  }
+  // The sums of a lane's unit, times those of `integers` that are one.
+  __device__ __forceinline__ void add_up(float (&total)[PARTS], int span) const {
+    constexpr u32 ONES = twice(1), q[4] = {ONES, ONES, ONES, ONES};
+    float c[4] = {};
 #pragma unroll
-    for (int tile = 0; tile < ALL; tile++) {
-      if (CHAINS > 1)
-#pragma unroll
-        for (int i = 0; i < 4; i++) c[0][tile][i] += c[CHAINS - 1][tile][i];
-      const int(&sum)[4] = c[0][tile];
-      if (tile < TILES) sums[tile][0] = sum_of(sum[0], sum[1]), sums[tile][1] = sum_of(sum[2], sum[3]);
-      if (tile == ALL - 1) total = sum_of(sum[2], sum[3]);
-    }
-    // The last row's lanes have those of their columns.
-    if (TOTALS == IN_LAST_ROW) total = __shfl_sync(~0u, total, 28 + thread() % 4);
+    for (int i = 0; i < Of::OF_UNIT; i++) multiply_integers(c, q, y[span][i]);
+    total[0] = HALVES ? c[0] : c[0] + c[1];
+    if (HALVES) total[PARTS - 1] = c[1];
   }
 };
 
 // The product of weights with a warp's staged activations: a lane's part of the sums of its rows.
 template <int EIGHTS>
 struct Sums {
-  static constexpr int TILES = ratio(EIGHTS, 2);
-  float of[TILES][2];
+  float of[EIGHTS];
 
+  // Chains of products stand side by side, of few rows two to each: one after another, each would be waited for.
   template <int STEP>
-  __device__ __forceinline__ void multiply(const Weights<STEP>& weights, const Shared& sh, float grain) {
-    Columns<OF_WARP, OWN_BLOCKS, FUSED, TILES, totals_of(RowsOf<STEP>::ALL)> columns;
+  __device__ __forceinline__ void multiply(const Weights<STEP>& weights, const Shared& sh, float worth) {
+    constexpr int CHAINS = EIGHTS > 2 ? 1 : 2;
+    Columns<OfWidth> columns;
+    columns.load(sh.staged[thread() / 32][0]);
+    float total[SPANS][PARTS];
 #pragma unroll
-    for (int i = 0; i < SPANS; i++) columns.load(sh, i);
+    for (int i = 0; i < SPANS; i++) columns.add_up(total[i], i);
+    float c[SPANS][EIGHTS][CHAINS][4] = {};
 #pragma unroll
-    for (int tile = 0; tile < TILES; tile++) of[tile][0] = of[tile][1] = 0;
+    for (int b = 0; b < OF_WARP; b++) {
+      const uint2 x = columns.of(b);
 #pragma unroll
-    for (int i = 0; i < SPANS; i++) {
-      float sums[TILES][2], total;
-      columns.multiply(sums, total, i, [&](u32(&q)[2], int tile, int half, int b) {
-        q[0] = weights.kept[2 * tile + half][b][0], q[1] = weights.kept[2 * tile + half][b][1];
-      });
-#pragma unroll
-      for (int tile = 0; tile < TILES; tile++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          const int eight = least(2 * tile + half, EIGHTS - 1);
-          of[tile][half] += weights.scale[eight][i] * sums[tile][half] - weights.offset[eight][i] * total;
-        }
+      for (int h = 0; h < EIGHTS; h++)
+        multiply_integers(c[OfWidth::unit_of(b) / EACH_SPAN][h][b % CHAINS], weights.kept[h][b], x);
     }
 #pragma unroll
-    for (int tile = 0; tile < TILES; tile++) of[tile][0] *= grain, of[tile][1] *= grain;
+    for (int h = 0; h < EIGHTS; h++) {
+      of[h] = 0;
+#pragma unroll
+      for (int i = 0; i < SPANS; i++) {
+        float first = c[i][h][0][0], last = c[i][h][0][3];
+        if (CHAINS > 1) first += c[i][h][CHAINS - 1][0], last += c[i][h][CHAINS - 1][3];
+        of[h] += weights.steps[h][i].apply(first, last, total[i]);
+      }
+      of[h] *= worth;
+    }
   }
-  // Four lanes have parts of both rows' sums: of a tile's first eight rows the first lane stores the sum, of the others
-  // the second.
+  // Four lanes have parts of a row's sums in each eight: of four eights, each ends up with the sum of one.
   __device__ __forceinline__ void store(Shared& sh, int side) {
-    const u32 id = thread();
-    const bool odd = id % 2;
-    float mine[TILES];
+    const u32 id = thread(), t = id % 4;
+    const bool odd = t & 1, upper = t & 2;
 #pragma unroll
-    for (int tile = 0; tile < TILES; tile++)
-      mine[tile] = (odd ? of[tile][1] : of[tile][0]) + __shfl_xor_sync(~0u, odd ? of[tile][0] : of[tile][1], 1);
+    for (int first = 0; first < EIGHTS; first += 4) {
+      const int there = least(EIGHTS - first, 4);
+      float half[2];
 #pragma unroll
-    for (int tile = 0; tile < TILES; tile++) mine[tile] += __shfl_xor_sync(~0u, mine[tile], 2);
-    if (id % 4 > 1) return;
-#pragma unroll
-    for (int tile = 0; tile < TILES; tile++) sum_at(sh, side, 16 * tile, 8 * (id % 4) + id / 4 % 8) = mine[tile];
+      for (int i = 0; i < 2; i++) {
+        if (2 * i >= there) continue;
+        const int h = first + 2 * i;
+        const float one = of[h], other = 2 * i + 1 < there ? of[least(h + 1, EIGHTS - 1)] : one;
+        half[i] = (odd ? other : one) + __shfl_xor_sync(~0u, odd ? one : other, 1);
+      }
+      const float one = half[0], other = there > 2 ? half[1] : one;
+      const float sum = (upper ? other : one) + __shfl_xor_sync(~0u, upper ? one : other, 2);
+      if (there == 4 || (int)t < there) sum_at(sh, side, 8 * first, 8 * t + id / 4 % 8) = sum;
+    }
   }
 };
 
-// A lane's eight activations of a block as digits.
-__device__ __forceinline__ void stage_digits(Shared& sh, int b, const float (&x)[8], const Grain& grain) {
-  u32 words[2][DIGITS_OF_X];
-  digits_of(words[0], {x[0], x[1], x[2], x[3]}, grain.up);
-  digits_of(words[1], {x[4], x[5], x[6], x[7]}, grain.up);
-  const u32 id = thread();
+// A lane's eight activations, in the order of `integers`.
+__device__ __forceinline__ void stage_halves(u16* to, const float (&x)[8], const Grain& grain) {
+  u32 pairs[4];
 #pragma unroll
-  for (int digit = 0; digit < DIGITS_OF_X; digit++)
-    *(uint2*)&sh.staged[id / 32][b][digit][id % 4 * 8] = {words[0][digit], words[1][digit]};
+  for (int i = 0; i < 4; i++) {
+    const int from = i / 2 * 4 + i % 2;
+    pairs[i] = pack_f16(x[from] * grain.up, x[from + 2] * grain.up);
+  }
+  *(uint4*)to = {pairs[0], pairs[1], pairs[2], pairs[3]};
 }
-// All that a warp multiplies, a lane's eight of block `b`; what sums of them are worth.
-__device__ __forceinline__ float stage_eight(Shared& sh, int b, const float (&x)[8]) {
+// Of all that a warp multiplies; what sums of them are worth.
+__device__ __forceinline__ float stage_eight(Shared& sh, const Lane& own, const float (&x)[8]) {
   u32 largest = 0;
+  if (BF16)
 #pragma unroll
-  for (int j = 0; j < 8; j++) largest = most(largest, magnitude(x[j]));
+    for (int j = 0; j < 8; j++) largest = most(largest, magnitude(x[j]));
   const Grain grain = grain_of(largest);
-  stage_digits(sh, b, x, grain);
-  return grain.down * 256;
+  const u32 id = thread();
+  if (own.stage >= 0) stage_halves(&sh.staged[id / 32][own.stage][0][id % 4 * 8], x, grain);
+  return worth_of(grain);
 }
 // Eight elements of the stream.
 __device__ __forceinline__ void values_of(float (&x)[8], const uint4 (&units)[UNITS_OF_STREAM]) {
@@ -1638,10 +1666,10 @@ __device__ __forceinline__ void product_of_stream(const Arguments& a, const Lane
     sum += x[j], squares += x[j] * x[j];
     x[j] *= j % 2 ? high_of(gain[j / 2]) : low_of(gain[j / 2]);
   }
-  const float grain = stage_eight(sh, lane / 4, x);
+  const float worth = stage_eight(sh, own, x);
   __syncwarp();
   Sums<RowsOf<STEP>::EIGHTS> sums;
-  sums.multiply(weights, sh, grain);
+  sums.multiply(weights, sh, worth);
   // The layer norm's moments, of what this warp asked for: even lanes add up values and odd ones squares.
   if (!own.counts()) sum = squares = 0;
   float moment = lane % 2 ? squares : sum;
@@ -1734,7 +1762,7 @@ __device__ __forceinline__ void product_of_runs(const Arguments& a, const Lane& 
   weights.load(own, s, sh, [] {});
 
   // A lane takes eight elements of a block. Heads lie 8 runs apart.
-  const int b = thread() % 32 / 4, element = own.element();
+  const int element = own.element();
   const bool inside = element < WIDTH;
   const int head = program() % COPIES * HEADS + element / 64;
   const int unit = head * (8 * 64) + element % 64;
@@ -1743,10 +1771,10 @@ __device__ __forceinline__ void product_of_runs(const Arguments& a, const Lane& 
     merge<SELF_SPLITS>(x, a.own_runs + unit, a.own_logs + head * LOGS, inside, s.tag);
   else
     merge<CROSS_SPLITS>(x, a.cross_runs + unit, a.cross_logs + head * LOGS, inside, s.tag);
-  const float grain = stage_eight(sh, b, x);
+  const float worth = stage_eight(sh, own, x);
   __syncwarp();
   Sums<RowsOf<STEP>::EIGHTS> sums;
-  sums.multiply(weights, sh, grain);
+  sums.multiply(weights, sh, worth);
   sums.store(sh, side_of(STEP));
   s.stream_tag ^= 1;
   hand_over(STEP, [&] { ask_for_gains(own, s, sh, layer, norm_of(STEP) + 1); });
@@ -1853,113 +1881,170 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, const Lane
   hand_over(FC2, [&] { ask_for_gains(own, s, sh, layer + 1, 0); });
 }
 #else
-// The product with the hidden layer: many elements, few rows. Two runs of a group follow each other.
+// The product with the hidden layer: many elements, few rows. Eight of them fill a tile's rows. The others take its rows
+// several times over, each time with another unit of the span, whose activations are in columns of their own.
 __device__ __forceinline__ void product_of_hidden(const Arguments& a, const Lane& own, State& s, Shared& sh, int layer) {
-  constexpr int FUSE = fuses(FFN) && runs(FFN) % WARPS == 0 ? 2 : 1;
-  constexpr int BLOCKS = HIDDEN_BLOCKS, UNITS = ratio(BLOCKS * 4, 32);
-  using Of = Spans<BLOCKS, BLOCKS, FUSE>;
-  constexpr int HALVES_OF_TILE = ROWS > 8 ? 2 : 1;
-  constexpr Totals TOTALS = totals_of(ROWS);
+  // Two runs of a group follow each other.
+  constexpr int FUSE = fuses(FFN) && runs(FFN) % WARPS == 0 ? 2 : 1, TURNS = turns(FFN) / FUSE;
+  constexpr int BLOCKS = HIDDEN_BLOCKS, ASKED = ratio(BLOCKS * 4, 32);
+  using Of = Spans<BLOCKS, BLOCKS, FUSE, TURNS>;
+  constexpr int REST = most(ROWS - 8, 0), EACH = REST > 4 ? 8 : REST > 2 ? 4 : 2, SUBS = least(8 / EACH, EACH_SPAN);
+  constexpr int TIMES = REST ? EACH_SPAN / SUBS : 0, SUMS_OF_REST = REST ? Of::COUNT : 0;
   const u32 id = thread();
-  const int warp = id / 32, lane = id % 32, t = id % 4;
+  const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4;
   const int place = take(sh, s, FC2, chunks_of(FC2));
-  // Blocks of a run, and of those that are fused with it, stand together.
-  auto run_of = [&](int b) { return (b / (DIGITS * FUSE) * WARPS + warp) * FUSE + b % FUSE; };
-  auto digit_of = [](int b) { return b / FUSE % DIGITS; };
-  uint4 units[UNITS];
+  auto run_of = [&](int unit, int i) { return (unit % TURNS * WARPS + warp) * FUSE + i; };
+  uint4 units[ASKED];
   u32 missing = 0;
   bool there;
   auto unit_at = [&](int i) {
-    const int b = (i * 32 + lane) / 4, run = run_of(b), element = digit_of(b) * plane(FFN) + run * 32 + t * 8;
+    const int b = (i * 32 + lane) / 4, unit = b / FUSE, run = run_of(unit, b % FUSE);
+    const int element = Of::digit_of(unit) * plane(FFN) + run * 32 + t * 8;
     there = b < BLOCKS && run < runs(FFN) && run * 32 + t * 8 < plane(FFN) && element < FFN;
     return a.hidden + program() % COPIES * FFN + element;
   };
 #pragma unroll
-  for (int i = 0; i < UNITS; i++) {
+  for (int i = 0; i < ASKED; i++) {
     units[i] = {};
     unit_at(i);
     if (there) missing |= 1u << i;
   }
   auto look = [&] {
 #pragma unroll
-    for (int i = 0; i < UNITS; i++)
+    for (int i = 0; i < ASKED; i++)
       if (missing >> i & 1) units[i] = peek16(unit_at(i));
   };
-  u32 kept[HALVES_OF_TILE][BLOCKS][2], steps[HALVES_OF_TILE][Of::COUNT];
   const u32 metas = base_of(place, 0) + scales_at(FFN) + program() * ROWS * (groups(FFN) * 2) % 16;
+  auto load = [&](Packed& packed, int row, int run) {
+    // Behind the last run the activations are zero.
+    run = least(run, runs(FFN) - 1);
+    const int chunk = parts(FFN) == 1 ? 0 : run / (PART * WARPS), in_lane = t * APIECE_OF_LANE;
+    const int in_chunk = (run - chunk * (PART * WARPS)) * RUN_BYTES;
+    load_packed<FFN>(packed, base_of(place, chunk) + row * stride(FFN), in_chunk + in_lane, run * 32 + in_lane);
+  };
+  auto load_steps_of = [&](int row, int span) {
+    const int unit = Of::unit_of_lane(span), element = Of::digit_of(unit) * plane(FFN) + run_of(unit, 0) * 32;
+    return load_steps<FFN>(metas + row * meta_stride(FFN), scales_of<FFN>(element));
+  };
+  u32 kept[BLOCKS][4], rest[most(SUMS_OF_REST * TIMES * FUSE, 1)][4];
+  RawSteps raw[Of::COUNT], raw_rest[most(SUMS_OF_REST, 1)];
 #pragma unroll
-  for (int half = 0; half < HALVES_OF_TILE; half++) {
-    const int row = least(8 * half + id / 4 % 8, ROWS - 1);
-    const bool one = TOTALS == IN_LAST_ROW && half == 1 && id / 4 % 8 == 7;
-    if (half == HALVES_OF_TILE - 1) {
-      __syncwarp();  // As above.
-      look();
-      __syncwarp();
+  for (int turn = 0; turn < TURNS; turn++)
+#pragma unroll
+    for (int i = 0; i < FUSE; i++) {
+      Packed packed;
+      load(packed, least(g, ROWS - 1), run_of(turn, i));
+#pragma unroll
+      for (int digit = 0; digit < DIGITS; digit++) integers(kept[(digit * TURNS + turn) * FUSE + i], packed, digit);
     }
+  __syncwarp();  // As above.
+  look();
+  __syncwarp();
 #pragma unroll
-    for (int i = 0; i < BLOCKS; i += DIGITS * FUSE)
+  for (int i = 0; i < Of::COUNT; i++) raw[i] = load_steps_of(least(g, ROWS - 1), i);
+  const int other_row = least(8 + g % EACH, ROWS - 1), sub = g / EACH % SUBS;
 #pragma unroll
-      for (int f = 0; f < FUSE; f++) {
-        // Behind the last run the activations are zero.
-        const int run = least(run_of(i + f), runs(FFN) - 1), chunk = parts(FFN) == 1 ? 0 : run / (PART * WARPS);
-        const int in_chunk = (run - chunk * (PART * WARPS)) * RUN_BYTES + t * 8;
+  for (int span = 0; span < SUMS_OF_REST; span++) {
+#pragma unroll
+    for (int time = 0; time < TIMES; time++)
+#pragma unroll
+      for (int i = 0; i < FUSE; i++) {
+        constexpr int LAST = Of::UNITS - 1;
+        const int first = span * EACH_SPAN + time * SUBS, unit = least(first + sub, LAST);
         Packed packed;
-        const u32 row_at = one ? ones_at(sh, FFN) : base_of(place, chunk) + row * stride(FFN);
-        load_packed<FFN>(packed, row_at, in_chunk, run * 32 + t * 8);
-#pragma unroll
-        for (int digit = 0; digit < DIGITS; digit++) bytes_of(kept[half][i + digit * FUSE + f], packed, digit);
+        load(packed, other_row, run_of(unit, i));
+        u32(&q)[4] = rest[(span * TIMES + time) * FUSE + i];
+        const u32 digit = Of::digit_of(unit);
+        // Few digits are possible.
+        const int from = Of::digit_of(least(first, LAST)), to = Of::digit_of(least(first + SUBS - 1, LAST));
+        integers_of(q, packed, digit, from, to);
       }
-#pragma unroll
-    for (int i = 0; i < Of::COUNT; i++) {
-      const int b = Of::block_of_lane(i);
-      const int element = digit_of(b) * plane(FFN) + run_of(b) * 32 + half_of_lane();
-      const u16* from = (const u16*)(dynamic_shared() + metas + row * meta_stride(FFN)) +
-                        least(element, FFN - 1) / most(GROUP, 1);
-      steps[half][i] = from[0] | (u32)from[meta_bytes(FFN) / 2] << 16;
-    }
+    raw_rest[span] = load_steps_of(other_row, span);
   }
   release(sh, place, FC2, chunks_of(FC2));
-  const u32 tag = tag_behind(s.tag, steps[HALVES_OF_TILE - 1][Of::COUNT - 1]);
+  Steps steps[Of::COUNT], steps_of_rest[most(SUMS_OF_REST, 1)];
+#pragma unroll
+  for (int i = 0; i < Of::COUNT; i++) steps[i].fill(raw[i], Of::shrink_of_lane(i));
+#pragma unroll
+  for (int i = 0; i < SUMS_OF_REST; i++) steps_of_rest[i].fill(raw_rest[i], 1);
+  const u32 tag = tag_behind(s.tag, REST ? raw_rest[most(SUMS_OF_REST, 1) - 1].part[0] : raw[Of::COUNT - 1].part[0]);
   Patience patience;
   while (true) {
 #pragma unroll
-    for (int i = 0; i < UNITS; i++)
+    for (int i = 0; i < ASKED; i++)
       if (fresh(units[i].x, tag)) missing &= ~(1u << i);
     if (!__any_sync(~0u, missing)) break;
     patience.spend();
     look();
   }
   u32 largest = 0;
+  if (BF16)
 #pragma unroll
-  for (int i = 0; i < UNITS; i++) {
-    const u32 words[4] = {units[i].x, units[i].y, units[i].z, units[i].w};
+    for (int i = 0; i < ASKED; i++) {
+      const u32 words[4] = {units[i].x, units[i].y, units[i].z, units[i].w};
 #pragma unroll
-    for (int j = 0; j < 4; j++) largest = larger_of_pairs(largest, words[j] & 0x7FFF7FFF);
-  }
+      for (int j = 0; j < 4; j++) largest = larger_of_pairs(largest, words[j] & 0x7FFF7FFF);
+    }
   const Grain grain = grain_of(most(magnitude(low_of(largest)), magnitude(high_of(largest))));
 #pragma unroll
-  for (int i = 0; i < UNITS; i++) {
+  for (int i = 0; i < ASKED; i++) {
+    const int b = (i * 32 + lane) / 4;
     const uint4& u = units[i];
-    stage_digits(sh, (i * 32 + lane) / 4, {low_of(u.x), high_of(u.x), low_of(u.y), high_of(u.y), low_of(u.z), high_of(u.z),
-                                           low_of(u.w), high_of(u.w)}, grain);
+    if (b >= BLOCKS) continue;
+    u16* to = &sh.hidden[warp][Of::stage_of(b)][t * 8];
+    if (BF16)
+      stage_halves(to, {low_of(u.x), high_of(u.x), low_of(u.y), high_of(u.y), low_of(u.z), high_of(u.z), low_of(u.w),
+                        high_of(u.w)}, grain);
+    else
+      *(uint4*)to = {byte_permute(u.x, u.y, 0x5410), byte_permute(u.x, u.y, 0x7632), byte_permute(u.z, u.w, 0x5410),
+                     byte_permute(u.z, u.w, 0x7632)};
   }
   __syncwarp();
-  Columns<BLOCKS, BLOCKS, FUSE, 1, TOTALS> columns;
-  Sums<2> sums;
-  sums.of[0][0] = sums.of[0][1] = 0;
+  Columns<Of> columns;
+  columns.load(sh.hidden[warp]);
+  // Products of all spans stand side by side.
+  float c[Of::COUNT][FUSE][4] = {}, d[most(SUMS_OF_REST, 1)][most(TIMES, 1)][4] = {}, total[Of::COUNT][PARTS];
 #pragma unroll
-  for (int i = 0; i < Of::COUNT; i++) {
-    columns.load(sh, i);
-    float span[1][2], total;
-    columns.multiply(span, total, i, [&](u32(&q)[2], int, int half, int b) {
-      q[0] = kept[half][b][0], q[1] = kept[half][b][1];
-    });
-    const float worth = grain.down * 256 * Of::shrink_of_lane(i);
+  for (int in_span = 0; in_span < EACH_SPAN; in_span++)
 #pragma unroll
-    for (int half = 0; half < HALVES_OF_TILE; half++)
-      sums.of[0][half] += low_of(steps[half][i]) * worth * (span[0][half] - high_of(steps[half][i]) * total);
+    for (int i = 0; i < FUSE; i++)
+#pragma unroll
+      for (int span = 0; span < Of::COUNT; span++) {
+        const int unit = span * EACH_SPAN + in_span;
+        if (unit < Of::UNITS) multiply_integers(c[span][i], kept[unit * FUSE + i], columns.of(unit * FUSE + i));
+      }
+#pragma unroll
+  for (int time = 0; time < TIMES; time++)
+#pragma unroll
+    for (int i = 0; i < FUSE; i++)
+#pragma unroll
+      for (int span = 0; span < SUMS_OF_REST; span++)
+        multiply_integers(d[span][time], rest[(span * TIMES + time) * FUSE + i], columns.y[span][i]);
+  float sum = 0, of_rest = 0;
+#pragma unroll
+  for (int span = 0; span < Of::COUNT; span++) {
+    columns.add_up(total[span], span);
+    sum += steps[span].apply(c[span][0][0] + (FUSE > 1 ? c[span][FUSE - 1][0] : 0),
+                             c[span][0][3] + (FUSE > 1 ? c[span][FUSE - 1][3] : 0), total[span]);
   }
-  sums.store(sh, side_of(FC2));
+  // A lane has the sums of its row with the units of its columns: where one is the row's unit, they count.
+#pragma unroll
+  for (int span = 0; span < SUMS_OF_REST; span++) {
+    float first = d[span][0][0], last = d[span][0][3];
+#pragma unroll
+    for (int time = 1; time < TIMES; time++)
+      if (t / SUBS == time) first = d[span][time][0], last = d[span][time][3];
+    of_rest += steps_of_rest[span].apply(first, last, total[span]);
+  }
+  if (t % SUBS != sub) of_rest = 0;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    if (step < 4) sum += __shfl_xor_sync(~0u, sum, step);
+    if (REST && (step < 4 || step >= 4 * EACH)) of_rest += __shfl_xor_sync(~0u, of_rest, step);
+  }
+  const float worth = worth_of(grain);
+  if (t == 0) sum_at(sh, side_of(FC2), 0, g) = sum * worth;
+  if (REST && t == 0 && g < EACH) sum_at(sh, side_of(FC2), 8, g) = of_rest * worth;
   s.stream_tag ^= 1;
   hand_over(FC2, [&] { ask_for_gains(own, s, sh, layer + 1, 0); });
 }
@@ -2179,9 +2264,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments
   const int other = thread() < 32 * FETCHER ? thread() : thread() - 32;
   if (thread() / 32 < WARPS) {
     fill_lines(sh);
-#if BITS != 16
-    fill_ones(sh);
-#endif
   }
   if (thread() / 32 != FETCHER) {
     constexpr int OTHERS = THREADS - 32;
