@@ -133,10 +133,16 @@ __device__ __forceinline__ void many_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
 #endif
 }
-// A pointer, or a place in shared memory, is computed here, and not where it is used.
+// A pointer, a place in shared memory or a value is computed here, and not where it is used.
 template <class T>
 __device__ __forceinline__ void settle(T*& p) { asm volatile("" : "+l"(p)); }
 __device__ __forceinline__ void settle(u32& place) { asm volatile("" : "+r"(place)); }
+__device__ __forceinline__ void settle(float& value) { asm volatile("" : "+f"(value)); }
+// Loads stay on their sides of it, in the order in which they are written.
+__device__ __forceinline__ void keep_order() {
+  __syncwarp();
+  asm volatile("" ::: "memory");
+}
 // A tag that is known only when `word` has been loaded: the compiler would have answers checked, and waited for, in front
 // of loads that could be under way meanwhile.
 __device__ __forceinline__ u32 tag_behind(u32 tag, u32 word) {
@@ -225,6 +231,7 @@ __device__ __forceinline__ u32 half_fma(u32 a, u32 b, u32 c) {
 template <class T>
 inline void settle(T&) {}
 inline u32 tag_behind(u32 tag, u32) { return tag; }
+inline void keep_order() {}
 #define program() ((int)blockIdx.x)
 inline u32 largest_of_warp(u32 x) {
   for (int step = 1; step < 32; step *= 2) {
@@ -394,7 +401,7 @@ constexpr int FLIGHT_BYTES = (SOME_ROWS ? 28 : BITS == 8 || BITS == 16 ? 56 : 42
 static_assert(BATCH > 1 || finishers(QKV) <= FINISHERS && finishers(FC1) <= FINISHERS, "");
 // Named barriers: one for each product and attention, of those that multiply with those that finish; and one for the
 // way back.
-enum { TABLES = 1, STEP_DONE = 2, PUBLISHED = STEP_DONE + STEPS };
+enum { TABLES = 1, STEP_DONE = 2, PUBLISHED = STEP_DONE + STEPS, MOMENTS };
 // Of a product with `WIDTH` elements a warp takes `OWN` runs. Those that are left over, fewer than there are warps, are
 // shared: packed ones, and those of several rows, by their blocks, which are dealt to the warps one after another; in 16
 // bits and for one row each by `SHARERS` warps, of which one takes the first eight rows, the next the second, and so on
@@ -1030,9 +1037,9 @@ struct Weights {
 #pragma unroll
     for (int h = 0; h < EIGHTS; h++) {
       if (h == EIGHTS / 2) {
-        __syncwarp();  // The compiler keeps loads on their sides of it.
+        keep_order();
         look();
-        __syncwarp();
+        keep_order();
       }
       const Line line = line_of<STEP>(sh, place, h);
 #pragma unroll
@@ -1054,8 +1061,9 @@ struct Sums {
   float of[EIGHTS];
 
   // Chains of products stand side by side: one after another, each would be waited for.
-  template <int STEP>
-  __device__ __forceinline__ void multiply(const Weights<STEP>& weights, const Shared& sh, float) {
+  // `meanwhile` is done when all of them have been asked for.
+  template <int STEP, class Meanwhile>
+  __device__ __forceinline__ void multiply(const Weights<STEP>& weights, const Shared& sh, float, Meanwhile meanwhile) {
     const u32 id = thread();
     const int warp = id / 32, g = id / 4 % 8, t = id % 4;
     // A lane has the activations of column g: the halves are in the first two and the remainders in the next two columns.
@@ -1073,6 +1081,7 @@ struct Sums {
       for (int h = 0; h < EIGHTS; h++) multiply_row(c[h], weights.kept[h][b], y[b].x, y[b].y);
 #pragma unroll
     for (int i = 0; i < SHARED; i++) multiply_row(of_shared[i], weights.shared[i], y[OF_WARP - 1].x, y[OF_WARP - 1].y);
+    meanwhile();
 #pragma unroll
     for (int h = 0; h < EIGHTS; h++) {
       of[h] = c[h][0] + c[h][3];
@@ -1297,9 +1306,9 @@ struct Weights {
 #pragma unroll
     for (int h = 0; h < EIGHTS; h++) {
       if (h == LOOK_AT) {
-        __syncwarp();  // The compiler keeps loads on their sides of it.
+        keep_order();
         look();
-        __syncwarp();
+        keep_order();
       }
       const Line line = line_of<STEP>(sh, place, h);
       const u32 row = row_at(line, place, h);
@@ -1322,7 +1331,10 @@ struct Weights {
       for (int i = 0; i < SPANS; i++) raw[h][i] = load_steps<WIDTH>(line.meta, lane.scales_at[i]);
     }
     release(sh, place, STEP, CHUNKS);
-    if (LOOK_AT == EIGHTS) look();
+    if (LOOK_AT == EIGHTS) {
+      keep_order();
+      look();
+    }
 #pragma unroll
     for (int h = 0; h < EIGHTS; h++)
 #pragma unroll
@@ -1372,8 +1384,9 @@ struct Sums {
   float of[EIGHTS];
 
   // Chains of products stand side by side, of few rows two to each: one after another, each would be waited for.
-  template <int STEP>
-  __device__ __forceinline__ void multiply(const Weights<STEP>& weights, const Shared& sh, float worth) {
+  // `meanwhile` is done when all of them have been asked for.
+  template <int STEP, class Meanwhile>
+  __device__ __forceinline__ void multiply(const Weights<STEP>& weights, const Shared& sh, float worth, Meanwhile meanwhile) {
     constexpr int CHAINS = EIGHTS > 2 ? 1 : 2;
     Columns<OfWidth> columns;
     columns.load(sh.staged[thread() / 32][0]);
@@ -1388,6 +1401,7 @@ struct Sums {
       for (int h = 0; h < EIGHTS; h++)
         multiply_integers(c[OfWidth::unit_of(b) / EACH_SPAN][h][b % CHAINS], weights.kept[h][b], x);
     }
+    meanwhile();
 #pragma unroll
     for (int h = 0; h < EIGHTS; h++) {
       of[h] = 0;
@@ -1471,9 +1485,9 @@ __device__ __forceinline__ void hand_over(int step, Meanwhile meanwhile) {
 // Whether this program has a run of self-attention's keys, if only the newest.
 __device__ __forceinline__ bool has_run(int slot) { return slot >= (int)(program() / HEADS) * SELF_RUN; }
 
-// A warp's tiles of 16 keys of this program's head that the cache holds, with their values: keys as the tensor cores take
-// them, a lane two rows of a tile; values as vectors of eight, a lane four rows. Rows that lie next to each other take
-// their halves in turn, so that lanes served together meet different banks.
+// A warp's tiles of 16 keys of this program's head that the cache holds, with their values: of keys a lane has two rows of a
+// tile, of values eight dimensions of four rows, both as the tensor cores take them. Keys that lie next to each other take
+// their halves in turn, and lanes with other values other dimensions, so that lanes served together meet different banks.
 template <bool OWN_KEYS>
 struct Cached {
   static constexpr int TILES = ratio(OWN_KEYS ? least(SELF_RUN, SLOTS) : CROSS_RUN, 16 * WARPS);
@@ -1481,9 +1495,13 @@ struct Cached {
   bool seen[TILES][2];
   bool all;  // Whether the first tiles of all warps are not all: a short text's are.
 
+  // Which of a tile's values a lane's `i`th one is, and the first of its dimensions.
+  static __device__ __forceinline__ int value_of(int i) { return i / 2 * 8 + thread() % 4 * 2 + i % 2; }
+  static __device__ __forceinline__ int dimensions_of_lane() { return (thread() / 4 % 8 ^ thread() % 4 * 2) * 8; }
+
   __device__ __forceinline__ void load(State& s, Shared& sh, int layer) {
     const u32 id = thread();
-    const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4, head = program() % HEADS;
+    const int warp = id / 32, g = id / 4 % 8, t = id % 4, head = program() % HEADS;
     const Span span = keys_of(OWN_KEYS, s.slot);
     const int piece = g & 1;
     all = !OWN_KEYS || span.count > 16 * WARPS;
@@ -1507,10 +1525,10 @@ struct Cached {
       for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-          const int key = (tile * WARPS + warp) * 16 + 4 * i + lane / 8;
+          const int key = (tile * WARPS + warp) * 16 + value_of(i);
           // A weight of zero does not hide what was never written.
           v[tile][i] = {};
-          if (key < span.count) v[tile][i] = fetch16(values + (span.first + key) * 64 + lane % 8 * 8);
+          if (key < span.count) v[tile][i] = fetch16(values + (span.first + key) * 64 + dimensions_of_lane());
         }
     } else {
       const int place = take(sh, s, CROSS_ATTENTION, KEY_CHUNKS);
@@ -1537,17 +1555,23 @@ struct Cached {
           const int begin = (tile * WARPS + warp) * 16 + 8 * half;
 #pragma unroll
           for (int i = 0; i < 2; i++)
-            v[tile][2 * half + i] = *(const uint4*)(rows + (4 * i + lane / 8) * 128 + lane % 8 * 16);
+            v[tile][2 * half + i] = *(const uint4*)(rows + value_of(i) * 128 + 2 * dimensions_of_lane());
           // What lies behind the last value may be no number, which a weight of zero does not hide.
           if (begin + 8 > span.count)
 #pragma unroll
             for (int i = 0; i < 2; i++)
-              if (begin + 4 * i + lane / 8 >= span.count) v[tile][2 * half + i] = {};
+              if (begin + value_of(i) >= span.count) v[tile][2 * half + i] = {};
         }
       release(sh, place, CROSS_ATTENTION, KEY_CHUNKS);
     }
   }
 };
+
+// Pairs of dimensions of four values times their weights: the first dimension's sums are c[0] and c[1], the second's the others.
+__device__ __forceinline__ void multiply_values(float (&c)[4], u32 v0, u32 v1, u32 v2, u32 v3, const u32 (&weights)[2]) {
+  multiply(c, byte_permute(v0, v1, 0x5410), byte_permute(v0, v1, 0x7632), byte_permute(v2, v3, 0x5410),
+           byte_permute(v2, v3, 0x7632), weights[0], weights[1]);
+}
 
 // Attention over them, when the query is there.
 template <bool OWN_KEYS>
@@ -1600,31 +1624,40 @@ __device__ __forceinline__ void attend(const Arguments& a, State& s, Shared& sh,
   }
 #pragma unroll
   for (int step = 4; step < 32; step *= 2) best = fmaxf(best, __shfl_xor_sync(~0u, best, step));
-  float total = 0, out[8] = {};
+  // Values are multiplied by weights that are in columns of the lanes that have them, halves in the even one and remainders
+  // in the odd one.
+  float total = 0, c[4][4] = {};
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++) {
     if (tile && !cached.all) continue;
+    u32 weights[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      score[tile][half] = exp2_fast(score[tile][half] - best);
-      total += score[tile][half];
+      const float mine = exp2_fast(score[tile][half] - best), other = __shfl_xor_sync(~0u, mine, 4);
+      total += mine;
+      const float first = g % 2 ? other : mine, second = g % 2 ? mine : other;
+      const u32 pair = pack(first, second);
+      weights[half] = g / 2 != t ? 0 : g % 2 ? pack(first - low_of(pair), second - high_of(pair)) : pair;
     }
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const float weight = __shfl_sync(~0u, score[tile][i / 2], (4 * (i % 2) + lane / 8) * 4);
-      const u32 pairs[4] = {cached.v[tile][i].x, cached.v[tile][i].y, cached.v[tile][i].z, cached.v[tile][i].w};
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        out[2 * j] += weight * low_of(pairs[j]);
-        out[2 * j + 1] += weight * high_of(pairs[j]);
-      }
-    }
+    const uint4(&v)[4] = cached.v[tile];
+    multiply_values(c[0], v[0].x, v[1].x, v[2].x, v[3].x, weights);
+    multiply_values(c[1], v[0].y, v[1].y, v[2].y, v[3].y, weights);
+    multiply_values(c[2], v[0].z, v[1].z, v[2].z, v[3].z, weights);
+    multiply_values(c[3], v[0].w, v[1].w, v[2].w, v[3].w, weights);
   }
 #pragma unroll
   for (int step = 4; step < 32; step *= 2) total += __shfl_xor_sync(~0u, total, step);
-  gather(out);
-  const int pair_at = lane % 8 * 8 + lane / 8 * 2;
-  *(float2*)&sh.runs[warp][pair_at] = {out[0], out[1]};
+  // Four lanes have sums for the same eight dimensions: each ends up with two.
+  float out[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const float first = c[i / 2][i % 2 * 2] + c[i / 2][i % 2 * 2 + 1];
+    const float second = c[2 + i / 2][i % 2 * 2] + c[2 + i / 2][i % 2 * 2 + 1];
+    out[i] = (t & 2 ? second : first) + __shfl_xor_sync(~0u, t & 2 ? first : second, 18);
+  }
+#pragma unroll
+  for (int i = 0; i < 2; i++) out[i] = (t & 1 ? out[2 + i] : out[i]) + __shfl_xor_sync(~0u, t & 1 ? out[i] : out[2 + i], 9);
+  *(float2*)&sh.runs[warp][cached.dimensions_of_lane() + 2 * t] = {out[0], out[1]};
   if (lane == 0) sh.tops[warp] = best, sh.totals[warp] = total;
   __syncwarp();
   bar_arrive(STEP_DONE + (OWN_KEYS ? OWN_ATTENTION : CROSS_ATTENTION), 32 * (WARPS + 1));
@@ -1668,16 +1701,20 @@ __device__ __forceinline__ void product_of_stream(const Arguments& a, const Lane
   }
   const float worth = stage_eight(sh, own, x);
   __syncwarp();
-  Sums<RowsOf<STEP>::EIGHTS> sums;
-  sums.multiply(weights, sh, worth);
-  // The layer norm's moments, of what this warp asked for: even lanes add up values and odd ones squares.
+  // The layer norm's moments, of what this warp asked for: even lanes add up values and odd ones squares. The finishing warps
+  // make of them what they can before the sums are there.
   if (!own.counts()) sum = squares = 0;
-  float moment = lane % 2 ? squares : sum;
-  moment += __shfl_xor_sync(~0u, lane % 2 ? sum : squares, 1);
+  Sums<RowsOf<STEP>::EIGHTS> sums;
+  sums.multiply(weights, sh, worth, [&] {
+    float moment = lane % 2 ? squares : sum;
+    moment += __shfl_xor_sync(~0u, lane % 2 ? sum : squares, 1);
 #pragma unroll
-  for (int step = 2; step < 32; step *= 2) moment += __shfl_xor_sync(~0u, moment, step);
+    for (int step = 2; step < 32; step *= 2) moment += __shfl_xor_sync(~0u, moment, step);
+    if (lane < 2) (lane ? sh.moments[id / 32].y : sh.moments[id / 32].x) = moment;
+    __syncwarp();
+    bar_arrive(MOMENTS + norm_of(STEP), 32 * (WARPS + finishers(STEP)));
+  });
   sums.store(sh, side_of(STEP));
-  if (lane < 2) (lane ? sh.moments[id / 32].y : sh.moments[id / 32].x) = moment;
   // The cache's keys and values come while the finishing warps are at work, if weights leave the memory the time.
   constexpr bool OWN_KEYS = STEP == QKV, AHEAD = OWN_KEYS && BITS != 16;
   const bool attending = STEP == FC1 ? false : OWN_KEYS ? attends(true) && has_run(s.slot) : attends(false);
@@ -1774,7 +1811,7 @@ __device__ __forceinline__ void product_of_runs(const Arguments& a, const Lane& 
   const float worth = stage_eight(sh, own, x);
   __syncwarp();
   Sums<RowsOf<STEP>::EIGHTS> sums;
-  sums.multiply(weights, sh, worth);
+  sums.multiply(weights, sh, worth, [] {});
   sums.store(sh, side_of(STEP));
   s.stream_tag ^= 1;
   hand_over(STEP, [&] { ask_for_gains(own, s, sh, layer, norm_of(STEP) + 1); });
@@ -1937,9 +1974,9 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, const Lane
 #pragma unroll
       for (int digit = 0; digit < DIGITS; digit++) integers(kept[(digit * TURNS + turn) * FUSE + i], packed, digit);
     }
-  __syncwarp();  // As above.
+  keep_order();
   look();
-  __syncwarp();
+  keep_order();
 #pragma unroll
   for (int i = 0; i < Of::COUNT; i++) raw[i] = load_steps_of(least(g, ROWS - 1), i);
   const int other_row = least(8 + g % EACH, ROWS - 1), sub = g / EACH % SUBS;
@@ -2088,12 +2125,28 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
   u16* cache = (u16*)sh.caches[layer][chunk == 2] + ((long long)(n / 64) * SLOTS + s.slot) * 64 + n % 64;
   u32 sums = (u32)((u8*)&sh.sums[side_of(step)][0][row / 2] - (u8*)&sh);
   settle(to), settle(cache), settle(sums);
+  // Of the layer norm, what sums are multiplied by and what is added.
+  float factor = 1;
+  if (from_stream(step)) {
+    static_assert(WARPS == 8, "");
+    bar_sync(MOMENTS + norm_of(step), 32 * (WARPS + finishers(step)));
+    float4 two[WARPS / 2];
+#pragma unroll
+    for (int i = 0; i < WARPS / 2; i++) two[i] = *(const float4*)&sh.moments[2 * i];
+    const float sum = (two[0].x + two[0].z + (two[1].x + two[1].z)) + (two[2].x + two[2].z + (two[3].x + two[3].z));
+    const float squares = (two[0].y + two[0].w + (two[1].y + two[1].w)) + (two[2].y + two[2].w + (two[3].y + two[3].w));
+    // Of values times `SHRINK`.
+    const float mean = sum * (GROW / WIDTH), variance = fmaxf(squares * (GROW * GROW / WIDTH) - mean * mean, 0.0f);
+    const float deviation = rsqrt_fast(variance + eps), shift = mean * deviation;
+    factor = deviation * GROW;
+#pragma unroll
+    for (int i = 0; i < 2; i++) first[i] -= shift * second[i];
+    settle(factor), settle(first[0]), settle(first[1]);
+  }
   bar_sync(STEP_DONE + step, 32 * (WARPS + finishers(step)));
-  float4 of_warps[4], two[WARPS / 2];
+  float4 of_warps[4];
 #pragma unroll
   for (int i = 0; i < 4; i++) of_warps[i] = *(const float4*)((const u8*)&sh + sums + i * sizeof(sh.sums[0][0]));
-#pragma unroll
-  for (int i = 0; i < WARPS / 2; i++) two[i] = *(const float4*)&sh.moments[2 * i];
   float total[2];
 #pragma unroll
   for (int i = 0; i < 2; i++) {
@@ -2101,14 +2154,8 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
     total[i] = (one.x + one.y + (one.z + one.w)) + (other.x + other.y + (other.z + other.w));
   }
   if (from_stream(step)) {
-    static_assert(WARPS == 8, "");
-    const float sum = (two[0].x + two[0].z + (two[1].x + two[1].z)) + (two[2].x + two[2].z + (two[3].x + two[3].z));
-    const float squares = (two[0].y + two[0].w + (two[1].y + two[1].w)) + (two[2].y + two[2].w + (two[3].y + two[3].w));
-    // Of values times `SHRINK`.
-    const float mean = sum * (GROW / WIDTH), variance = fmaxf(squares * (GROW * GROW / WIDTH) - mean * mean, 0.0f);
-    const float deviation = rsqrt_fast(variance + eps), factor = deviation * GROW, shift = mean * deviation;
 #pragma unroll
-    for (int i = 0; i < 2; i++) total[i] = total[i] * factor + (first[i] - shift * second[i]);
+    for (int i = 0; i < 2; i++) total[i] = total[i] * factor + first[i];
     if (step == FC1) {
       // Eight features, sixteen lanes, one unit.
       float y[2];
