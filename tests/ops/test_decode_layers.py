@@ -218,7 +218,7 @@ def test_emulated(changes):
     model = Model(SMALL._replace(**changes))
     assert ops.why_not(model.shape) is None
     model.valid[0, :3] = False
-    for seed, (slot, offset) in enumerate(((5, 3), (255, 0), (256, 0), (299, 3), (4, 3))):
+    for seed, (slot, offset) in enumerate(((5, 3), (127, 0), (128, 0), (256, 1), (299, 3), (4, 3))):
         compare(model, slot, offset, functools.partial(emulate, seed=seed))
 
 
@@ -274,7 +274,7 @@ def on_this_gpu(width, bits, group_size, dtype, *rows):
 def check_on_a_gpu(shape):
     model = Model(shape, "cuda")
     model.valid[0, :3] = False
-    for slot, offset in ((5, 3), (255, 0), (256, 0), (257, 3), (447, 3), (4, 3)):
+    for slot, offset in ((5, 3), (127, 0), (128, 0), (256, 0), (257, 3), (447, 3), (4, 3)):
         compare(model, slot, offset, run)
     first = model.gained.clone()
     for _ in range(20):

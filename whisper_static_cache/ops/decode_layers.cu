@@ -328,8 +328,10 @@ constexpr int FFN_CHUNKS = ratio(ROWS_FFN, ROWS);
 constexpr int HOME = up(ROWS * stride_of(row_bytes(WIDTH)) + behind_rows(WIDTH), 128);
 constexpr int KEYS_PIECE = up(ratio(CROSS_RUN, 4), 8), KEYS_HOME = ratio(CROSS_RUN, KEYS_PIECE) * KEYS_PIECE * 256;
 constexpr int HIDDEN_HOME = up(ROWS * stride_of(row_bytes(FFN)) + behind_rows(FFN), 128);
-constexpr int HOMES = (6 + FFN_CHUNKS) * HOME + KEYS_HOME + HIDDEN_HOME;
-constexpr bool AT_HOME = BATCH == 1 && HOMES + 3 * FFN + 13 * 1024 <= MEMORY;  // As much is for `Shared`.
+// Self-attention is split where one program's keys end: as many as all warps take at once.
+constexpr int SELF_RUN = 16 * WARPS, SELF_SPLITS = ratio(SLOTS, SELF_RUN), OWN_KEYS = least(SELF_RUN, up(SLOTS, 8));
+constexpr int HOMES = (6 + FFN_CHUNKS) * HOME + KEYS_HOME + HIDDEN_HOME + OWN_KEYS * 256;
+constexpr bool AT_HOME = BATCH == 1 && HOMES + 2 * FFN + 9 * 1024 <= MEMORY;  // As much is for `Shared`.
 constexpr int PART = PARTED && !AT_HOME ? most(ROW_AT_LEAST / (WARPS * RUN_BYTES), 1) : turns(FFN);
 constexpr int parts(int depth) { return depth == WIDTH ? 1 : ratio(turns(depth), PART); }
 constexpr int part_bytes(int depth) { return parts(depth) == 1 ? row_bytes(depth) : PART * WARPS * RUN_BYTES; }
@@ -343,9 +345,11 @@ constexpr int ROWS_OF_CHUNK = ROWS * stride(WIDTH);
 
 constexpr int CHUNK = AT_HOME ? HOME : up(most(most(chunk_bytes(WIDTH), chunk_bytes(FFN)), KEYS_AT_LEAST), 128);
 #if BATCH == 1
-constexpr int CHUNK_KEYS = AT_HOME ? KEYS_PIECE : CHUNK / 256 / 8 * 8, KEY_CHUNKS = ratio(CROSS_RUN, CHUNK_KEYS);
+// Keys, with their values, of a chunk of self-attention or of cross-attention, and how many chunks there are at most.
+constexpr int chunk_keys(bool own) { return !AT_HOME ? CHUNK / 256 / 8 * 8 : own ? OWN_KEYS : KEYS_PIECE; }
+constexpr int KEY_CHUNKS = ratio(CROSS_RUN, chunk_keys(false)), OWN_CHUNKS = ratio(OWN_KEYS, chunk_keys(true));
 #else
-constexpr int KEY_CHUNKS = 1;
+constexpr int KEY_CHUNKS = 1, OWN_CHUNKS = 1;
 #endif
 constexpr int MOST_ROWS = up(most(3 * ROWS, FFN_CHUNKS * ROWS), 16);
 
@@ -373,7 +377,8 @@ constexpr int norm_of(int product) { return product < QUERY ? 0 : product < FC1 
 constexpr int side_of(int product) { return from_stream(product) ? 0 : 1; }  // Sums alternate.
 constexpr int home_of(int step) {
   return step == QKV ? 0 : step == OWN_OUT ? 3 * HOME : step == QUERY ? 4 * HOME : step == CROSS_ATTENTION ? 5 * HOME :
-         KEYS_HOME + (step == CROSS_OUT ? 5 * HOME : step == FC1 ? 6 * HOME : (6 + FFN_CHUNKS) * HOME);
+         KEYS_HOME + (step == CROSS_OUT ? 5 * HOME : step == FC1 ? 6 * HOME : (6 + FFN_CHUNKS) * HOME +
+                      (step == FC2 ? 0 : HIDDEN_HOME));
 }
 
 // From a chunk's rows to what lies behind them.
@@ -388,8 +393,6 @@ __device__ __forceinline__ bool gives(int step) {
   return ratio(FFN, ROWS_FFN) == GIVERS || step != FC1 || program() < ratio(FFN, ROWS_FFN);
 }
 
-// Attention: a warp takes tiles of 16 keys. Self-attention is split where one program's tiles end.
-constexpr int SELF_RUN = 256, SELF_SPLITS = ratio(SLOTS, SELF_RUN);
 #if BATCH == 1
 static_assert(HEADS * SELF_SPLITS <= GIVERS && SELF_SPLITS <= 8 && (CROSS_SPLITS - 1) * CROSS_RUN < SOURCE, "");
 #endif
@@ -449,7 +452,7 @@ struct Shared {
   alignas(16) float tops[WARPS], totals[WARPS];
   alignas(16) float2 moments[WARPS];  // Of what each warp has of the stream.
   alignas(8) uint2 lines[2 * 8 * MOST_EIGHTS + 16];
-  u64 caches[LAYERS][4], gains[LAYERS][3];
+  u64 caches[LAYERS][2], gains[LAYERS][3];
   float eps[LAYERS][3];
   u8 valid[SLOTS];
   alignas(8) u64 full[RINGS], empty[RINGS];
@@ -457,7 +460,7 @@ struct Shared {
 #endif
 constexpr int IN_RING = least((MEMORY - (int)sizeof(Shared)) / CHUNK, RINGS);
 constexpr int IN_FLIGHT = most(least(FLIGHT_BYTES / CHUNK, IN_RING - 1), 1);
-constexpr int MOST_CHUNKS = most(most(FFN_CHUNKS, KEY_CHUNKS), most(parts(FFN), 3));
+constexpr int MOST_CHUNKS = most(most(FFN_CHUNKS, most(KEY_CHUNKS, OWN_CHUNKS)), most(parts(FFN), 3));
 constexpr int SHARED_AT = AT_HOME ? HOMES : IN_RING * CHUNK;
 static_assert(AT_HOME || IN_RING > MOST_CHUNKS, "a step exceeds the shared memory");
 static_assert(SHARED_AT + (int)sizeof(Shared) <= MEMORY, "");
@@ -525,9 +528,15 @@ __device__ __forceinline__ Span keys_of(bool own, int slot) {
   return {first, least(each, total - first)};
 }
 
-// Whether this program has a run of self-attention's keys or of cross-attention's.
-__device__ __forceinline__ bool attends(bool own) {
-  return program() < HEADS * (own ? SELF_SPLITS : CROSS_SPLITS);
+// Runs of self-attention's keys, up to the newest one's, which the cache does not hold yet.
+__device__ __forceinline__ int runs_of_keys(int slot) { return slot / SELF_RUN + 1; }
+// Whether this program has a run of self-attention's keys, if only the newest, or of cross-attention's.
+__device__ __forceinline__ bool attends(bool own, int slot) {
+  return program() < HEADS * (own ? runs_of_keys(slot) : CROSS_SPLITS);
+}
+// How many chunks its keys come in.
+__device__ __forceinline__ int chunks_of_keys(bool own, int slot) {
+  return own ? ratio(keys_of(true, slot).count, chunk_keys(true)) : KEY_CHUNKS;
 }
 
 #endif
@@ -654,18 +663,20 @@ __device__ __forceinline__ void fetch_chunk(const Pointers& p, Shared& sh, u32 m
 }
 
 #if BATCH == 1
-// Keys and values of cross-attention: the first lane copies keys, the second values.
-__device__ __forceinline__ void fetch_keys(const Pointers& p, Shared& sh, u32 memory, Fetching& f, int chunk) {
-  const int lane = thread() % 32;
-  const Span keys = keys_of(false, 0);
-  const int begin = chunk * CHUNK_KEYS, size = most(least(keys.count - begin, CHUNK_KEYS), 0) * 128;
-  const u8* from = p.at(CROSS_KEYS + lane % 2) + ((long long)(program() % HEADS) * SOURCE + keys.first + begin) * 128;
+// Keys and values that this program attends to: the first lane copies keys, the second values.
+__device__ __forceinline__ void fetch_keys(const Pointers& p, Shared& sh, u32 memory, Fetching& f, int slot, bool own,
+                                           int chunk) {
+  const int lane = thread() % 32, most_keys = own ? chunk_keys(true) : chunk_keys(false), begin = chunk * most_keys;
+  const Span keys = keys_of(own, slot);
+  const int size = most(least(keys.count - begin, most_keys), 0) * 128;
+  const int row = program() % HEADS * (own ? SLOTS : SOURCE) + keys.first + begin;
+  const u8* from = p.at((own ? KEYS : CROSS_KEYS) + lane % 2) + (long long)row * 128;
   const bool copies = lane < 2 && size;
   u32 barrier;
-  const u32 place = memory + make_room(sh, f, CROSS_ATTENTION, chunk, 2 * size, barrier, [&] {
+  const u32 place = memory + make_room(sh, f, own ? OWN_ATTENTION : CROSS_ATTENTION, chunk, 2 * size, barrier, [&] {
     if (copies) prefetch(from, size);
   });
-  if (copies) copy_async(place + lane * (CHUNK_KEYS * 128), from, size, barrier);
+  if (copies) copy_async(place + lane * (most_keys * 128), from, size, barrier);
 }
 
 // The fetching warp: every chunk of every layer, as soon as there is room for it.
@@ -679,25 +690,22 @@ __device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory
     f.layer = layer;
     p = ahead;
     ahead.load(a.table, layer + 1);
-    // Self-attention's keys and values are loaded into registers when their turn comes, from the L2 cache by then.
-    const Span own = keys_of(true, slot);
-    const u8* cache = p.at(KEYS + lane % 2) + ((long long)(program() % HEADS) * SLOTS + own.first) * 128;
-    if (lane < 2 && attends(true) && own.count > 0) prefetch(cache, own.count * 128);
-    // At home half of the keys comes behind the next weights: all together would be in the way of the words that are
-    // waited for.
+    // At home half of cross-attention's keys comes behind the next weights: all together would be in the way of the words
+    // that are waited for.
     constexpr int FIRST_KEYS = AT_HOME ? least(2, KEY_CHUNKS) : KEY_CHUNKS;
-    auto fetch_some = [&](int from, int to) {
-      if (!attends(false)) return;
+    auto fetch_some = [&](bool own, int from, int to) {
+      if (!attends(own, slot)) return;
 #pragma unroll 1
-      for (int chunk = from; chunk < to; chunk++) fetch_keys(p, sh, memory, f, chunk);
+      for (int chunk = from; chunk < to; chunk++) fetch_keys(p, sh, memory, f, slot, own, chunk);
     };
 #pragma unroll 1
     for (int step = 0; step < STEPS; step++) {
-      if (step == CROSS_ATTENTION) fetch_some(0, FIRST_KEYS);
+      if (step == OWN_ATTENTION) fetch_some(true, 0, chunks_of_keys(true, slot));
+      if (step == CROSS_ATTENTION) fetch_some(false, 0, FIRST_KEYS);
       if (!is_attention(step))
 #pragma unroll 1
         for (int chunk = 0; chunk < chunks_of(step); chunk++) fetch_chunk(p, sh, memory, f, step, chunk);
-      if (step == CROSS_OUT) fetch_some(FIRST_KEYS, KEY_CHUNKS);
+      if (step == CROSS_OUT) fetch_some(false, FIRST_KEYS, KEY_CHUNKS);
     }
   }
 }
@@ -1482,88 +1490,65 @@ __device__ __forceinline__ void hand_over(int step, Meanwhile meanwhile) {
   bar_sync(PUBLISHED, 32 * (WARPS + finishers(step)));
 }
 
-// Whether this program has a run of self-attention's keys, if only the newest.
-__device__ __forceinline__ bool has_run(int slot) { return slot >= (int)(program() / HEADS) * SELF_RUN; }
-
 // A warp's tiles of 16 keys of this program's head that the cache holds, with their values: of keys a lane has two rows of a
 // tile, of values eight dimensions of four rows, both as the tensor cores take them. Keys that lie next to each other take
 // their halves in turn, and lanes with other values other dimensions, so that lanes served together meet different banks.
-template <bool OWN_KEYS>
+template <bool OWN>
 struct Cached {
-  static constexpr int TILES = ratio(OWN_KEYS ? least(SELF_RUN, SLOTS) : CROSS_RUN, 16 * WARPS);
+  static constexpr int TILES = ratio(OWN ? OWN_KEYS : CROSS_RUN, 16 * WARPS);
   uint4 k[TILES][2][2], v[TILES][4];
   bool seen[TILES][2];
-  bool all;  // Whether the first tiles of all warps are not all: a short text's are.
 
   // Which of a tile's values a lane's `i`th one is, and the first of its dimensions.
   static __device__ __forceinline__ int value_of(int i) { return i / 2 * 8 + thread() % 4 * 2 + i % 2; }
   static __device__ __forceinline__ int dimensions_of_lane() { return (thread() / 4 % 8 ^ thread() % 4 * 2) * 8; }
 
-  __device__ __forceinline__ void load(State& s, Shared& sh, int layer) {
+  __device__ __forceinline__ void load(State& s, Shared& sh) {
     const u32 id = thread();
-    const int warp = id / 32, g = id / 4 % 8, t = id % 4, head = program() % HEADS;
-    const Span span = keys_of(OWN_KEYS, s.slot);
-    const int piece = g & 1;
-    all = !OWN_KEYS || span.count > 16 * WARPS;
-    if (OWN_KEYS) {
-      const u16* keys = (const u16*)sh.caches[layer][0] + (long long)head * SLOTS * 64;
-      const u16* values = (const u16*)sh.caches[layer][1] + (long long)head * SLOTS * 64;
+    const int warp = id / 32, g = id / 4 % 8, t = id % 4, piece = g & 1;
+    const Span span = keys_of(OWN, s.slot);
+    constexpr int STEP = OWN ? OWN_ATTENTION : CROSS_ATTENTION, EACH = chunk_keys(OWN), MOST = OWN ? OWN_CHUNKS : KEY_CHUNKS;
+    const int chunks = chunks_of_keys(OWN, s.slot);
+    // Before the first token there is nothing.
+    const int place = chunks ? take(sh, s, STEP, chunks) : 0;
+    // Rows of keys and of values lie in chunks, of which a tile's eights are in one each.
+    auto rows_of = [&](int tile, int half) {
+      const int begin = (tile * WARPS + warp) * 16 + 8 * half, chunk = least(begin / EACH, MOST - 1);
+      const u32 base = AT_HOME ? place + chunk * (EACH * 256) : base_of(place, chunk);
+      return dynamic_shared() + base + begin % EACH * 128;
+    };
 #pragma unroll
-      for (int tile = 0; tile < TILES; tile++)
+    for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-          const int begin = (tile * WARPS + warp) * 16 + 8 * half, key = begin + g;
-          const int at = span.first + most(least(key, span.count - 1), 0);
-          seen[tile][half] = key < span.count && sh.valid[at];
+      for (int half = 0; half < 2; half++) {
+        const int begin = (tile * WARPS + warp) * 16 + 8 * half, key = begin + g;
+        seen[tile][half] = key < span.count && (!OWN || sh.valid[span.first + key]);
 #pragma unroll
-          for (int i = 0; i < 2; i++) {
-            k[tile][half][i] = {};
-            if (begin < span.count) k[tile][half][i] = fetch16(keys + at * 64 + 32 * (i ^ piece) + 8 * t);
-          }
-        }
-#pragma unroll
-      for (int tile = 0; tile < TILES; tile++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const int key = (tile * WARPS + warp) * 16 + value_of(i);
-          // A weight of zero does not hide what was never written.
-          v[tile][i] = {};
-          if (key < span.count) v[tile][i] = fetch16(values + (span.first + key) * 64 + dimensions_of_lane());
-        }
-    } else {
-      const int place = take(sh, s, CROSS_ATTENTION, KEY_CHUNKS);
-      // Rows of keys and of values lie in chunks, of which a tile's eights are in one each.
-      auto rows_of = [&](int tile, int half) {
-        const int begin = (tile * WARPS + warp) * 16 + 8 * half, chunk = least(begin / CHUNK_KEYS, KEY_CHUNKS - 1);
-        const u32 base = AT_HOME ? place + chunk * (KEYS_PIECE * 256) : base_of(place, chunk);
-        return dynamic_shared() + base + begin % CHUNK_KEYS * 128;
-      };
-#pragma unroll
-      for (int tile = 0; tile < TILES; tile++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          seen[tile][half] = (tile * WARPS + warp) * 16 + 8 * half + g < span.count;
-#pragma unroll
-          for (int i = 0; i < 2; i++)
+        for (int i = 0; i < 2; i++) {
+          k[tile][half][i] = {};
+          if (!OWN || begin < span.count)
             k[tile][half][i] = *(const uint4*)(rows_of(tile, half) + g * 128 + 64 * (i ^ piece) + 16 * t);
         }
+      }
 #pragma unroll
-      for (int tile = 0; tile < TILES; tile++)
+    for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-          const u8* rows = rows_of(tile, half) + CHUNK_KEYS * 128;
-          const int begin = (tile * WARPS + warp) * 16 + 8 * half;
+      for (int half = 0; half < 2; half++) {
+        const u8* rows = rows_of(tile, half) + EACH * 128;
+        const int begin = (tile * WARPS + warp) * 16 + 8 * half;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          v[tile][2 * half + i] = {};
+          if (!OWN || begin < span.count)
+            v[tile][2 * half + i] = *(const uint4*)(rows + value_of(i) * 128 + 2 * dimensions_of_lane());
+        }
+        // What lies behind the last value may be no number, which a weight of zero does not hide.
+        if (begin + 8 > span.count)
 #pragma unroll
           for (int i = 0; i < 2; i++)
-            v[tile][2 * half + i] = *(const uint4*)(rows + value_of(i) * 128 + 2 * dimensions_of_lane());
-          // What lies behind the last value may be no number, which a weight of zero does not hide.
-          if (begin + 8 > span.count)
-#pragma unroll
-            for (int i = 0; i < 2; i++)
-              if (begin + value_of(i) >= span.count) v[tile][2 * half + i] = {};
-        }
-      release(sh, place, CROSS_ATTENTION, KEY_CHUNKS);
-    }
+            if (begin + value_of(i) >= span.count) v[tile][2 * half + i] = {};
+      }
+    if (chunks) release(sh, place, STEP, chunks);
   }
 };
 
@@ -1574,16 +1559,16 @@ __device__ __forceinline__ void multiply_values(float (&c)[4], u32 v0, u32 v1, u
 }
 
 // Attention over them, when the query is there.
-template <bool OWN_KEYS>
-__device__ __forceinline__ void attend(const Arguments& a, State& s, Shared& sh, const Cached<OWN_KEYS>& cached) {
-  constexpr int TILES = Cached<OWN_KEYS>::TILES;
+template <bool OWN>
+__device__ __forceinline__ void attend(const Arguments& a, State& s, Shared& sh, const Cached<OWN>& cached) {
+  constexpr int TILES = Cached<OWN>::TILES;
   const u32 id = thread();
   const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4;
   const int head = program() % HEADS, piece = g & 1;
   // The query: halves in the first two columns, remainders in the next two, for the rows that take their first half
   // first; in the other columns for the others.
   const u16* query =
-      (OWN_KEYS ? a.heads + (g >> 1 & 1) * (3 * WIDTH) : a.query + (g >> 1 & 1) * WIDTH) + head * 64 + 8 * t;
+      (OWN ? a.heads + (g >> 1 & 1) * (3 * WIDTH) : a.query + (g >> 1 & 1) * WIDTH) + head * 64 + 8 * t;
   const int swapped = g >> 2;
   uint4 q[2];
   u32 missing = 3;
@@ -1607,7 +1592,6 @@ __device__ __forceinline__ void attend(const Arguments& a, State& s, Shared& sh,
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++) {
     score[tile][0] = score[tile][1] = __int_as_float(0xFF800000);
-    if (tile && !cached.all) continue;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       float c[4] = {};
@@ -1629,7 +1613,6 @@ __device__ __forceinline__ void attend(const Arguments& a, State& s, Shared& sh,
   float total = 0, c[4][4] = {};
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++) {
-    if (tile && !cached.all) continue;
     u32 weights[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -1660,7 +1643,7 @@ __device__ __forceinline__ void attend(const Arguments& a, State& s, Shared& sh,
   *(float2*)&sh.runs[warp][cached.dimensions_of_lane() + 2 * t] = {out[0], out[1]};
   if (lane == 0) sh.tops[warp] = best, sh.totals[warp] = total;
   __syncwarp();
-  bar_arrive(STEP_DONE + (OWN_KEYS ? OWN_ATTENTION : CROSS_ATTENTION), 32 * (WARPS + 1));
+  bar_arrive(STEP_DONE + (OWN ? OWN_ATTENTION : CROSS_ATTENTION), 32 * (WARPS + 1));
   bar_sync(PUBLISHED, 32 * (WARPS + 1));
 }
 
@@ -1715,26 +1698,22 @@ __device__ __forceinline__ void product_of_stream(const Arguments& a, const Lane
     bar_arrive(MOMENTS + norm_of(STEP), 32 * (WARPS + finishers(STEP)));
   });
   sums.store(sh, side_of(STEP));
-  // The cache's keys and values come while the finishing warps are at work, if weights leave the memory the time.
-  constexpr bool OWN_KEYS = STEP == QKV, AHEAD = OWN_KEYS && BITS != 16;
-  const bool attending = STEP == FC1 ? false : OWN_KEYS ? attends(true) && has_run(s.slot) : attends(false);
-  Cached<OWN_KEYS> cached;
-  hand_over(STEP, [&] {
-    if (AHEAD && attending) cached.load(s, sh, layer);
-  });
-  if (!attending) return;
-  if (!AHEAD) cached.load(s, sh, layer);
+  constexpr bool OWN = STEP == QKV;
+  hand_over(STEP, [] {});
+  if (STEP == FC1 || !attends(OWN, s.slot)) return;
+  Cached<OWN> cached;
+  cached.load(s, sh);
   attend(a, s, sh, cached);
 }
 
 // Eight elements of attention's result, of which each head is in several runs of keys, merged. The logarithms of the
 // runs' sums say what share each has.
 template <int RUNS>
-__device__ __forceinline__ void merge(float (&x)[8], const u16* units_from, const float* logs_from, bool inside,
+__device__ __forceinline__ void merge(float (&x)[8], const u16* units_from, const float* logs_from, bool inside, int runs,
                                       u32 tag) {
   constexpr int UNITS_OF_LOGS = ratio(RUNS, 4);
   uint4 units[RUNS], logs[UNITS_OF_LOGS];
-  u32 missing = inside ? (1u << (RUNS + UNITS_OF_LOGS)) - 1 : 0;
+  u32 missing = inside ? (1u << runs) - 1 | (1u << ratio(runs, 4)) - 1 << RUNS : 0;
 #pragma unroll
   for (int i = 0; i < RUNS; i++) units[i] = {};
 #pragma unroll
@@ -1753,7 +1732,7 @@ __device__ __forceinline__ void merge(float (&x)[8], const u16* units_from, cons
 #pragma unroll
     for (int i = 0; i < UNITS_OF_LOGS; i++) {
       // Behind the last run nobody writes.
-      const int there = RUNS - 4 * i;
+      const int there = runs - 4 * i;
       const uint4& u = logs[i];
       u32 words = u.x ^ tag;
       if (there > 1) words |= u.y ^ tag;
@@ -1768,7 +1747,7 @@ __device__ __forceinline__ void merge(float (&x)[8], const u16* units_from, cons
 #pragma unroll
   for (int i = 0; i < RUNS; i++) {
     const uint4& u = logs[i / 4];
-    share[i] = __uint_as_float(i % 4 == 0 ? u.x : i % 4 == 1 ? u.y : i % 4 == 2 ? u.z : u.w);
+    share[i] = i < runs ? __uint_as_float(i % 4 == 0 ? u.x : i % 4 == 1 ? u.y : i % 4 == 2 ? u.z : u.w) : NOTHING;
     best = fmaxf(best, share[i]);
   }
 #pragma unroll
@@ -1805,9 +1784,9 @@ __device__ __forceinline__ void product_of_runs(const Arguments& a, const Lane& 
   const int unit = head * (8 * 64) + element % 64;
   float x[8];
   if (STEP == OWN_OUT)
-    merge<SELF_SPLITS>(x, a.own_runs + unit, a.own_logs + head * LOGS, inside, s.tag);
+    merge<SELF_SPLITS>(x, a.own_runs + unit, a.own_logs + head * LOGS, inside, runs_of_keys(s.slot), s.tag);
   else
-    merge<CROSS_SPLITS>(x, a.cross_runs + unit, a.cross_logs + head * LOGS, inside, s.tag);
+    merge<CROSS_SPLITS>(x, a.cross_runs + unit, a.cross_logs + head * LOGS, inside, CROSS_SPLITS, s.tag);
   const float worth = stage_eight(sh, own, x);
   __syncwarp();
   Sums<RowsOf<STEP>::EIGHTS> sums;
@@ -2189,21 +2168,13 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
 // The run of all warps' keys, by the first finishing warp.
 __device__ __forceinline__ void finish_attention(const Arguments& a, State& s, Shared& sh, bool own) {
   const int lane = thread() % 32;
-  if (!attends(own)) return;
-  if (!own) {
-    const int place = take(sh, s, CROSS_ATTENTION, KEY_CHUNKS);
-    release(sh, place, CROSS_ATTENTION, KEY_CHUNKS);
-  }
+  if (!attends(own, s.slot)) return;
+  const int step = own ? OWN_ATTENTION : CROSS_ATTENTION, chunks = chunks_of_keys(own, s.slot);
+  if (chunks) release(sh, take(sh, s, step, chunks), step, chunks);
   if (thread() / 32 != FIRST_FINISHER) return;
   const int head = program() % HEADS, split = program() / HEADS;
   u16* to = (own ? a.own_runs : a.cross_runs) + ((lane / 8 * HEADS + head) * 8 + split) * 64 + lane % 8 * 8;
   float* log_to = (own ? a.own_logs : a.cross_logs) + (lane * HEADS + head) * LOGS + split;
-  if (own && !has_run(s.slot)) {
-    // Nothing written yet behind the first run: say so, so that tags go on alternating.
-    poke16(to, {s.tag, 0, 0, 0});
-    if (lane < COPIES) poke4(log_to, tagged(__float_as_uint(NOTHING), s.tag));
-    return;
-  }
   // The newest key and value are not in the cache yet. A lane has the dimensions that it has of the sums below.
   float newest = NOTHING, new_value[2] = {};
   if (own && split == s.slot / SELF_RUN) {
@@ -2314,7 +2285,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments
   }
   if (thread() / 32 != FETCHER) {
     constexpr int OTHERS = THREADS - 32;
-    for (int i = other; i < LAYERS * 4; i += OTHERS) sh.caches[i / 4][i % 4] = a.table[i / 4 * POINTERS + KEYS + i % 4];
+    for (int i = other; i < LAYERS * 2; i += OTHERS) sh.caches[i / 2][i % 2] = a.table[i / 2 * POINTERS + KEYS + i % 2];
     for (int i = other; i < LAYERS * 3; i += OTHERS) {
       // The table has a layer norm's gain with the product in front of it.
       sh.gains[i / 3][i % 3] = i ? a.table[(i - 1) / 3 * POINTERS + GAIN + (i - 1) % 3] : (u64)a.first_gain;

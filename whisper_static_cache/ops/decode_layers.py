@@ -36,7 +36,7 @@ _ROWS_SOURCE = _SOURCE.with_name("decode_rows.cu")
 _DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 # The kernel's own: keys of a run of self-attention, how often it publishes what every program reads, floats from one
 # head's logarithms to the next one's, its warps that finish what is multiplied, sixteen features each.
-_SELF_RUN = 256
+_SELF_RUN = 128
 _COPIES = 4
 _LOGS = 32
 _FINISHERS = 3
