@@ -331,7 +331,8 @@ constexpr int HIDDEN_HOME = up(ROWS * stride_of(row_bytes(FFN)) + behind_rows(FF
 // Self-attention is split where one program's keys end: as many as all warps take at once.
 constexpr int SELF_RUN = 16 * WARPS, SELF_SPLITS = ratio(SLOTS, SELF_RUN), OWN_KEYS = least(SELF_RUN, up(SLOTS, 8));
 constexpr int HOMES = (6 + FFN_CHUNKS) * HOME + KEYS_HOME + HIDDEN_HOME + OWN_KEYS * 256;
-constexpr bool AT_HOME = BATCH == 1 && HOMES + 2 * FFN + 9 * 1024 <= MEMORY;  // As much is for `Shared`.
+// As much is for `Shared`. All of a product's scales are to follow each other there, too.
+constexpr bool AT_HOME = BATCH == 1 && ROWS * meta_stride(WIDTH) % 16 == 0 && HOMES + 2 * FFN + 9 * 1024 <= MEMORY;
 constexpr int PART = PARTED && !AT_HOME ? most(ROW_AT_LEAST / (WARPS * RUN_BYTES), 1) : turns(FFN);
 constexpr int parts(int depth) { return depth == WIDTH ? 1 : ratio(turns(depth), PART); }
 constexpr int part_bytes(int depth) { return parts(depth) == 1 ? row_bytes(depth) : PART * WARPS * RUN_BYTES; }
@@ -340,7 +341,7 @@ static_assert(stride(WIDTH) >= part_bytes(WIDTH) && stride(FFN) >= part_bytes(FF
 constexpr int scales_at(int depth) { return ROWS * stride(depth); }
 constexpr int vectors_at(int depth) { return scales_at(depth) + 2 * meta_bytes(depth); }
 constexpr int chunk_bytes(int depth) { return vectors_at(depth) + 2 * vector_bytes; }
-// At home the rows of a product's chunks follow each other, and behind all of them what lies behind the rows.
+// At home the rows of a product's chunks follow each other, then their scales, their zero points, and their vectors.
 constexpr int ROWS_OF_CHUNK = ROWS * stride(WIDTH);
 
 constexpr int CHUNK = AT_HOME ? HOME : up(most(most(chunk_bytes(WIDTH), chunk_bytes(FFN)), KEYS_AT_LEAST), 128);
@@ -381,10 +382,18 @@ constexpr int home_of(int step) {
                       (step == FC2 ? 0 : HIDDEN_HOME));
 }
 
-// From a chunk's rows to what lies behind them.
-constexpr int behind_at(int product, int chunk) {
-  return product == FC2 ? scales_at(FFN) :
-         !AT_HOME ? scales_at(WIDTH) : (chunks_of(product) - chunk) * ROWS_OF_CHUNK + chunk * behind_rows(WIDTH);
+// From a chunk's rows to their scales or zero points, and to its vectors.
+constexpr int metas_behind(int product, int chunk, bool zeros) {
+  if (product == FC2) return scales_at(FFN) + zeros * meta_bytes(FFN);
+  if (!AT_HOME) return scales_at(WIDTH) + zeros * meta_bytes(WIDTH);
+  const int chunks = chunks_of(product);
+  return (chunks - chunk) * ROWS_OF_CHUNK + (chunk + zeros * chunks) * ROWS * meta_stride(WIDTH);
+}
+constexpr int vectors_behind(int product, int chunk) {
+  if (product == FC2) return vectors_at(FFN);
+  if (!AT_HOME) return vectors_at(WIDTH);
+  return metas_behind(product, 0, true) - chunk * ROWS_OF_CHUNK + chunks_of(product) * ROWS * meta_stride(WIDTH) +
+         chunk * 2 * vector_bytes;
 }
 
 // Whether this program gives anything of a product with the stream. Who does not must not wait for the stream: nobody
@@ -417,8 +426,8 @@ constexpr bool fuses(int depth) {
 constexpr int FUSED = BATCH == 1 && fuses(WIDTH) ? 2 : 1;
 constexpr int OWN_BLOCKS = OWN * DIGITS, LATE = ratio(LEFT * DIGITS, WARPS), OF_WARP = OWN_BLOCKS + LATE;
 constexpr int HIDDEN_BLOCKS = turns(FFN) * DIGITS;
-// Eights of rows of the larger product.
-constexpr int MOST_EIGHTS = ratio(most(3, FFN_CHUNKS) * ROWS, 8);
+// Eights of rows of the larger product, and lines of rows.
+constexpr int MOST_EIGHTS = ratio(most(3, FFN_CHUNKS) * ROWS, 8), LINES = AT_HOME ? 0 : 2 * 8 * MOST_EIGHTS + 16;
 #if BATCH > 1
 // Rows in eights: columns of products. Sums of so many columns lie so that those of four pairs of features do not meet
 // the same banks.
@@ -451,7 +460,7 @@ struct Shared {
   };
   alignas(16) float tops[WARPS], totals[WARPS];
   alignas(16) float2 moments[WARPS];  // Of what each warp has of the stream.
-  alignas(8) uint2 lines[2 * 8 * MOST_EIGHTS + 16];
+  alignas(8) uint2 lines[most(LINES, 1)];
   u64 caches[LAYERS][2], gains[LAYERS][3];
   float eps[LAYERS][3];
   u8 valid[SLOTS];
@@ -628,12 +637,12 @@ __device__ __forceinline__ void fetch_chunk(const Pointers& p, Shared& sh, u32 m
     int each;
     if (lane < 18) {
       each = 2 * (deep ? groups(FFN) : groups(WIDTH));
-      at = behind_at(product, chunk) + (lane - 16) * (deep ? meta_bytes(FFN) : meta_bytes(WIDTH));
+      at = metas_behind(product, chunk, lane == 17);
       index = (lane == 16 ? SCALES : ZEROS) + matrix;
     } else {
       const bool norm = from_stream(product);
       each = norm ? 4 : 2;
-      at = behind_at(product, chunk) + 2 * (deep ? meta_bytes(FFN) : meta_bytes(WIDTH)) + (lane - 18) * vector_bytes;
+      at = vectors_behind(product, chunk) + (lane - 18) * vector_bytes;
       index = norm_of(product) + (lane == 18 ? (norm ? CONSTANT : BIAS) : (norm ? FOLDED : GAIN));
       if (product == QKV) first += chunk * WIDTH;
     }
@@ -808,14 +817,14 @@ __device__ __forceinline__ u32 base_of(u32 place, u32 chunk) {
   return (at < IN_RING ? at : at - IN_RING) * CHUNK;
 }
 
-// A lane's part of a run, `at` bytes behind the beginning of its row: the lane has the elements from `in_plane` on.
+// A lane's part of a run, from `at` on: the lane has the elements from `in_plane` on.
 template <int DEPTH>
-__device__ __forceinline__ void load_packed(Packed& packed, u32 row, int at, int in_plane) {
-  const u8* memory = dynamic_shared();
+__device__ __forceinline__ void load_packed(Packed& packed, u32 at, int in_plane) {
+  const u8* memory = dynamic_shared() + at;
   if (HALVES)
-    packed.raw[0] = *(const u32*)(memory + row + at), packed.raw[1] = *(const u32*)(memory + row + at + 16);
+    packed.raw[0] = *(const u32*)memory, packed.raw[1] = *(const u32*)(memory + 16);
   else
-    load8(packed.raw, memory + row + at);
+    load8(packed.raw, memory);
   if (BITS == 3) {
     // A high plane's byte holds the bits of two elements of each byte of the first plane, those of its second half
     // in the upper place.
@@ -824,9 +833,9 @@ __device__ __forceinline__ void load_packed(Packed& packed, u32 row, int at, int
     u32 high[2];
     if (HALVES)
 #pragma unroll
-      for (int i = 0; i < 2; i++) high[i] = *(const u32*)(memory + row + PLANE + in_plane + 16 * i - upper[i] * HIGH);
+      for (int i = 0; i < 2; i++) high[i] = *(const u32*)(memory + PLANE + 16 * i - upper[i] * HIGH);
     else
-      load8(high, memory + row + PLANE + in_plane - upper[0] * HIGH);
+      load8(high, memory + PLANE - upper[0] * HIGH);
 #pragma unroll
     for (int i = 0; i < 2; i++)
       packed.high[i][0] = high[i] << (2 - upper[i]), packed.high[i][1] = high[i] >> (6 + upper[i]);
@@ -975,33 +984,41 @@ __device__ __forceinline__ float& sum_at(Shared& sh, int side, int eighth, u32 b
   const u32 warp = thread() / 32;
   return sh.sums[side][behind % 2 * 2 + warp / 4][eighth / 2 + behind / 2][warp % 4];
 }
-// Where a row of a product with `WIDTH` elements lies behind the place of the product's first chunk, and its scales: from
-// a table, which takes fewer instructions than to compute it. Rows behind the last one of a product are the last one again,
-// and give sums that nobody reads.
+// Where a row of a product with `WIDTH` elements lies behind the place of the product's first chunk in a ring, and its scales:
+// from a table, which takes fewer instructions than to compute it. Rows behind the last one of a product are the last one
+// again, and give sums that nobody reads.
 enum { LINES_OF_QKV = 0, LINES_OF_FC1 = 8 * MOST_EIGHTS, LINES_OF_OTHERS = 2 * LINES_OF_FC1 };
 __device__ __forceinline__ void fill_lines(Shared& sh) {
-  for (u32 i = thread(); i < LINES_OF_OTHERS + 16; i += 32 * WARPS) {
+  for (u32 i = thread(); i < LINES; i += 32 * WARPS) {
     const int product = i < LINES_OF_FC1 ? QKV : i < LINES_OF_OTHERS ? FC1 : QUERY;
     const int row = least(i % LINES_OF_FC1, chunks_of(product) * ROWS - 1), chunk = row / ROWS, in_chunk = row % ROWS;
     const int first = (program() * (product == FC1 ? ROWS_FFN : ROWS) + (product == FC1 ? chunk * ROWS : 0)) *
                       (groups(WIDTH) * 2);
-    const u32 base = chunk * (AT_HOME ? ROWS_OF_CHUNK : CHUNK);
-    sh.lines[i] = {base + in_chunk * stride(WIDTH),
-                   base + behind_at(product, chunk) + first % 16 + in_chunk * meta_stride(WIDTH)};
+    sh.lines[i] = {chunk * CHUNK + in_chunk * stride(WIDTH),
+                   chunk * CHUNK + metas_behind(product, chunk, false) + first % 16 + in_chunk * meta_stride(WIDTH)};
   }
 }
 struct Line {
   u32 row, meta;
 };
+// The line of a lane's row of an eight. At home a row is as far from the next one as any other, and most of it is known.
 template <int STEP>
 __device__ __forceinline__ Line line_of(const Shared& sh, int place, int eight) {
+  const int g = thread() / 4 % 8;
+  if (AT_HOME) {
+    constexpr int ALL = RowsOf<STEP>::ALL;
+    const int row = 8 * eight + (8 * eight + 8 <= ALL ? g : least(g, ALL - 1 - 8 * eight));
+    return {place + row * stride(WIDTH), place + metas_behind(STEP, 0, false) + row * meta_stride(WIDTH)};
+  }
   constexpr int lines = STEP == QKV ? LINES_OF_QKV : STEP == FC1 ? LINES_OF_FC1 : LINES_OF_OTHERS;
-  const uint2 line = sh.lines[lines + 8 * eight + thread() / 4 % 8];
-  if (AT_HOME) return {place + line.x, place + line.y};
+  const uint2 line = sh.lines[lines + 8 * eight + g];
   const u32 row = place * CHUNK + line.x, meta = place * CHUNK + line.y;
   constexpr u32 END = IN_RING * CHUNK;
   return {row < END ? row : row - END, row < END ? meta : meta - END};
 }
+// From a row's scales to its zero points.
+template <int STEP>
+constexpr int ZEROS_BEHIND = metas_behind(STEP, 0, true) - metas_behind(STEP, 0, false);
 
 #if BITS == 16
 // -- A product's weights and activations in 16 bits
@@ -1154,7 +1171,7 @@ __device__ __forceinline__ float worth_of(const Grain& grain) { return grain.dow
 // Which blocks a lane's columns of a product are of. A unit is of as many blocks as have a scale in common, `EACH` of the
 // `OWN_OF` first ones. It has two columns, as a row of weights has (`multiply_row`); where the halves of a block may differ
 // in scale, they have one each. A span is of as many units as there are columns for, and a lane has the sums of one of
-// them. The first blocks' digits come one after another, or each with all of its `TURNS` units.
+// them. The first blocks' digits come one after another, turn by turn, or if there are `TURNS` of them each with all turns.
 constexpr int EACH_SPAN = 4, PARTS = HALVES ? 2 : 1;
 template <int BLOCKS, int OWN_OF, int EACH, int TURNS>
 struct Spans {
@@ -1164,7 +1181,27 @@ struct Spans {
   static constexpr int in_unit(int b) { return b < OWN_OF ? b % EACH : 0; }
   // Where a block's activations are staged: those that are first in their unit, then those that are second.
   static constexpr int stage_of(int b) { return in_unit(b) * UNITS + unit_of(b); }
-  static constexpr int digit_of(int unit) { return TURNS ? unit / TURNS : unit % DIGITS; }
+  // Of the first blocks' units.
+  static constexpr int digit_of(int unit) { return TURNS ? unit / most(TURNS, 1) : unit % DIGITS; }
+  static constexpr int turn_of(int unit) { return TURNS ? unit % most(TURNS, 1) : unit / DIGITS; }
+  static constexpr int block_of(int digit, int turn, int in) {
+    return (TURNS ? digit * TURNS + turn : turn * DIGITS + digit) * EACH + in;
+  }
+  struct Place {
+    int digit, turn;
+  };
+  // Of the unit `in` a span, or of the last one. Most digits depend on `in` alone.
+  static constexpr Place place_in(int span, int in) {
+    constexpr int ALL = OWN_UNITS / DIGITS;
+    if (TURNS == 0 && EACH_SPAN % DIGITS == 0) {
+      const int turn = span * (EACH_SPAN / DIGITS) + in / DIGITS;
+      return {in % DIGITS, (span + 1) * EACH_SPAN > UNITS ? least(turn, ALL - 1) : turn};
+    }
+    if (TURNS && TURNS % EACH_SPAN == 0)
+      return {span / most(TURNS / EACH_SPAN, 1), span % most(TURNS / EACH_SPAN, 1) * EACH_SPAN + in};
+    const int unit = least(span * EACH_SPAN + in, OWN_UNITS - 1);
+    return {digit_of(unit), turn_of(unit)};
+  }
   static __device__ __forceinline__ int unit_of_lane(int span) {
     return least(span * EACH_SPAN + (int)(thread() % 4), UNITS - 1);
   }
@@ -1173,10 +1210,11 @@ struct Spans {
     const int unit = unit_of_lane(span);
     return unit < OWN_UNITS ? unit * EACH : unit - OWN_UNITS + OWN_OF;
   }
-  // What brings its sums to scale, as digits of the first blocks stay where they lie in their bytes.
+  // What brings sums to scale, as digits of the first blocks stay where they lie in their bytes.
+  static __device__ __forceinline__ float shrink_of(int digit) { return __int_as_float(127 - place_of(digit) << 23); }
   static __device__ __forceinline__ float shrink_of_lane(int span) {
-    const int unit = unit_of_lane(span), place = unit < OWN_UNITS ? place_of(digit_of(unit)) : 0;
-    return __int_as_float(127 - place << 23);
+    const int unit = unit_of_lane(span);
+    return shrink_of(unit < OWN_UNITS ? digit_of(unit) : 0);
   }
 };
 using OfWidth = Spans<OF_WARP, OWN_BLOCKS, FUSED, 0>;
@@ -1202,18 +1240,18 @@ __device__ __forceinline__ ScalesAt scales_of(int element) {
 struct RawSteps {
   u32 part[PARTS];
 };
-template <int DEPTH>
+template <int DEPTH, int ZEROS>
 __device__ __forceinline__ RawSteps load_steps(u32 row, const ScalesAt& at) {
   RawSteps raw;
   const u8* from = dynamic_shared() + row;
   if (PAIRED<DEPTH>) {
-    const u32 scales = *(const u32*)(from + at.part[0]), zeros = *(const u32*)(from + at.part[0] + meta_bytes(DEPTH));
+    const u32 scales = *(const u32*)(from + at.part[0]), zeros = *(const u32*)(from + at.part[0] + ZEROS);
 #pragma unroll
     for (int i = 0; i < PARTS; i++) raw.part[i] = byte_permute(scales, zeros, i ? 0x7632 : 0x5410);
   } else {
 #pragma unroll
     for (int i = 0; i < PARTS; i++)
-      raw.part[i] = *(const u16*)(from + at.part[i]) | (u32)*(const u16*)(from + at.part[i] + meta_bytes(DEPTH)) << 16;
+      raw.part[i] = *(const u16*)(from + at.part[i]) | (u32)*(const u16*)(from + at.part[i] + ZEROS) << 16;
   }
   return raw;
 }
@@ -1234,10 +1272,10 @@ struct Steps {
   }
 };
 
-// What a thread needs time and again: where its bytes of a row's late blocks begin and which digit they are, where the
+// What a thread needs time and again: where its bytes of a row begin, and of the row's late blocks, of which digit, where the
 // scales of its columns lie behind those of the row, where its activations are and where they are staged.
 struct Lane {
-  u32 late_at[most(LATE, 1)], late_digit[most(LATE, 1)];
+  u32 own_at, late_at[most(LATE, 1)], late_digit[most(LATE, 1)];
   ScalesAt scales_at[SPANS];
   float shrink[SPANS];
   int asked, stage;
@@ -1245,6 +1283,7 @@ struct Lane {
 
   __device__ __forceinline__ void fill(const Arguments& a) {
     const int lane = thread() % 32, t = lane % 4;
+    own_at = thread() / 32 * (FUSED * 32) + t * APIECE_OF_LANE;
 #pragma unroll
     for (int i = 0; i < LATE; i++) {
       // Behind the last block the activations are zero.
@@ -1297,18 +1336,10 @@ struct Weights {
   Steps steps[EIGHTS][SPANS];
   u32 last;  // What was loaded last.
 
-  // Where a lane's row of an eight lies. At home the rows are one behind the other, and most of it is known.
-  static __device__ __forceinline__ u32 row_at(const Line& line, int place, int eight) {
-    if (!AT_HOME) return line.row;
-    const int row = 8 * eight + thread() / 4 % 8;
-    return place + (8 * eight + 8 <= ALL ? row : least(row, ALL - 1)) * stride(WIDTH);
-  }
-
   // `look` asks for activations for the first time: of large products they may be there when half of the weights is loaded.
   static constexpr int LOOK_AT = CHUNKS > 1 ? EIGHTS / 2 : EIGHTS;
   template <class Look>
   __device__ __forceinline__ void load(const Lane& lane, State& s, Shared& sh, Look look) {
-    const int warp = thread() / 32, t = thread() % 4;
     const int place = take(sh, s, STEP, CHUNKS);
     RawSteps raw[EIGHTS][SPANS];
 #pragma unroll
@@ -1319,12 +1350,11 @@ struct Weights {
         keep_order();
       }
       const Line line = line_of<STEP>(sh, place, h);
-      const u32 row = row_at(line, place, h);
 #pragma unroll
       for (int turn = 0; turn < OWN; turn++) {
         Packed packed;
-        const int in = ((turn / FUSED * WARPS + warp) * FUSED + turn % FUSED) * 32 + t * APIECE_OF_LANE;
-        load_packed<WIDTH>(packed, row, in, in);
+        const int in = lane.own_at + (turn / FUSED * WARPS * FUSED + turn % FUSED) * 32;
+        load_packed<WIDTH>(packed, line.row + in, in);
 #pragma unroll
         for (int digit = 0; digit < DIGITS; digit++)
           integers(kept[h][(turn / FUSED * DIGITS + digit) * FUSED + turn % FUSED], packed, digit);
@@ -1332,11 +1362,11 @@ struct Weights {
 #pragma unroll
       for (int late = 0; late < LATE; late++) {
         Packed packed;
-        load_packed<WIDTH>(packed, row, lane.late_at[late], lane.late_at[late]);
+        load_packed<WIDTH>(packed, line.row + lane.late_at[late], lane.late_at[late]);
         integers_of(kept[h][OWN_BLOCKS + late], packed, lane.late_digit[late], 0, DIGITS - 1);
       }
 #pragma unroll
-      for (int i = 0; i < SPANS; i++) raw[h][i] = load_steps<WIDTH>(line.meta, lane.scales_at[i]);
+      for (int i = 0; i < SPANS; i++) raw[h][i] = load_steps<WIDTH, ZEROS_BEHIND<STEP>>(line.meta, lane.scales_at[i]);
     }
     release(sh, place, STEP, CHUNKS);
     if (LOOK_AT == EIGHTS) {
@@ -1903,84 +1933,92 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, const Lane
   // Two runs of a group follow each other.
   constexpr int FUSE = fuses(FFN) && runs(FFN) % WARPS == 0 ? 2 : 1, TURNS = turns(FFN) / FUSE;
   constexpr int BLOCKS = HIDDEN_BLOCKS, ASKED = ratio(BLOCKS * 4, 32);
-  using Of = Spans<BLOCKS, BLOCKS, FUSE, TURNS>;
+  using Of = Spans<BLOCKS, BLOCKS, FUSE, EACH_SPAN % DIGITS ? TURNS : 0>;
   constexpr int REST = most(ROWS - 8, 0), EACH = REST > 4 ? 8 : REST > 2 ? 4 : 2, SUBS = least(8 / EACH, EACH_SPAN);
   constexpr int TIMES = REST ? EACH_SPAN / SUBS : 0, SUMS_OF_REST = REST ? Of::COUNT : 0;
   const u32 id = thread();
   const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4;
   const int place = take(sh, s, FC2, chunks_of(FC2));
-  auto run_of = [&](int unit, int i) { return (unit % TURNS * WARPS + warp) * FUSE + i; };
+  // Where the activations are that this lane asks for.
   uint4 units[ASKED];
+  const u16* from[ASKED];
   u32 missing = 0;
-  bool there;
-  auto unit_at = [&](int i) {
-    const int b = (i * 32 + lane) / 4, unit = b / FUSE, run = run_of(unit, b % FUSE);
-    const int element = Of::digit_of(unit) * plane(FFN) + run * 32 + t * 8;
-    there = b < BLOCKS && run < runs(FFN) && run * 32 + t * 8 < plane(FFN) && element < FFN;
-    return a.hidden + program() % COPIES * FFN + element;
-  };
 #pragma unroll
   for (int i = 0; i < ASKED; i++) {
-    units[i] = {};
-    unit_at(i);
-    if (there) missing |= 1u << i;
+    const int b = (i * 32 + lane) / 4, unit = b / FUSE, run = (Of::turn_of(unit) * WARPS + warp) * FUSE + b % FUSE;
+    const int element = Of::digit_of(unit) * plane(FFN) + run * 32 + t * 8;
+    units[i] = {}, from[i] = a.hidden + program() % COPIES * FFN + element;
+    if (b < BLOCKS && run < runs(FFN) && run * 32 + t * 8 < plane(FFN) && element < FFN) missing |= 1u << i;
   }
   auto look = [&] {
 #pragma unroll
     for (int i = 0; i < ASKED; i++)
-      if (missing >> i & 1) units[i] = peek16(unit_at(i));
+      if (missing >> i & 1) units[i] = peek16(from[i]);
+  };
+  // Where all warps have as many runs, what a lane loads lies at the same distances for all.
+  constexpr bool FULL = runs(FFN) % (WARPS * FUSE) == 0 && even(FFN);
+  const int in_lane = warp * (FUSE * 32) + t * APIECE_OF_LANE;
+  auto load = [&](Packed& packed, int row, int turn, int i) {
+    int run = turn * (WARPS * FUSE) + i;
+    if (FULL && parts(FFN) == 1) {
+      load_packed<FFN>(packed, base_of(place, 0) + row * stride(FFN) + in_lane + run * 32, run * 32 + in_lane);
+      return;
+    }
+    // Behind the last run the activations are zero.
+    run = least(run + warp * FUSE, runs(FFN) - 1);
+    const int chunk = parts(FFN) == 1 ? 0 : run / (PART * WARPS), in_run = t * APIECE_OF_LANE;
+    const int in_chunk = (run - chunk * (PART * WARPS)) * 32 + in_run;
+    load_packed<FFN>(packed, base_of(place, chunk) + row * stride(FFN) + in_chunk, run * 32 + in_run);
   };
   const u32 metas = base_of(place, 0) + scales_at(FFN) + program() * ROWS * (groups(FFN) * 2) % 16;
-  auto load = [&](Packed& packed, int row, int run) {
-    // Behind the last run the activations are zero.
-    run = least(run, runs(FFN) - 1);
-    const int chunk = parts(FFN) == 1 ? 0 : run / (PART * WARPS), in_lane = t * APIECE_OF_LANE;
-    const int in_chunk = (run - chunk * (PART * WARPS)) * RUN_BYTES;
-    load_packed<FFN>(packed, base_of(place, chunk) + row * stride(FFN), in_chunk + in_lane, run * 32 + in_lane);
-  };
-  auto load_steps_of = [&](int row, int span) {
-    const int unit = Of::unit_of_lane(span), element = Of::digit_of(unit) * plane(FFN) + run_of(unit, 0) * 32;
-    return load_steps<FFN>(metas + row * meta_stride(FFN), scales_of<FFN>(element));
+  auto load_steps_of = [&](int row, int digit, int turn) {
+    constexpr int TURN = WARPS * FUSE * 32;  // Elements from a turn to the next.
+    const int element = digit * plane(FFN) + warp * (FUSE * 32);
+    ScalesAt at = scales_of<FFN>(element + turn * TURN);
+    if (FULL && TURN % most(GROUP, 1) == 0)
+#pragma unroll
+      for (int part = 0; part < PARTS; part++)
+        at.part[part] = (element + 16 * part) / most(GROUP, 1) * 2 + turn * (TURN / most(GROUP, 1) * 2);
+    return load_steps<FFN, meta_bytes(FFN)>(metas + row * meta_stride(FFN), at);
   };
   u32 kept[BLOCKS][4], rest[most(SUMS_OF_REST * TIMES * FUSE, 1)][4];
   RawSteps raw[Of::COUNT], raw_rest[most(SUMS_OF_REST, 1)];
+  const int row = least(g, ROWS - 1), other_row = least(8 + g % EACH, ROWS - 1), sub = g / EACH % SUBS;
 #pragma unroll
   for (int turn = 0; turn < TURNS; turn++)
 #pragma unroll
     for (int i = 0; i < FUSE; i++) {
       Packed packed;
-      load(packed, least(g, ROWS - 1), run_of(turn, i));
+      load(packed, row, turn, i);
 #pragma unroll
-      for (int digit = 0; digit < DIGITS; digit++) integers(kept[(digit * TURNS + turn) * FUSE + i], packed, digit);
+      for (int digit = 0; digit < DIGITS; digit++) integers(kept[Of::block_of(digit, turn, i)], packed, digit);
     }
   keep_order();
   look();
   keep_order();
 #pragma unroll
-  for (int i = 0; i < Of::COUNT; i++) raw[i] = load_steps_of(least(g, ROWS - 1), i);
-  const int other_row = least(8 + g % EACH, ROWS - 1), sub = g / EACH % SUBS;
+  for (int span = 0; span < Of::COUNT; span++) {
+    const typename Of::Place unit = Of::place_in(span, t);
+    raw[span] = load_steps_of(row, unit.digit, unit.turn);
+    if (!REST) continue;
+    raw_rest[most(SUMS_OF_REST, 1) - 1 < span ? 0 : span] = load_steps_of(other_row, unit.digit, unit.turn);
 #pragma unroll
-  for (int span = 0; span < SUMS_OF_REST; span++) {
-#pragma unroll
-    for (int time = 0; time < TIMES; time++)
+    for (int time = 0; time < TIMES; time++) {
+      const typename Of::Place unit = Of::place_in(span, time * SUBS + sub);
+      // Few digits are possible.
+      const int first = Of::place_in(span, time * SUBS).digit, last = Of::place_in(span, time * SUBS + SUBS - 1).digit;
 #pragma unroll
       for (int i = 0; i < FUSE; i++) {
-        constexpr int LAST = Of::UNITS - 1;
-        const int first = span * EACH_SPAN + time * SUBS, unit = least(first + sub, LAST);
         Packed packed;
-        load(packed, other_row, run_of(unit, i));
-        u32(&q)[4] = rest[(span * TIMES + time) * FUSE + i];
-        const u32 digit = Of::digit_of(unit);
-        // Few digits are possible.
-        const int from = Of::digit_of(least(first, LAST)), to = Of::digit_of(least(first + SUBS - 1, LAST));
-        integers_of(q, packed, digit, from, to);
+        load(packed, other_row, unit.turn, i);
+        integers_of(rest[(span * TIMES + time) * FUSE + i], packed, unit.digit, least(first, last), most(first, last));
       }
-    raw_rest[span] = load_steps_of(other_row, span);
+    }
   }
   release(sh, place, FC2, chunks_of(FC2));
   Steps steps[Of::COUNT], steps_of_rest[most(SUMS_OF_REST, 1)];
 #pragma unroll
-  for (int i = 0; i < Of::COUNT; i++) steps[i].fill(raw[i], Of::shrink_of_lane(i));
+  for (int i = 0; i < Of::COUNT; i++) steps[i].fill(raw[i], Of::shrink_of(Of::place_in(i, t).digit));
 #pragma unroll
   for (int i = 0; i < SUMS_OF_REST; i++) steps_of_rest[i].fill(raw_rest[i], 1);
   const u32 tag = tag_behind(s.tag, REST ? raw_rest[most(SUMS_OF_REST, 1) - 1].part[0] : raw[Of::COUNT - 1].part[0]);
@@ -2079,8 +2117,7 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
   float first[2] = {}, second[2] = {};
   if (finishes) {
     const int begin = span.first + (step == FC1 ? chunk * ROWS : 0);
-    const u8* at = dynamic_shared() + base_of(place, chunk) + behind_at(step, chunk) +
-                   2 * (step == FC2 ? meta_bytes(FFN) : meta_bytes(WIDTH));
+    const u8* at = dynamic_shared() + base_of(place, chunk) + vectors_behind(step, chunk);
     if (from_stream(step)) {
       at += (begin * 4) % 16 + in_chunk * 4;
       const float2 one = *(const float2*)at, other = *(const float2*)(at + vector_bytes);
@@ -2281,7 +2318,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments
   // What is needed of cold memory on the way, copied while the first weights come.
   const int other = thread() < 32 * FETCHER ? thread() : thread() - 32;
   if (thread() / 32 < WARPS) {
-    fill_lines(sh);
+    if (LINES) fill_lines(sh);
   }
   if (thread() / 32 != FETCHER) {
     constexpr int OTHERS = THREADS - 32;

@@ -249,7 +249,7 @@ struct Tile {
           continue;
         }
         Packed packed;
-        load_packed<WIDTH>(packed, lines.row[i], in, in);
+        load_packed<WIDTH>(packed, lines.row[i] + in, in);
 #pragma unroll
         for (int digit = 0; digit < DIGITS; digit++)
           dequantise(of[turn * DIGITS + digit][i], packed, digit,
@@ -267,7 +267,7 @@ struct Tile {
           continue;
         }
         Packed packed;
-        load_packed<WIDTH>(packed, lines.row[i], in, in);
+        load_packed<WIDTH>(packed, lines.row[i] + in, in);
         const u32 steps = steps_of<WIDTH>(lines.meta[i], element_of<WIDTH>(block.run, block.digit));
         if (BITS == 158) {
 #pragma unroll
@@ -661,7 +661,7 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, State& s, 
           continue;
         }
         Packed packed;
-        load_packed<FFN>(packed, lines.row[i] + away, in_part, run * 32 + t * 8);
+        load_packed<FFN>(packed, lines.row[i] + away + in_part, run * 32 + t * 8);
         dequantise(w[k][i], packed, b % DIGITS, steps_of<FFN>(lines.meta[i], element_of<FFN>(run, b % DIGITS)));
       }
     }
