@@ -367,7 +367,7 @@ static inline void poison(Warp& warp, u32 lanes) {
     for (; lanes; lanes &= lanes - 1) memset(warp.slots[warp.half][__builtin_ctz(lanes)], 0xFF, sizeof(Slots) / 32);
 }
 
-static void multiply_fragments(Slots& slots, bool bf16);
+static void multiply_fragments(Slots& slots);
 
 // Does what the lanes gathered at a collective are gathered for. One that ends while the others wait completes it too.
 static void complete(Warp& warp, const Place& at) {
@@ -378,7 +378,7 @@ static void complete(Warp& warp, const Place& at) {
     poison(warp, warp.ended);
     if (at.kind == Kind::multiply) {
         if (warp.ended) fail(true, "%s, line %d, in a warp of which lanes have ended", name(at.kind), at.line);
-        multiply_fragments(slots, at.first);
+        multiply_fragments(slots);
     }
     if (at.kind < Kind::syncthreads) {
         warp.ready |= std::exchange(warp.gathered, 0);
@@ -714,7 +714,7 @@ static inline u32 half_fma(u32 a, u32 b, u32 c) {
 }
 
 // mma.m16n8k16 from the slots' a0-a3, b0-b1 and c0-c3, into the last.
-static void multiply_fragments(Slots& slots, bool bf16) {
+static void multiply_fragments(Slots& slots) {
     typedef float Four __attribute__((vector_size(16)));
     float a[16][16];
     Four b[16][2], c[16][2];
@@ -725,7 +725,7 @@ static void multiply_fragments(Slots& slots, bool bf16) {
         for (u32 i = 0; i < 6; i++) {
             for (u32 high = 0; high < 2; high++) {
                 const u16 half = slots[lane][i] >> 16 * high;
-                const float value = bf16 ? widen_bf16(half) : f16.of[half];
+                const float value = BF16 ? widen_bf16(half) : f16.of[half];
                 if (i < 4) a[group + i % 2 * 8][pair + i / 2 * 8 + high] = value;
                 else b_flat[(pair + (i - 4) * 8 + high) * 8 + group] = value;
             }
@@ -792,18 +792,12 @@ static inline void __syncwarp(u32 mask = ~0u, EMULATED_LINE) {
     emulation::full(mask, "syncwarp", line);
     emulation::meet({emulation::Kind::syncwarp, line, 0, 0});
 }
-static inline void multiply_fragment(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, bool bf16, int line) {
+static inline void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, EMULATED_LINE) {
     using emulation::bits;
     const u32 lane = emulation::now.lane;
-    auto& slots = emulation::meet({emulation::Kind::multiply, line, bf16, 0}, a0, a1, a2, a3, b0, b1, bits<u32>(c[0]),
+    auto& slots = emulation::meet({emulation::Kind::multiply, line, 0, 0}, a0, a1, a2, a3, b0, b1, bits<u32>(c[0]),
                                   bits<u32>(c[1]), bits<u32>(c[2]), bits<u32>(c[3]));
     memcpy(c, &slots[lane][6], sizeof c);
-}
-static inline void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, EMULATED_LINE) {
-    multiply_fragment(c, a0, a1, a2, a3, b0, b1, BF16, line);
-}
-static inline void multiply_f16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, EMULATED_LINE) {
-    multiply_fragment(c, a0, a1, a2, a3, b0, b1, false, line);
 }
 
 static inline void __syncthreads(EMULATED_LINE) { emulation::meet({emulation::Kind::syncthreads, line, 0, 0}); }
@@ -903,6 +897,8 @@ static inline float widen(u16 half) { return BF16 ? emulation::widen_bf16(half) 
 static inline u32 and_or(u32 a, u32 b, u32 c) { return (a & b) | c; }
 static inline u32 half_fma(u32 a, u32 b, u32 c) { return emulation::half_fma(a, b, c); }
 
+static inline int dot_low(u32 x, u32 q, int c) { return c + int16_t(x) * int(q & 0xFF) + int16_t(x >> 16) * int(q >> 8 & 0xFF); }
+static inline int dot_high(u32 x, u32 q, int c) { return dot_low(x, q >> 16, c); }
 static inline u32 byte_permute(u32 a, u32 b, u32 selector) {
     const u64 from = u64(b) << 32 | a;
     u32 result = 0;
@@ -916,6 +912,7 @@ static inline u64 nanoseconds() { return emulation::now.turn * 100 + ++emulation
 static inline void __nanosleep(u32, EMULATED_LINE) { emulation::poll({emulation::Kind::nanosleep, line, 0, 0}); }
 [[noreturn]] static inline void trap(EMULATED_LINE) { emulation::fail(true, "trap, line %d", line); }
 
+static inline float __int2float_rn(int x) { return float(x); }
 static inline float exp2_fast(float x) { return exp2f(x); }
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 static inline float rsqrt_fast(float x) { return rsqrtf(x); }

@@ -8,10 +8,11 @@
 // fence or a barrier of the whole machine. Meanwhile a warp of each program streams weights, which depend on nothing,
 // into a ring in shared memory, several products ahead; low-bit ones are unpacked while the program would only wait.
 //
-// Products run on the tensor cores: a tile of the weight, eight columns of activations. One row of a batch needs one
-// column; the others hold what single half-precision numbers cannot, the remainders of the activations. Packed weights
-// are multiplied as the integers that they are, by activations made integers of two digits, exactly; scales are
-// applied to the sums. (For several rows they are made halves, and columns are rows.)
+// Products of 16-bit weights run on the tensor cores: a tile of the weight, eight columns of activations. One row of a
+// batch needs one column; the others hold what single half-precision numbers cannot, the remainders of the activations.
+// Packed weights are multiplied as the integers that they are, by activations made integers of 15 bits, exactly, and
+// without the tensor cores: a kernel that does nothing with these has a clock a sixth faster. Scales are applied to the
+// sums. (For several rows packed weights are made halves, and columns are rows.)
 //
 // Built by NVRTC without headers. Constants that the launcher defines:
 //   WIDTH, FFN, HEADS (of 64), LAYERS, SLOTS, SOURCE (keys of cross-attention), BATCH (rows), BEAMS (of these that share
@@ -174,15 +175,22 @@ __device__ __forceinline__ u32 and_or(u32 a, u32 b, u32 c) {
 #else
 #define HALF "f16"
 #endif
-// c += a b: a 16 x 16, b 16 x 8, of halves, or of float16 whatever halves are.
-#define MULTIPLY(TYPE)                                                                                                 \
-  asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};" \
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1))
+// c += a b: a 16 x 16, b 16 x 8, of halves.
 __device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  MULTIPLY(HALF);
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." HALF "." HALF
+               ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
-__device__ __forceinline__ void multiply_f16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  MULTIPLY("f16");
+// c plus two signed 16-bit integers of x times the first two bytes of q, or the last two.
+__device__ __forceinline__ int dot_low(u32 x, u32 q, int c) {
+  int d;
+  asm("dp2a.lo.s32.u32 %0,%1,%2,%3;" : "=r"(d) : "r"(x), "r"(q), "r"(c));
+  return d;
+}
+__device__ __forceinline__ int dot_high(u32 x, u32 q, int c) {
+  int d;
+  asm("dp2a.hi.s32.u32 %0,%1,%2,%3;" : "=r"(d) : "r"(x), "r"(q), "r"(c));
+  return d;
 }
 __device__ __forceinline__ u32 largest_of_warp(u32 x) {
   u32 y;
@@ -307,12 +315,8 @@ constexpr int CROSS_RUN = ratio(SOURCE, CROSS_SPLITS);
 // Of several rows there are many keys, which come by 64 at least.
 constexpr int KEYS_AT_LEAST = 256 * (BATCH > 1 ? 64 : up(ratio(CROSS_RUN, 4), 8));
 constexpr int ROW_AT_LEAST = most(row_bytes(WIDTH), KEYS_AT_LEAST / ROWS - 5 * groups(FFN));
-// Whether the halves of a block may differ in scale. For one row a lane then has four elements of either half.
-constexpr bool HALVES = BATCH == 1 && BITS != 16 && (GROUP % 32 != 0 || plane(FFN) % 32 != 0);
-// Rows in shared memory lie so that lanes served together meet different banks: two rows of 64 bytes, four of 32, eight of
-// 16.
-constexpr int APIECE = BITS == 16 ? 64 : HALVES ? 16 : 32, APIECE_OF_LANE = APIECE / 4;  // Bytes of a row taken at once.
-constexpr int stride_of(int bytes) { return up(bytes + 128 - APIECE, 128) - (128 - APIECE); }
+// Rows in shared memory lie so that lanes served together meet different banks: two rows of 64 bytes, four of 32.
+constexpr int stride_of(int bytes) { return BITS == 16 ? up(bytes + 64, 128) - 64 : up(bytes + 96, 128) - 96; }
 // Behind the rows: scales, zero points, two vectors, each from the multiple of 16 bytes at or below its first element.
 // Those of the second feed-forward product lie a little further apart where a row of them is a multiple of 64 bytes:
 // four or eight rows would meet the same bank.
@@ -426,6 +430,9 @@ constexpr bool fuses(int depth) {
 constexpr int FUSED = BATCH == 1 && fuses(WIDTH) ? 2 : 1;
 constexpr int OWN_BLOCKS = OWN * DIGITS, LATE = ratio(LEFT * DIGITS, WARPS), OF_WARP = OWN_BLOCKS + LATE;
 constexpr int HIDDEN_BLOCKS = turns(FFN) * DIGITS;
+// Whether the halves of a block of packed weights may differ in scale.
+constexpr bool HALVES = BITS != 16 && (GROUP % 32 != 0 || plane(FFN) % 32 != 0);
+constexpr int PARTS = HALVES ? 2 : 1;
 // Eights of rows of the larger product, and lines of rows.
 constexpr int MOST_EIGHTS = ratio(most(3, FFN_CHUNKS) * ROWS, 8), LINES = AT_HOME ? 0 : 2 * 8 * MOST_EIGHTS + 16;
 #if BATCH > 1
@@ -454,13 +461,16 @@ struct Shared {
   union {
     alignas(16) float runs[WARPS][64 + 4];
     // A warp's activations on their way to the lanes that multiply them: blocks of the hidden layer; of the stream and
-    // of attention's result each block's halves and, in 16 bits, their remainders.
+    // of attention's result each block's halves and their remainders. For packed weights they are integers.
     alignas(16) u16 hidden[WARPS][HIDDEN_BLOCKS][32];
     alignas(16) u16 staged[WARPS][OF_WARP][BITS == 16 ? 2 : 1][32];
   };
   alignas(16) float tops[WARPS], totals[WARPS];
   alignas(16) float2 moments[WARPS];  // Of what each warp has of the stream.
   alignas(8) uint2 lines[most(LINES, 1)];
+#if BITS != 16
+  alignas(16) int totals_of[WARPS][most(HIDDEN_BLOCKS, OF_WARP)][PARTS];  // Sums of staged blocks, or of their halves.
+#endif
   u64 caches[LAYERS][2], gains[LAYERS][3];
   float eps[LAYERS][3];
   u8 valid[SLOTS];
@@ -482,7 +492,7 @@ constexpr int LOGS = 32;
 struct Arguments {
   const u64* table;
   u16 *stream;           // [COPIES][2][WIDTH]: halves, then their remainders.
-  u16 *heads, *query;    // [2][3 WIDTH], [2][WIDTH], likewise.
+  u16 *heads, *query;    // [2][3 WIDTH], [2][WIDTH], likewise; of one row float32, [3 WIDTH], [WIDTH].
   float2* stats;         // Of several rows, [COLUMNS][STATS]: of the features of each giver, sum and sum of squares.
   u16 *own_runs, *cross_runs;     // [COPIES][HEADS][8][64]
   float *own_logs, *cross_logs;   // [COPIES][HEADS][LOGS]: the logarithms (of base 2) of 8 sums of exponentials.
@@ -733,54 +743,11 @@ __device__ __forceinline__ u32 third(u32 pair, int power) {
   return (pair * factor >> shift) & (0xFFFFu >> shift) * 0x10001u;
 }
 
-// What a lane holds of a run: eight packed bytes and, in 3 bits, the eight that hold the high bits, moved to where those of
-// the even bytes belong and to where those of the odd ones do.
+// What a lane holds of a run: eight packed bytes and, in 3 bits, the eight that hold the high bits, moved to where they
+// belong. For one row: of the first three digits and of the last; for several: of the even bytes and of the odd ones.
 struct Packed {
   u32 raw[2], high[2][2];
 };
-
-// An integer's bits are those of a subnormal float16, q * 2 ** -24: the tensor cores take it as it is, exactly, and the
-// sums make good the factor. Subnormals of bfloat16 are too small for sums in float32: there integers sit in the mantissa
-// of `ORIGIN`, 128, from which they are taken by one instruction. A digit stays where it lies in its byte if the mantissa
-// has room for it there, and is else moved down. For one row the tensor cores multiply float16 in either case.
-constexpr bool IN_BF16 = BF16 && BATCH > 1;
-constexpr u32 ORIGIN = IN_BF16 ? 0x43004300 : 0;
-constexpr int MANTISSA = IN_BF16 ? 7 : 10, EXPONENT_OF_ONE = IN_BF16 ? 127 : 15;
-constexpr bool stays(int digit) { return BITS != 158 && LOW_BITS * digit + BITS <= MANTISSA; }
-constexpr int place_of(int digit) { return stays(digit) ? LOW_BITS * digit : 0; }
-
-// Digit `digit` of eight packed bytes as halves, in float16 times 2 ** (place_of(digit) - 24): pairs of the first and
-// third byte of a word, of the second and fourth.
-__device__ __forceinline__ void integers(u32 (&q)[4], const Packed& packed, int digit) {
-#pragma unroll
-  for (int i = 0; i < 2; i++)
-#pragma unroll
-    for (int odd = 0; odd < 2; odd++) {
-      u32& to = q[2 * i + odd];
-      const u32 word = packed.raw[i];
-      if (BITS == 8 && IN_BF16) {
-        // Beyond bfloat16's mantissa: through float32's, where the same trick takes 23 bits.
-        const float low = __uint_as_float(byte_permute(word, 0x4B000000, odd ? 0x7441 : 0x7440));
-        const float high = __uint_as_float(byte_permute(word, 0x4B000000, odd ? 0x7443 : 0x7442));
-        to = pack(low - 8388608.0f, high - 8388608.0f);
-        continue;
-      }
-      const int place = place_of(digit);
-      if (BITS == 158) {
-        const u32 pair = word >> 8 * odd & 0x00FF00FF;
-        to = third(pair, digit);
-        if (digit < 4) to -= 3 * third(pair, digit + 1);
-        to |= ORIGIN;
-      } else {
-        to = and_or(word >> (8 * odd + LOW_BITS * digit - place), twice(((1 << LOW_BITS) - 1) << place), ORIGIN);
-        if (BITS == 3) to = and_or(packed.high[i][odd] >> (2 * digit - place), twice(4 << place), to);
-      }
-      // Times 2 ** -place, less the origin: exact.
-      if (IN_BF16)
-        to = half_fma(to, twice(EXPONENT_OF_ONE - place << MANTISSA),
-                      twice(0x8000 | EXPONENT_OF_ONE + MANTISSA - place << MANTISSA));
-    }
-}
 
 // The next `chunks` chunks are there; the place of the first.
 __device__ __forceinline__ int take(Shared& sh, Cursor& cursor, int chunks) {
@@ -821,24 +788,18 @@ __device__ __forceinline__ u32 base_of(u32 place, u32 chunk) {
 template <int DEPTH>
 __device__ __forceinline__ void load_packed(Packed& packed, u32 at, int in_plane) {
   const u8* memory = dynamic_shared() + at;
-  if (HALVES)
-    packed.raw[0] = *(const u32*)memory, packed.raw[1] = *(const u32*)(memory + 16);
-  else
-    load8(packed.raw, memory);
+  load8(packed.raw, memory);
   if (BITS == 3) {
     // A high plane's byte holds the bits of two elements of each byte of the first plane, those of its second half
     // in the upper place.
     constexpr int PLANE = plane(DEPTH), HIGH = most(high_plane(DEPTH), 1);
-    const int upper[2] = {in_plane >= HIGH, in_plane + (HALVES ? 16 : 0) >= HIGH};
+    const int upper = in_plane >= HIGH;
     u32 high[2];
-    if (HALVES)
+    load8(high, memory + PLANE - upper * HIGH);
 #pragma unroll
-      for (int i = 0; i < 2; i++) high[i] = *(const u32*)(memory + PLANE + 16 * i - upper[i] * HIGH);
-    else
-      load8(high, memory + PLANE - upper[0] * HIGH);
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-      packed.high[i][0] = high[i] << (2 - upper[i]), packed.high[i][1] = high[i] >> (6 + upper[i]);
+    for (int i = 0; i < 2; i++) {
+      packed.high[i][0] = high[i] << (2 - upper), packed.high[i][1] = high[i] >> (BATCH == 1 ? upper : 6 + upper);
+    }
   }
 }
 
@@ -872,28 +833,6 @@ __device__ __forceinline__ void gather(float (&sums)[8]) {
     float other = __shfl_xor_sync(~0u, odd ? sums[i] : sums[2 + i], 8);
     sums[i] = (odd ? sums[2 + i] : sums[i]) + other;
   }
-}
-
-// The newest key's product with the query, and its value, of which a lane has two dimensions, `from` on in `heads`.
-__device__ __forceinline__ float newest_key(const u16* from, u32 tag, float (&value)[2]) {
-  u32 words[3][2] = {}, missing = 63;
-  Patience patience;
-  do {
-#pragma unroll
-    for (int i = 0; i < 6; i++)
-      if (missing >> i & 1) words[i / 2][i % 2] = peek4(from + i / 2 * WIDTH + i % 2 * (3 * WIDTH));
-#pragma unroll
-    for (int i = 0; i < 6; i++)
-      if (fresh(words[i / 2][i % 2], tag)) missing &= ~(1u << i);
-    patience.spend();
-  } while (__any_sync(~0u, missing));
-  float dot = (low_of(words[0][0]) + low_of(words[0][1])) * (low_of(words[1][0]) + low_of(words[1][1])) +
-              (high_of(words[0][0]) + high_of(words[0][1])) * (high_of(words[1][0]) + high_of(words[1][1]));
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) dot += __shfl_xor_sync(~0u, dot, step);
-  value[0] = low_of(words[2][0]) + low_of(words[2][1]);
-  value[1] = high_of(words[2][0]) + high_of(words[2][1]);
-  return dot;
 }
 
 #if BATCH == 1
@@ -975,10 +914,6 @@ __device__ __forceinline__ void multiply_row(float (&c)[4], const u32 (&w)[4], u
 __device__ __forceinline__ void multiply_row(float (&c)[4], const uint4& w, u32 x0, u32 x1) {
   multiply(c, w.x, w.y, w.z, w.w, x0, x1);
 }
-// The same of packed weights, as `integers` leaves them.
-__device__ __forceinline__ void multiply_integers(float (&c)[4], const u32 (&q)[4], const uint2& x) {
-  multiply_f16(c, q[0], q[2], q[1], q[3], x.x, x.y);
-}
 // Where a warp's sum of a row goes, which is `behind` a multiple of eight.
 __device__ __forceinline__ float& sum_at(Shared& sh, int side, int eighth, u32 behind) {
   const u32 warp = thread() / 32;
@@ -1023,6 +958,7 @@ constexpr int ZEROS_BEHIND = metas_behind(STEP, 0, true) - metas_behind(STEP, 0,
 #if BITS == 16
 // -- A product's weights and activations in 16 bits
 
+struct Staged {};  // What is known of staged activations besides.
 // Eight activations in the order of the weights': of an even column and of the odd one behind it.
 __device__ __forceinline__ void stage(u16* to, const uint4& unit) { *(uint4*)to = {unit.x, unit.z, unit.y, unit.w}; }
 __device__ __forceinline__ uint2 staged(const u16* from) { return *(const uint2*)from; }
@@ -1088,7 +1024,7 @@ struct Sums {
   // Chains of products stand side by side: one after another, each would be waited for.
   // `meanwhile` is done when all of them have been asked for.
   template <int STEP, class Meanwhile>
-  __device__ __forceinline__ void multiply(const Weights<STEP>& weights, const Shared& sh, float, Meanwhile meanwhile) {
+  __device__ __forceinline__ void multiply(const Weights<STEP>& weights, const Shared& sh, const Staged&, Meanwhile meanwhile) {
     const u32 id = thread();
     const int warp = id / 32, g = id / 4 % 8, t = id % 4;
     // A lane has the activations of column g: the halves are in the first two and the remainders in the next two columns.
@@ -1135,10 +1071,10 @@ __device__ __forceinline__ void values_of(float (&x)[8], const uint4 (&units)[UN
     x[2 * j + 1] = high_of(halves[j]) + high_of(rests[j]);
   }
 }
-// A lane's eight activations of a block, staged; what sums of them are worth.
-__device__ __forceinline__ float stage_eight(Shared& sh, const Lane&, const float (&x)[8]) {
+// A lane's eight activations of a block, staged.
+__device__ __forceinline__ Staged stage_eight(Shared& sh, const float (&x)[8]) {
   const int warp = thread() / 32, b = thread() % 32 / 4, t = thread() % 4;
-  if (b >= OF_WARP) return 1;
+  if (b >= OF_WARP) return {};
   u32 halves[4], rests[4];
 #pragma unroll
   for (int j = 0; j < 4; j++) {
@@ -1147,40 +1083,81 @@ __device__ __forceinline__ float stage_eight(Shared& sh, const Lane&, const floa
   }
   stage(&sh.staged[warp][b][0][t * 8], {halves[0], halves[1], halves[2], halves[3]});
   stage(&sh.staged[warp][b][1][t * 8], {rests[0], rests[1], rests[2], rests[3]});
-  return 1;
+  return {};
 }
 #else
 // -- A product's weights, in low-bit integers, and activations
 
-// Activations are float16, those of bfloat16 when they have been multiplied by a power of two that brings the largest one of
-// a warp's below 2 ** 15.
+// Activations are made integers of 14 bits and a sign, multiples of a power of two that the largest one of their warp's
+// sets. Multiplied by packed integers as they are, their sums are exact.
 struct Grain {
-  float up, down;  // The power and its inverse.
+  float up, down;  // The power's inverse and the power.
 };
 __device__ __forceinline__ u32 magnitude(float x) { return __float_as_uint(x) & 0x7FFFFFFF; }
 // From the largest magnitude of a lane, for all that a warp multiplies.
 __device__ __forceinline__ Grain grain_of(u32 largest) {
-  if (!BF16) return {1, 1};
   const u32 exponent = most(largest_of_warp(largest) >> 23, 32);
   // What is no number is to stay none.
-  return {__uint_as_float(268 - exponent << 23), __uint_as_float(exponent == 255 ? 0x7FC00000 : exponent - 14 << 23)};
+  return {__uint_as_float(267 - exponent << 23), __uint_as_float(exponent == 255 ? 0x7FC00000 : exponent - 13 << 23)};
 }
-// What the sums of `integers` times activations are to be multiplied by.
-__device__ __forceinline__ float worth_of(const Grain& grain) { return grain.down * 16777216.0f; }
 
-// Which blocks a lane's columns of a product are of. A unit is of as many blocks as have a scale in common, `EACH` of the
-// `OWN_OF` first ones. It has two columns, as a row of weights has (`multiply_row`); where the halves of a block may differ
-// in scale, they have one each. A span is of as many units as there are columns for, and a lane has the sums of one of
-// them. The first blocks' digits come one after another, turn by turn, or if there are `TURNS` of them each with all turns.
-constexpr int EACH_SPAN = 4, PARTS = HALVES ? 2 : 1;
+// Bytes that hold digit `digit` of eight packed ones times 2 ** byte_place(digit).
+constexpr int byte_place(int digit) { return BITS == 158 ? 0 : BITS == 3 ? least(2 * digit, 4) : LOW_BITS * digit; }
+__device__ __forceinline__ void bytes_of(u32 (&q)[2], const Packed& packed, int digit) {
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const u32 word = packed.raw[i];
+    if (BITS == 158) {
+      const u32 even = word & 0x00FF00FF, odd = word >> 8 & 0x00FF00FF;
+      q[i] = third(even, digit) + (third(odd, digit) << 8);
+      if (digit < 4) q[i] -= 3 * (third(even, digit + 1) + (third(odd, digit + 1) << 8));
+    } else if (BITS == 8) {
+      q[i] = word;
+    } else {
+      const int place = byte_place(digit);
+      q[i] = (word >> (LOW_BITS * digit - place)) & ((1 << LOW_BITS) - 1) * 0x01010101u << place;
+      if (BITS == 3) q[i] = and_or(packed.high[i][digit == 3], 0x04040404u << place, q[i]);
+    }
+  }
+}
+
+// A digit that only the lane knows, one of `first` to `last`, of eight packed elements. It is brought to where the first
+// one lies.
+__device__ __forceinline__ void bytes_of_digit(u32 (&q)[2], Packed& packed, int digit, int first, int last) {
+  if (BITS == 158) {
+#pragma unroll
+    for (int i = 0; i < DIGITS; i++)
+      if (i >= first && i <= last && (i == digit || i == first)) bytes_of(q, packed, i);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      packed.raw[i] >>= LOW_BITS * digit;
+      if (BITS == 3) packed.high[i][0] = packed.high[i][1] >> 2 * digit << 2;
+    }
+    bytes_of(q, packed, 0);
+  }
+}
+
+// A lane's part of a row's sums over a block: eight elements.
+__device__ __forceinline__ void multiply_eight(int& sum, const u32 (&q)[2], const uint4& x) {
+  sum = dot_low(x.x, q[0], sum), sum = dot_high(x.y, q[0], sum);
+  sum = dot_low(x.z, q[1], sum), sum = dot_high(x.w, q[1], sum);
+}
+
+// What has a scale in common, a unit, is of `EACH` blocks, of the `OWN_OF` first ones, or of one; where halves of a block may
+// differ in scale, each is one. Four lanes have parts of its sum, or two lanes of a half's. Of the units of a span, as many,
+// each of these lanes ends up with the whole sum of one. The first blocks' digits come one after another, turn by turn, or
+// if there are `TURNS` of them each with all turns.
+constexpr int EACH_SPAN = 4 / PARTS;
+__device__ __forceinline__ int in_span_of_lane() { return HALVES ? thread() % 2 : thread() % 4; }
+__device__ __forceinline__ int part_of_lane() { return HALVES ? thread() % 4 / 2 : 0; }
 template <int BLOCKS, int OWN_OF, int EACH, int TURNS>
 struct Spans {
   static constexpr int OF_UNIT = EACH, OWN_UNITS = OWN_OF / EACH, UNITS = OWN_UNITS + BLOCKS - OWN_OF;
   static constexpr int COUNT = ratio(UNITS, EACH_SPAN);
   static constexpr int unit_of(int b) { return b < OWN_OF ? b / EACH : b - OWN_OF + OWN_UNITS; }
-  static constexpr int in_unit(int b) { return b < OWN_OF ? b % EACH : 0; }
-  // Where a block's activations are staged: those that are first in their unit, then those that are second.
-  static constexpr int stage_of(int b) { return in_unit(b) * UNITS + unit_of(b); }
+  // Units of a span.
+  static constexpr int of_span(int span) { return least(UNITS - span * EACH_SPAN, EACH_SPAN); }
   // Of the first blocks' units.
   static constexpr int digit_of(int unit) { return TURNS ? unit / most(TURNS, 1) : unit % DIGITS; }
   static constexpr int turn_of(int unit) { return TURNS ? unit % most(TURNS, 1) : unit / DIGITS; }
@@ -1190,114 +1167,148 @@ struct Spans {
   struct Place {
     int digit, turn;
   };
-  // Of the unit `in` a span, or of the last one. Most digits depend on `in` alone.
-  static constexpr Place place_in(int span, int in) {
-    constexpr int ALL = OWN_UNITS / DIGITS;
-    if (TURNS == 0 && EACH_SPAN % DIGITS == 0) {
-      const int turn = span * (EACH_SPAN / DIGITS) + in / DIGITS;
-      return {in % DIGITS, (span + 1) * EACH_SPAN > UNITS ? least(turn, ALL - 1) : turn};
+  // Of unit `from` + `in`, at most `most_in`, or of the last one. Where one of `from` and `in` can tell, the other is not asked.
+  static constexpr Place place_of(int from, int in, int most_in) {
+    constexpr int INNER = TURNS ? TURNS : DIGITS;
+    if (from + most_in < UNITS) {
+      int inner = from % INNER, outer = from / INNER;
+      bool known = inner + most_in < INNER;
+      if (known) {
+        inner += in;
+      } else if (inner == 0) {
+        inner = in % INNER, outer += in / INNER, known = true;
+      }
+      if (known) {
+        Place place = {inner, outer};
+        if (TURNS) place = {outer, inner};
+        return place;
+      }
     }
-    if (TURNS && TURNS % EACH_SPAN == 0)
-      return {span / most(TURNS / EACH_SPAN, 1), span % most(TURNS / EACH_SPAN, 1) * EACH_SPAN + in};
-    const int unit = least(span * EACH_SPAN + in, OWN_UNITS - 1);
+    const int unit = least(from + in, UNITS - 1);
     return {digit_of(unit), turn_of(unit)};
   }
   static __device__ __forceinline__ int unit_of_lane(int span) {
-    return least(span * EACH_SPAN + (int)(thread() % 4), UNITS - 1);
+    return least(span * EACH_SPAN + in_span_of_lane(), UNITS - 1);
   }
   // The first block of a lane's unit.
   static __device__ __forceinline__ int block_of_lane(int span) {
     const int unit = unit_of_lane(span);
     return unit < OWN_UNITS ? unit * EACH : unit - OWN_UNITS + OWN_OF;
   }
-  // What brings sums to scale, as digits of the first blocks stay where they lie in their bytes.
-  static __device__ __forceinline__ float shrink_of(int digit) { return __int_as_float(127 - place_of(digit) << 23); }
   static __device__ __forceinline__ float shrink_of_lane(int span) {
     const int unit = unit_of_lane(span);
     return shrink_of(unit < OWN_UNITS ? digit_of(unit) : 0);
   }
+  // What brings sums to scale, as digits of the first blocks stay where they lie in their bytes.
+  static __device__ __forceinline__ float shrink_of(int digit) { return __int_as_float(127 - byte_place(digit) << 23); }
 };
 using OfWidth = Spans<OF_WARP, OWN_BLOCKS, FUSED, 0>;
 constexpr int SPANS = OfWidth::COUNT;
 constexpr int UNITS_OF_STREAM = 1;  // That a lane asks for: its eight elements of a block.
 
-// Where scales are, in bytes behind the first one of a row, of the block that begins with `element`. Those of two halves of
-// a block are a pair where each has one of its own.
-struct ScalesAt {
-  int part[PARTS];
-};
-template <int DEPTH>
-constexpr bool PAIRED = HALVES && GROUP == 16 && plane(DEPTH) % 32 == 0 && DEPTH % 32 == 0;
-template <int DEPTH>
-__device__ __forceinline__ ScalesAt scales_of(int element) {
-  ScalesAt at;
-#pragma unroll
-  for (int i = 0; i < PARTS; i++)
-    at.part[i] = least(element + 16 * i, DEPTH - (PAIRED<DEPTH> ? 32 - 16 * i : 1)) / most(GROUP, 1) * 2;
-  return at;
+// The whole sum of a lane's unit, of the first `THERE` of a span; none of the others.
+template <int THERE>
+__device__ __forceinline__ int combine(const int (&sums)[EACH_SPAN]) {
+  const u32 t = thread() % 4;
+  const bool odd = t & 1, upper = t & 2;
+  int one = THERE > 1 ? odd ? sums[1] : sums[0] : sums[0];
+  one += __shfl_xor_sync(~0u, THERE > 1 ? odd ? sums[0] : sums[1] : sums[0], 1);
+  if (THERE == 1 && odd) one = 0;
+  if (HALVES) return one;
+  constexpr int THIRD = least(2, EACH_SPAN - 1), FOURTH = EACH_SPAN - 1;
+  int other = 0;
+  if (THERE > 2) other = THERE > 3 ? odd ? sums[FOURTH] : sums[THIRD] : sums[THIRD];
+  if (THERE > 2) other += __shfl_xor_sync(~0u, THERE > 3 ? odd ? sums[THIRD] : sums[FOURTH] : sums[THIRD], 1);
+  if (THERE == 3 && odd) other = 0;
+  const int sum = (upper ? other : one) + __shfl_xor_sync(~0u, THERE > 2 ? upper ? one : other : one, 2);
+  return THERE < 3 && upper ? 0 : sum;
 }
-// They, in the low halves, and the zero points.
-struct RawSteps {
-  u32 part[PARTS];
-};
-template <int DEPTH, int ZEROS>
-__device__ __forceinline__ RawSteps load_steps(u32 row, const ScalesAt& at) {
-  RawSteps raw;
-  const u8* from = dynamic_shared() + row;
-  if (PAIRED<DEPTH>) {
-    const u32 scales = *(const u32*)(from + at.part[0]), zeros = *(const u32*)(from + at.part[0] + ZEROS);
-#pragma unroll
-    for (int i = 0; i < PARTS; i++) raw.part[i] = byte_permute(scales, zeros, i ? 0x7632 : 0x5410);
-  } else {
-#pragma unroll
-    for (int i = 0; i < PARTS; i++)
-      raw.part[i] = *(const u16*)(from + at.part[i]) | (u32)*(const u16*)(from + at.part[i] + ZEROS) << 16;
-  }
-  return raw;
+template <int THERE_AT_MOST = EACH_SPAN>
+__device__ __forceinline__ int combine(const int (&sums)[EACH_SPAN], int there) {
+  if (THERE_AT_MOST == 1 || there == THERE_AT_MOST) return combine<THERE_AT_MOST>(sums);
+  return combine<most(THERE_AT_MOST - 1, 1)>(sums, there);
 }
-// A unit's sums, the first and the last of `c`, and its total make a part of a row's sum: an offset is scale times zero point.
+
+// Where scales are, in bytes behind the first one of a row, of the block that begins with `element`, or of the lane's half.
+template <int DEPTH>
+__device__ __forceinline__ int scale_of(int element) {
+  return least(element + 16 * part_of_lane(), DEPTH - 1) / most(GROUP, 1) * 2;
+}
+// A scale, in the low half, and its zero point.
+template <int ZEROS>
+__device__ __forceinline__ u32 load_steps(u32 at) {
+  const u8* from = dynamic_shared() + at;
+  return *(const u16*)from | (u32)*(const u16*)(from + ZEROS) << 16;
+}
+// A unit's sum and its total, of the activations alone, make a part of a row's sum.
 struct Steps {
-  float scale[PARTS], offset[PARTS];
-  __device__ __forceinline__ void fill(const RawSteps& raw, float shrink) {
-#pragma unroll
-    for (int i = 0; i < PARTS; i++) {
-      scale[i] = low_of(raw.part[i]), offset[i] = scale[i] * high_of(raw.part[i]);
-      scale[i] *= shrink;
-    }
+  float scale, offset;  // An offset is scale times zero point.
+  __device__ __forceinline__ void fill(u32 raw, float shrink) {
+    scale = low_of(raw), offset = scale * high_of(raw);
+    scale *= shrink;
   }
-  __device__ __forceinline__ float apply(float first, float last, const float (&total)[PARTS]) const {
-    if (PARTS == 1) return scale[0] * (first + last) - offset[0] * total[0];
-    constexpr int SECOND = PARTS - 1;
-    return scale[0] * first - offset[0] * total[0] + (scale[SECOND] * last - offset[SECOND] * total[SECOND]);
+  __device__ __forceinline__ float apply(int sum, int total) const {
+    return scale * __int2float_rn(sum) - offset * __int2float_rn(total);
   }
 };
 
+// A warp's staged blocks: what lanes ask for while there is something else to do.
+struct Staged {
+  int sum;  // Of a lane's block, or of the half of it that two lanes have.
+  Grain grain;
+};
+// A lane's eight activations, as integers.
+__device__ __forceinline__ int stage_integers(u16* to, const float (&x)[8], const Grain& grain) {
+  // In the mantissa of what lies behind 1.5 * 2 ** 23.
+  u32 in[8];
+#pragma unroll
+  for (int i = 0; i < 8; i++) in[i] = __float_as_uint(x[i] * grain.up + 12582912.0f);
+  *(uint4*)to = {byte_permute(in[0], in[1], 0x5410), byte_permute(in[2], in[3], 0x5410), byte_permute(in[4], in[5], 0x5410),
+                 byte_permute(in[6], in[7], 0x5410)};
+  return (int)(in[0] + in[1] + (in[2] + in[3]) + (in[4] + in[5] + (in[6] + in[7])) - 8 * 0x4B400000u);
+}
+__device__ __forceinline__ int sum_of_block(int sum) {
+  sum += __shfl_xor_sync(~0u, sum, 1);
+  if (!HALVES) sum += __shfl_xor_sync(~0u, sum, 2);
+  return sum;
+}
+__device__ __forceinline__ void store_total(Shared& sh, int b, int sum) {
+  const u32 id = thread();
+  if (id % (4 / PARTS) == 0) sh.totals_of[id / 32][b][part_of_lane()] = sum;
+}
+// The total of a lane's unit, from its first block on.
+template <int EACH>
+__device__ __forceinline__ int total_of(const Shared& sh, int b, bool several) {
+  const u32 warp = thread() / 32;
+  int total = sh.totals_of[warp][b][part_of_lane()];
+  if (EACH > 1 && several) total += sh.totals_of[warp][b + 1][part_of_lane()];
+  return total;
+}
+
 // What a thread needs time and again: where its bytes of a row begin, and of the row's late blocks, of which digit, where the
-// scales of its columns lie behind those of the row, where its activations are and where they are staged.
+// scales of its units lie behind those of the row, where its activations are.
 struct Lane {
-  u32 own_at, late_at[most(LATE, 1)], late_digit[most(LATE, 1)];
-  ScalesAt scales_at[SPANS];
+  u32 own_at, late_at[most(LATE, 1)], late_digit[most(LATE, 1)], scale_at[SPANS];
   float shrink[SPANS];
-  int asked, stage;
+  int asked;
   const u16* stream;
 
   __device__ __forceinline__ void fill(const Arguments& a) {
     const int lane = thread() % 32, t = lane % 4;
-    own_at = thread() / 32 * (FUSED * 32) + t * APIECE_OF_LANE;
+    own_at = thread() / 32 * (FUSED * 32) + t * 8;
 #pragma unroll
     for (int i = 0; i < LATE; i++) {
       // Behind the last block the activations are zero.
       const Block block = block_of(OWN_BLOCKS + i);
-      late_at[i] = least(block.run, runs(WIDTH) - 1) * 32 + t * APIECE_OF_LANE, late_digit[i] = block.digit;
+      late_at[i] = least(block.run, runs(WIDTH) - 1) * 32 + t * 8, late_digit[i] = block.digit;
     }
 #pragma unroll
     for (int i = 0; i < SPANS; i++) {
       const Block block = block_of(OfWidth::block_of_lane(i));
-      scales_at[i] = scales_of<WIDTH>(block.digit * plane(WIDTH) + block.run * 32), shrink[i] = OfWidth::shrink_of_lane(i);
+      scale_at[i] = scale_of<WIDTH>(block.digit * plane(WIDTH) + block.run * 32), shrink[i] = OfWidth::shrink_of_lane(i);
     }
     const int b = lane / 4;
     const Block block = block_of(b);
-    stage = b < OF_WARP ? OfWidth::stage_of(b) : -1;
     asked = b < OF_WARP && block.there ? least(element_of<WIDTH>(block.run, block.digit), WIDTH) : WIDTH;
     stream = asked < WIDTH ? a.stream + program() % COPIES * (2 * WIDTH) + asked : nullptr;
   }
@@ -1308,31 +1319,12 @@ struct Lane {
   __device__ __forceinline__ bool counts() const { return true; }
 };
 
-// A digit that only the lane knows, one of `first` to `last`, of eight packed elements.
-__device__ __forceinline__ void integers_of(u32 (&q)[4], Packed& packed, int digit, int first, int last) {
-  if (BITS == 158) {
-#pragma unroll
-    for (int i = 0; i < DIGITS; i++)
-      if (i >= first && i <= last && (i == digit || i == first)) integers(q, packed, i);
-  } else {
-    // It is brought to where the first one lies.
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      packed.raw[i] >>= LOW_BITS * digit;
-#pragma unroll
-      for (int odd = 0; odd < 2; odd++)
-        if (BITS == 3) packed.high[i][odd] >>= 2 * digit;
-    }
-    integers(q, packed, 0);
-  }
-}
-
-// The weights of a product with `WIDTH` elements, from shared memory into registers, with scales and zero points for a lane's
-// columns.
+// The weights of a product with `WIDTH` elements, from shared memory into registers, as bytes, with scales and zero points
+// for a lane's units.
 template <int STEP>
 struct Weights {
-  static constexpr int EIGHTS = RowsOf<STEP>::EIGHTS, CHUNKS = RowsOf<STEP>::CHUNKS, ALL = RowsOf<STEP>::ALL;
-  u32 kept[EIGHTS][OF_WARP][4];
+  static constexpr int EIGHTS = RowsOf<STEP>::EIGHTS, CHUNKS = RowsOf<STEP>::CHUNKS;
+  u32 kept[EIGHTS][OF_WARP][2];
   Steps steps[EIGHTS][SPANS];
   u32 last;  // What was loaded last.
 
@@ -1341,7 +1333,7 @@ struct Weights {
   template <class Look>
   __device__ __forceinline__ void load(const Lane& lane, State& s, Shared& sh, Look look) {
     const int place = take(sh, s, STEP, CHUNKS);
-    RawSteps raw[EIGHTS][SPANS];
+    u32 raw[EIGHTS][SPANS];
 #pragma unroll
     for (int h = 0; h < EIGHTS; h++) {
       if (h == LOOK_AT) {
@@ -1357,16 +1349,16 @@ struct Weights {
         load_packed<WIDTH>(packed, line.row + in, in);
 #pragma unroll
         for (int digit = 0; digit < DIGITS; digit++)
-          integers(kept[h][(turn / FUSED * DIGITS + digit) * FUSED + turn % FUSED], packed, digit);
+          bytes_of(kept[h][(turn / FUSED * DIGITS + digit) * FUSED + turn % FUSED], packed, digit);
       }
 #pragma unroll
       for (int late = 0; late < LATE; late++) {
         Packed packed;
         load_packed<WIDTH>(packed, line.row + lane.late_at[late], lane.late_at[late]);
-        integers_of(kept[h][OWN_BLOCKS + late], packed, lane.late_digit[late], 0, DIGITS - 1);
+        bytes_of_digit(kept[h][OWN_BLOCKS + late], packed, lane.late_digit[late], 0, DIGITS - 1);
       }
 #pragma unroll
-      for (int i = 0; i < SPANS; i++) raw[h][i] = load_steps<WIDTH, ZEROS_BEHIND<STEP>>(line.meta, lane.scales_at[i]);
+      for (int i = 0; i < SPANS; i++) raw[h][i] = load_steps<ZEROS_BEHIND<STEP>>(line.meta + lane.scale_at[i]);
     }
     release(sh, place, STEP, CHUNKS);
     if (LOOK_AT == EIGHTS) {
@@ -1377,42 +1369,7 @@ struct Weights {
     for (int h = 0; h < EIGHTS; h++)
 #pragma unroll
       for (int i = 0; i < SPANS; i++) steps[h][i].fill(raw[h][i], lane.shrink[i]);
-    last = raw[EIGHTS - 1][SPANS - 1].part[0];
-  }
-};
-
-// A warp's staged activations, in the columns of the units that they are of.
-template <class Of>
-struct Columns {
-  uint2 y[Of::COUNT][Of::OF_UNIT];  // Of the unit that the lane's column has in each span.
-
-  __device__ __forceinline__ void load(const u16 (*staged)[32]) {
-    const u32 g = thread() / 4 % 8, t = thread() % 4;
-#pragma unroll
-    for (int span = 0; span < Of::COUNT; span++)
-#pragma unroll
-      for (int i = 0; i < Of::OF_UNIT; i++) {
-        const int unit = span * EACH_SPAN + g / 2;
-        y[span][i] = {};
-        if (unit < (i ? Of::OWN_UNITS : Of::UNITS))
-          y[span][i] = *(const uint2*)&staged[i * Of::UNITS + unit][HALVES ? g % 2 * 16 + t * 4 : t * 8 + g % 2 * 4];
-      }
-  }
-  // Of a block, with zeros in the columns of all others.
-  __device__ __forceinline__ uint2 of(int b) const {
-    const int unit = Of::unit_of(b);
-    uint2 x = y[unit / EACH_SPAN][Of::in_unit(b)];
-    if ((int)(thread() / 8 % 4) != unit % EACH_SPAN) x = {};
-    return x;
-  }
-  // The sums of a lane's unit, times those of `integers` that are one.
-  __device__ __forceinline__ void add_up(float (&total)[PARTS], int span) const {
-    constexpr u32 ONES = twice(1), q[4] = {ONES, ONES, ONES, ONES};
-    float c[4] = {};
-#pragma unroll
-    for (int i = 0; i < Of::OF_UNIT; i++) multiply_integers(c, q, y[span][i]);
-    total[0] = HALVES ? c[0] : c[0] + c[1];
-    if (HALVES) total[PARTS - 1] = c[1];
+    last = raw[EIGHTS - 1][SPANS - 1];
   }
 };
 
@@ -1421,36 +1378,36 @@ template <int EIGHTS>
 struct Sums {
   float of[EIGHTS];
 
-  // Chains of products stand side by side, of few rows two to each: one after another, each would be waited for.
-  // `meanwhile` is done when all of them have been asked for.
+  // `meanwhile` is done when all has been multiplied.
   template <int STEP, class Meanwhile>
-  __device__ __forceinline__ void multiply(const Weights<STEP>& weights, const Shared& sh, float worth, Meanwhile meanwhile) {
-    constexpr int CHAINS = EIGHTS > 2 ? 1 : 2;
-    Columns<OfWidth> columns;
-    columns.load(sh.staged[thread() / 32][0]);
-    float total[SPANS][PARTS];
-#pragma unroll
-    for (int i = 0; i < SPANS; i++) columns.add_up(total[i], i);
-    float c[SPANS][EIGHTS][CHAINS][4] = {};
+  __device__ __forceinline__ void multiply(const Weights<STEP>& weights, Shared& sh, const Staged& staged,
+                                           Meanwhile meanwhile) {
+    const u32 id = thread();
+    const int warp = id / 32, t = id % 4, b = id % 32 / 4;
+    const int sum = sum_of_block(staged.sum);
+    int sums[SPANS][EIGHTS][EACH_SPAN] = {};
 #pragma unroll
     for (int b = 0; b < OF_WARP; b++) {
-      const uint2 x = columns.of(b);
+      const uint4 x = *(const uint4*)&sh.staged[warp][b][0][t * 8];
+      const int unit = OfWidth::unit_of(b);
 #pragma unroll
-      for (int h = 0; h < EIGHTS; h++)
-        multiply_integers(c[OfWidth::unit_of(b) / EACH_SPAN][h][b % CHAINS], weights.kept[h][b], x);
+      for (int h = 0; h < EIGHTS; h++) multiply_eight(sums[unit / EACH_SPAN][h][unit % EACH_SPAN], weights.kept[h][b], x);
     }
+    if (b < OF_WARP) store_total(sh, b, sum);
     meanwhile();
+    __syncwarp();
 #pragma unroll
-    for (int h = 0; h < EIGHTS; h++) {
-      of[h] = 0;
+    for (int h = 0; h < EIGHTS; h++) of[h] = 0;
 #pragma unroll
-      for (int i = 0; i < SPANS; i++) {
-        float first = c[i][h][0][0], last = c[i][h][0][3];
-        if (CHAINS > 1) first += c[i][h][CHAINS - 1][0], last += c[i][h][CHAINS - 1][3];
-        of[h] += weights.steps[h][i].apply(first, last, total[i]);
-      }
-      of[h] *= worth;
+    for (int i = 0; i < SPANS; i++) {
+      const int first = OfWidth::block_of_lane(i), there = OfWidth::of_span(i);
+      int total = total_of<FUSED>(sh, first, first < OWN_BLOCKS);
+      if (there < EACH_SPAN && in_span_of_lane() >= there) total = 0;
+#pragma unroll
+      for (int h = 0; h < EIGHTS; h++) of[h] += weights.steps[h][i].apply(combine(sums[i][h], there), total);
     }
+#pragma unroll
+    for (int h = 0; h < EIGHTS; h++) of[h] *= staged.grain.down;
   }
   // Four lanes have parts of a row's sums in each eight: of four eights, each ends up with the sum of one.
   __device__ __forceinline__ void store(Shared& sh, int side) {
@@ -1474,26 +1431,16 @@ struct Sums {
   }
 };
 
-// A lane's eight activations, in the order of `integers`.
-__device__ __forceinline__ void stage_halves(u16* to, const float (&x)[8], const Grain& grain) {
-  u32 pairs[4];
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const int from = i / 2 * 4 + i % 2;
-    pairs[i] = pack_f16(x[from] * grain.up, x[from + 2] * grain.up);
-  }
-  *(uint4*)to = {pairs[0], pairs[1], pairs[2], pairs[3]};
-}
-// Of all that a warp multiplies; what sums of them are worth.
-__device__ __forceinline__ float stage_eight(Shared& sh, const Lane& own, const float (&x)[8]) {
+// Of all that a warp multiplies, a lane's eight activations of a block.
+__device__ __forceinline__ Staged stage_eight(Shared& sh, const float (&x)[8]) {
   u32 largest = 0;
-  if (BF16)
 #pragma unroll
-    for (int j = 0; j < 8; j++) largest = most(largest, magnitude(x[j]));
+  for (int j = 0; j < 8; j++) largest = most(largest, magnitude(x[j]));
   const Grain grain = grain_of(largest);
-  const u32 id = thread();
-  if (own.stage >= 0) stage_halves(&sh.staged[id / 32][own.stage][0][id % 4 * 8], x, grain);
-  return worth_of(grain);
+  const u32 id = thread(), b = id % 32 / 4;
+  int sum = 0;
+  if (b < OF_WARP) sum = stage_integers(&sh.staged[id / 32][b][0][id % 4 * 8], x, grain);
+  return {sum, grain};
 }
 // Eight elements of the stream.
 __device__ __forceinline__ void values_of(float (&x)[8], const uint4 (&units)[UNITS_OF_STREAM]) {
@@ -1520,22 +1467,26 @@ __device__ __forceinline__ void hand_over(int step, Meanwhile meanwhile) {
   bar_sync(PUBLISHED, 32 * (WARPS + finishers(step)));
 }
 
-// A warp's tiles of 16 keys of this program's head that the cache holds, with their values: of keys a lane has two rows of a
-// tile, of values eight dimensions of four rows, both as the tensor cores take them. Keys that lie next to each other take
-// their halves in turn, and lanes with other values other dimensions, so that lanes served together meet different banks.
+// A warp's tiles of 16 keys of this program's head that the cache holds, with their values. Of keys a lane has sixteen
+// dimensions of two rows of a tile, of values eight of four. Keys that lie next to each other take their halves in turn, so
+// that lanes served together meet different banks.
 template <bool OWN>
 struct Cached {
   static constexpr int TILES = ratio(OWN ? OWN_KEYS : CROSS_RUN, 16 * WARPS);
-  uint4 k[TILES][2][2], v[TILES][4];
+  float k[TILES][2][16], v[TILES][4][8];
   bool seen[TILES][2];
 
-  // Which of a tile's values a lane's `i`th one is, and the first of its dimensions.
-  static __device__ __forceinline__ int value_of(int i) { return i / 2 * 8 + thread() % 4 * 2 + i % 2; }
-  static __device__ __forceinline__ int dimensions_of_lane() { return (thread() / 4 % 8 ^ thread() % 4 * 2) * 8; }
-
+  static __device__ __forceinline__ void widen_eight(float* to, const uint4& halves, bool there) {
+    const u32 pairs[4] = {halves.x, halves.y, halves.z, halves.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      to[2 * i] = there ? low_of(pairs[i]) : 0, to[2 * i + 1] = there ? high_of(pairs[i]) : 0;
+      settle(to[2 * i]), settle(to[2 * i + 1]);
+    }
+  }
   __device__ __forceinline__ void load(State& s, Shared& sh) {
     const u32 id = thread();
-    const int warp = id / 32, g = id / 4 % 8, t = id % 4, piece = g & 1;
+    const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4, piece = g & 1;
     const Span span = keys_of(OWN, s.slot);
     constexpr int STEP = OWN ? OWN_ATTENTION : CROSS_ATTENTION, EACH = chunk_keys(OWN), MOST = OWN ? OWN_CHUNKS : KEY_CHUNKS;
     const int chunks = chunks_of_keys(OWN, s.slot);
@@ -1547,6 +1498,21 @@ struct Cached {
       const u32 base = AT_HOME ? place + chunk * (EACH * 256) : base_of(place, chunk);
       return dynamic_shared() + base + begin % EACH * 128;
     };
+    uint4 keys[TILES][2][2], values[TILES][4];
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const u8* rows = rows_of(tile, half);
+        const bool some = !OWN || (tile * WARPS + warp) * 16 + 8 * half < span.count;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          keys[tile][half][i] = values[tile][2 * half + i] = {};
+          if (some) keys[tile][half][i] = *(const uint4*)(rows + g * 128 + 64 * (i ^ piece) + 16 * t);
+          if (some) values[tile][2 * half + i] = *(const uint4*)(rows + EACH * 128 + (4 * i + lane / 8) * 128 + lane % 8 * 16);
+        }
+      }
+    if (chunks) release(sh, place, STEP, chunks);
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
@@ -1555,64 +1521,34 @@ struct Cached {
         seen[tile][half] = key < span.count && (!OWN || sh.valid[span.first + key]);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-          k[tile][half][i] = {};
-          if (!OWN || begin < span.count)
-            k[tile][half][i] = *(const uint4*)(rows_of(tile, half) + g * 128 + 64 * (i ^ piece) + 16 * t);
+          widen_eight(k[tile][half] + 8 * i, keys[tile][half][i], true);
+          // What lies behind the last value may be no number, which a weight of zero does not hide.
+          widen_eight(v[tile][2 * half + i], values[tile][2 * half + i], begin + 4 * i + lane / 8 < span.count);
         }
       }
-#pragma unroll
-    for (int tile = 0; tile < TILES; tile++)
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const u8* rows = rows_of(tile, half) + EACH * 128;
-        const int begin = (tile * WARPS + warp) * 16 + 8 * half;
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          v[tile][2 * half + i] = {};
-          if (!OWN || begin < span.count)
-            v[tile][2 * half + i] = *(const uint4*)(rows + value_of(i) * 128 + 2 * dimensions_of_lane());
-        }
-        // What lies behind the last value may be no number, which a weight of zero does not hide.
-        if (begin + 8 > span.count)
-#pragma unroll
-          for (int i = 0; i < 2; i++)
-            if (begin + value_of(i) >= span.count) v[tile][2 * half + i] = {};
-      }
-    if (chunks) release(sh, place, STEP, chunks);
   }
 };
-
-// Pairs of dimensions of four values times their weights: the first dimension's sums are c[0] and c[1], the second's the others.
-__device__ __forceinline__ void multiply_values(float (&c)[4], u32 v0, u32 v1, u32 v2, u32 v3, const u32 (&weights)[2]) {
-  multiply(c, byte_permute(v0, v1, 0x5410), byte_permute(v0, v1, 0x7632), byte_permute(v2, v3, 0x5410),
-           byte_permute(v2, v3, 0x7632), weights[0], weights[1]);
-}
 
 // Attention over them, when the query is there.
 template <bool OWN>
 __device__ __forceinline__ void attend(const Arguments& a, State& s, Shared& sh, const Cached<OWN>& cached) {
   constexpr int TILES = Cached<OWN>::TILES;
   const u32 id = thread();
-  const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4;
-  const int head = program() % HEADS, piece = g & 1;
-  // The query: halves in the first two columns, remainders in the next two, for the rows that take their first half
-  // first; in the other columns for the others.
-  const u16* query =
-      (OWN ? a.heads + (g >> 1 & 1) * (3 * WIDTH) : a.query + (g >> 1 & 1) * WIDTH) + head * 64 + 8 * t;
-  const int swapped = g >> 2;
-  uint4 q[2];
-  u32 missing = 3;
+  const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4, piece = g & 1;
+  const u32* query = (const u32*)(OWN ? a.heads : a.query) + program() % HEADS * 64 + 8 * t;
+  uint4 words[4];
+  u32 missing = 15;
   auto look = [&] {
 #pragma unroll
-    for (int i = 0; i < 2; i++)
-      if (missing >> i & 1) q[i] = peek16(query + 32 * (i ^ swapped));
+    for (int i = 0; i < 4; i++)
+      if (missing >> i & 1) words[i] = peek16(query + 32 * (i / 2 ^ piece) + 4 * (i % 2));
   };
   look();
   Patience patience;
   while (true) {
 #pragma unroll
-    for (int i = 0; i < 2; i++)
-      if (all_fresh(q[i], s.tag)) missing &= ~(1u << i);
+    for (int i = 0; i < 4; i++)
+      if (all_fresh(words[i], s.tag)) missing &= ~(1u << i);
     if (!__any_sync(~0u, missing)) break;
     patience.spend();
     look();
@@ -1620,57 +1556,50 @@ __device__ __forceinline__ void attend(const Arguments& a, State& s, Shared& sh,
 
   float score[TILES][2], best = NOTHING;
 #pragma unroll
-  for (int tile = 0; tile < TILES; tile++) {
-    score[tile][0] = score[tile][1] = __int_as_float(0xFF800000);
+  for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      float c[4] = {};
+      const float(&k)[16] = cached.k[tile][half];
+      float dot[4];
 #pragma unroll
-      for (int i = 0; i < 2; i++)
-        multiply_row(c, cached.k[tile][half][i], g & 1 ? q[i].y : q[i].x, g & 1 ? q[i].w : q[i].z);
-      // Two of four lanes have the row's columns.
-      float dot = t >> 1 == piece ? c[0] + c[3] : 0;
+      for (int i = 0; i < 4; i++) {
+        const uint4& q = words[i];
+        dot[i] = k[4 * i] * __uint_as_float(q.x) + k[4 * i + 1] * __uint_as_float(q.y) +
+                 k[4 * i + 2] * __uint_as_float(q.z) + k[4 * i + 3] * __uint_as_float(q.w);
+      }
+      score[tile][half] = dot[0] + dot[1] + (dot[2] + dot[3]);
+    }
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      float& dot = score[tile][half];
       dot += __shfl_xor_sync(~0u, dot, 1);
       dot += __shfl_xor_sync(~0u, dot, 2);
-      score[tile][half] = cached.seen[tile][half] ? dot : __int_as_float(0xFF800000);
-      best = fmaxf(best, score[tile][half]);
+      if (!cached.seen[tile][half]) dot = __int_as_float(0xFF800000);
+      best = fmaxf(best, dot);
     }
-  }
 #pragma unroll
   for (int step = 4; step < 32; step *= 2) best = fmaxf(best, __shfl_xor_sync(~0u, best, step));
-  // Values are multiplied by weights that are in columns of the lanes that have them, halves in the even one and remainders
-  // in the odd one.
-  float total = 0, c[4][4] = {};
+  float total = 0, out[8] = {};
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++) {
-    u32 weights[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const float mine = exp2_fast(score[tile][half] - best), other = __shfl_xor_sync(~0u, mine, 4);
-      total += mine;
-      const float first = g % 2 ? other : mine, second = g % 2 ? mine : other;
-      const u32 pair = pack(first, second);
-      weights[half] = g / 2 != t ? 0 : g % 2 ? pack(first - low_of(pair), second - high_of(pair)) : pair;
+      score[tile][half] = exp2_fast(score[tile][half] - best);
+      total += score[tile][half];
     }
-    const uint4(&v)[4] = cached.v[tile];
-    multiply_values(c[0], v[0].x, v[1].x, v[2].x, v[3].x, weights);
-    multiply_values(c[1], v[0].y, v[1].y, v[2].y, v[3].y, weights);
-    multiply_values(c[2], v[0].z, v[1].z, v[2].z, v[3].z, weights);
-    multiply_values(c[3], v[0].w, v[1].w, v[2].w, v[3].w, weights);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const float weight = __shfl_sync(~0u, score[tile][i / 2], (4 * (i % 2) + lane / 8) * 4);
+#pragma unroll
+      for (int j = 0; j < 8; j++) out[j] += weight * cached.v[tile][i][j];
+    }
   }
 #pragma unroll
   for (int step = 4; step < 32; step *= 2) total += __shfl_xor_sync(~0u, total, step);
-  // Four lanes have sums for the same eight dimensions: each ends up with two.
-  float out[4];
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const float first = c[i / 2][i % 2 * 2] + c[i / 2][i % 2 * 2 + 1];
-    const float second = c[2 + i / 2][i % 2 * 2] + c[2 + i / 2][i % 2 * 2 + 1];
-    out[i] = (t & 2 ? second : first) + __shfl_xor_sync(~0u, t & 2 ? first : second, 18);
-  }
-#pragma unroll
-  for (int i = 0; i < 2; i++) out[i] = (t & 1 ? out[2 + i] : out[i]) + __shfl_xor_sync(~0u, t & 1 ? out[i] : out[2 + i], 9);
-  *(float2*)&sh.runs[warp][cached.dimensions_of_lane() + 2 * t] = {out[0], out[1]};
+  gather(out);
+  *(float2*)&sh.runs[warp][lane % 8 * 8 + lane / 8 * 2] = {out[0], out[1]};
   if (lane == 0) sh.tops[warp] = best, sh.totals[warp] = total;
   __syncwarp();
   bar_arrive(STEP_DONE + (OWN ? OWN_ATTENTION : CROSS_ATTENTION), 32 * (WARPS + 1));
@@ -1712,13 +1641,13 @@ __device__ __forceinline__ void product_of_stream(const Arguments& a, const Lane
     sum += x[j], squares += x[j] * x[j];
     x[j] *= j % 2 ? high_of(gain[j / 2]) : low_of(gain[j / 2]);
   }
-  const float worth = stage_eight(sh, own, x);
+  const Staged staged = stage_eight(sh, x);
   __syncwarp();
   // The layer norm's moments, of what this warp asked for: even lanes add up values and odd ones squares. The finishing warps
   // make of them what they can before the sums are there.
   if (!own.counts()) sum = squares = 0;
   Sums<RowsOf<STEP>::EIGHTS> sums;
-  sums.multiply(weights, sh, worth, [&] {
+  sums.multiply(weights, sh, staged, [&] {
     float moment = lane % 2 ? squares : sum;
     moment += __shfl_xor_sync(~0u, lane % 2 ? sum : squares, 1);
 #pragma unroll
@@ -1817,10 +1746,10 @@ __device__ __forceinline__ void product_of_runs(const Arguments& a, const Lane& 
     merge<SELF_SPLITS>(x, a.own_runs + unit, a.own_logs + head * LOGS, inside, runs_of_keys(s.slot), s.tag);
   else
     merge<CROSS_SPLITS>(x, a.cross_runs + unit, a.cross_logs + head * LOGS, inside, CROSS_SPLITS, s.tag);
-  const float worth = stage_eight(sh, own, x);
+  const Staged staged = stage_eight(sh, x);
   __syncwarp();
   Sums<RowsOf<STEP>::EIGHTS> sums;
-  sums.multiply(weights, sh, worth, [] {});
+  sums.multiply(weights, sh, staged, [] {});
   sums.store(sh, side_of(STEP));
   s.stream_tag ^= 1;
   hand_over(STEP, [&] { ask_for_gains(own, s, sh, layer, norm_of(STEP) + 1); });
@@ -1927,15 +1856,15 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, const Lane
   hand_over(FC2, [&] { ask_for_gains(own, s, sh, layer + 1, 0); });
 }
 #else
-// The product with the hidden layer: many elements, few rows. Eight of them fill a tile's rows. The others take its rows
-// several times over, each time with another unit of the span, whose activations are in columns of their own.
+// The product with the hidden layer: many elements, few rows. Eight of them have four lanes each; of the others each has
+// several times four, of which each take some of the units.
 __device__ __forceinline__ void product_of_hidden(const Arguments& a, const Lane& own, State& s, Shared& sh, int layer) {
   // Two runs of a group follow each other.
   constexpr int FUSE = fuses(FFN) && runs(FFN) % WARPS == 0 ? 2 : 1, TURNS = turns(FFN) / FUSE;
   constexpr int BLOCKS = HIDDEN_BLOCKS, ASKED = ratio(BLOCKS * 4, 32);
   using Of = Spans<BLOCKS, BLOCKS, FUSE, EACH_SPAN % DIGITS ? TURNS : 0>;
-  constexpr int REST = most(ROWS - 8, 0), EACH = REST > 4 ? 8 : REST > 2 ? 4 : 2, SUBS = least(8 / EACH, EACH_SPAN);
-  constexpr int TIMES = REST ? EACH_SPAN / SUBS : 0, SUMS_OF_REST = REST ? Of::COUNT : 0;
+  constexpr int REST = most(ROWS - 8, 0), EACH = REST > 4 ? 8 : REST > 2 ? 4 : 2, SUBS = 8 / EACH;
+  constexpr int UNITS_OF_REST = REST ? ratio(Of::UNITS, SUBS) : 0, SPANS_OF_REST = ratio(UNITS_OF_REST, EACH_SPAN);
   const u32 id = thread();
   const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4;
   const int place = take(sh, s, FC2, chunks_of(FC2));
@@ -1957,7 +1886,7 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, const Lane
   };
   // Where all warps have as many runs, what a lane loads lies at the same distances for all.
   constexpr bool FULL = runs(FFN) % (WARPS * FUSE) == 0 && even(FFN);
-  const int in_lane = warp * (FUSE * 32) + t * APIECE_OF_LANE;
+  const int in_lane = warp * (FUSE * 32) + t * 8;
   auto load = [&](Packed& packed, int row, int turn, int i) {
     int run = turn * (WARPS * FUSE) + i;
     if (FULL && parts(FFN) == 1) {
@@ -1966,24 +1895,22 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, const Lane
     }
     // Behind the last run the activations are zero.
     run = least(run + warp * FUSE, runs(FFN) - 1);
-    const int chunk = parts(FFN) == 1 ? 0 : run / (PART * WARPS), in_run = t * APIECE_OF_LANE;
+    const int chunk = parts(FFN) == 1 ? 0 : run / (PART * WARPS), in_run = t * 8;
     const int in_chunk = (run - chunk * (PART * WARPS)) * 32 + in_run;
     load_packed<FFN>(packed, base_of(place, chunk) + row * stride(FFN) + in_chunk, run * 32 + in_run);
   };
   const u32 metas = base_of(place, 0) + scales_at(FFN) + program() * ROWS * (groups(FFN) * 2) % 16;
-  auto load_steps_of = [&](int row, int digit, int turn) {
+  auto load_steps_of = [&](int row, typename Of::Place unit) {
     constexpr int TURN = WARPS * FUSE * 32;  // Elements from a turn to the next.
-    const int element = digit * plane(FFN) + warp * (FUSE * 32);
-    ScalesAt at = scales_of<FFN>(element + turn * TURN);
+    const int element = unit.digit * plane(FFN) + warp * (FUSE * 32);
+    int at = scale_of<FFN>(element + unit.turn * TURN);
     if (FULL && TURN % most(GROUP, 1) == 0)
-#pragma unroll
-      for (int part = 0; part < PARTS; part++)
-        at.part[part] = (element + 16 * part) / most(GROUP, 1) * 2 + turn * (TURN / most(GROUP, 1) * 2);
-    return load_steps<FFN, meta_bytes(FFN)>(metas + row * meta_stride(FFN), at);
+      at = (element + 16 * part_of_lane()) / most(GROUP, 1) * 2 + unit.turn * (TURN / most(GROUP, 1) * 2);
+    return load_steps<meta_bytes(FFN)>(metas + row * meta_stride(FFN) + at);
   };
-  u32 kept[BLOCKS][4], rest[most(SUMS_OF_REST * TIMES * FUSE, 1)][4];
-  RawSteps raw[Of::COUNT], raw_rest[most(SUMS_OF_REST, 1)];
+  u32 kept[BLOCKS][2], rest[most(UNITS_OF_REST, 1)][FUSE][2], raw[Of::COUNT], raw_of_rest[most(SPANS_OF_REST, 1)];
   const int row = least(g, ROWS - 1), other_row = least(8 + g % EACH, ROWS - 1), sub = g / EACH % SUBS;
+  const int in_span = in_span_of_lane();
 #pragma unroll
   for (int turn = 0; turn < TURNS; turn++)
 #pragma unroll
@@ -1991,37 +1918,38 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, const Lane
       Packed packed;
       load(packed, row, turn, i);
 #pragma unroll
-      for (int digit = 0; digit < DIGITS; digit++) integers(kept[Of::block_of(digit, turn, i)], packed, digit);
+      for (int digit = 0; digit < DIGITS; digit++) bytes_of(kept[Of::block_of(digit, turn, i)], packed, digit);
     }
   keep_order();
   look();
   keep_order();
 #pragma unroll
-  for (int span = 0; span < Of::COUNT; span++) {
-    const typename Of::Place unit = Of::place_in(span, t);
-    raw[span] = load_steps_of(row, unit.digit, unit.turn);
-    if (!REST) continue;
-    raw_rest[most(SUMS_OF_REST, 1) - 1 < span ? 0 : span] = load_steps_of(other_row, unit.digit, unit.turn);
+  for (int span = 0; span < Of::COUNT; span++)
+    raw[span] = load_steps_of(row, Of::place_of(span * EACH_SPAN, in_span, EACH_SPAN - 1));
 #pragma unroll
-    for (int time = 0; time < TIMES; time++) {
-      const typename Of::Place unit = Of::place_in(span, time * SUBS + sub);
-      // Few digits are possible.
-      const int first = Of::place_in(span, time * SUBS).digit, last = Of::place_in(span, time * SUBS + SUBS - 1).digit;
+  for (int i = 0; i < UNITS_OF_REST; i++) {
+    const typename Of::Place unit = Of::place_of(i * SUBS, sub, SUBS - 1);
+    // Few digits are possible.
+    const int one = Of::place_of(i * SUBS, 0, SUBS - 1).digit, other = Of::place_of(i * SUBS, SUBS - 1, SUBS - 1).digit;
 #pragma unroll
-      for (int i = 0; i < FUSE; i++) {
-        Packed packed;
-        load(packed, other_row, unit.turn, i);
-        integers_of(rest[(span * TIMES + time) * FUSE + i], packed, unit.digit, least(first, last), most(first, last));
-      }
+    for (int j = 0; j < FUSE; j++) {
+      Packed packed;
+      load(packed, other_row, unit.turn, j);
+      bytes_of_digit(rest[i][j], packed, unit.digit, least(one, other), most(one, other));
     }
   }
+#pragma unroll
+  for (int span = 0; span < SPANS_OF_REST; span++)
+    raw_of_rest[span] = load_steps_of(other_row, Of::place_of(span * (EACH_SPAN * SUBS), in_span * SUBS + sub,
+                                                              EACH_SPAN * SUBS - 1));
   release(sh, place, FC2, chunks_of(FC2));
-  Steps steps[Of::COUNT], steps_of_rest[most(SUMS_OF_REST, 1)];
+  Steps steps[Of::COUNT], steps_of_rest[most(SPANS_OF_REST, 1)];
 #pragma unroll
-  for (int i = 0; i < Of::COUNT; i++) steps[i].fill(raw[i], Of::shrink_of(Of::place_in(i, t).digit));
+  for (int i = 0; i < Of::COUNT; i++)
+    steps[i].fill(raw[i], Of::shrink_of(Of::place_of(i * EACH_SPAN, in_span, EACH_SPAN - 1).digit));
 #pragma unroll
-  for (int i = 0; i < SUMS_OF_REST; i++) steps_of_rest[i].fill(raw_rest[i], 1);
-  const u32 tag = tag_behind(s.tag, REST ? raw_rest[most(SUMS_OF_REST, 1) - 1].part[0] : raw[Of::COUNT - 1].part[0]);
+  for (int i = 0; i < SPANS_OF_REST; i++) steps_of_rest[i].fill(raw_of_rest[i], 1);
+  const u32 tag = tag_behind(s.tag, REST ? raw_of_rest[most(SPANS_OF_REST, 1) - 1] : raw[Of::COUNT - 1]);
   Patience patience;
   while (true) {
 #pragma unroll
@@ -2032,73 +1960,69 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, const Lane
     look();
   }
   u32 largest = 0;
-  if (BF16)
 #pragma unroll
-    for (int i = 0; i < ASKED; i++) {
-      const u32 words[4] = {units[i].x, units[i].y, units[i].z, units[i].w};
+  for (int i = 0; i < ASKED; i++) {
+    const u32 words[4] = {units[i].x, units[i].y, units[i].z, units[i].w};
 #pragma unroll
-      for (int j = 0; j < 4; j++) largest = larger_of_pairs(largest, words[j] & 0x7FFF7FFF);
-    }
+    for (int j = 0; j < 4; j++) largest = larger_of_pairs(largest, words[j] & 0x7FFF7FFF);
+  }
   const Grain grain = grain_of(most(magnitude(low_of(largest)), magnitude(high_of(largest))));
+  int totals[ASKED];
 #pragma unroll
   for (int i = 0; i < ASKED; i++) {
     const int b = (i * 32 + lane) / 4;
     const uint4& u = units[i];
-    if (b >= BLOCKS) continue;
-    u16* to = &sh.hidden[warp][Of::stage_of(b)][t * 8];
-    if (BF16)
-      stage_halves(to, {low_of(u.x), high_of(u.x), low_of(u.y), high_of(u.y), low_of(u.z), high_of(u.z), low_of(u.w),
-                        high_of(u.w)}, grain);
-    else
-      *(uint4*)to = {byte_permute(u.x, u.y, 0x5410), byte_permute(u.x, u.y, 0x7632), byte_permute(u.z, u.w, 0x5410),
-                     byte_permute(u.z, u.w, 0x7632)};
+    totals[i] = 0;
+    if (b < BLOCKS)
+      totals[i] = stage_integers(&sh.hidden[warp][b][t * 8],
+                                 {low_of(u.x), high_of(u.x), low_of(u.y), high_of(u.y), low_of(u.z), high_of(u.z),
+                                  low_of(u.w), high_of(u.w)}, grain);
   }
   __syncwarp();
-  Columns<Of> columns;
-  columns.load(sh.hidden[warp]);
-  // Products of all spans stand side by side.
-  float c[Of::COUNT][FUSE][4] = {}, d[most(SUMS_OF_REST, 1)][most(TIMES, 1)][4] = {}, total[Of::COUNT][PARTS];
 #pragma unroll
-  for (int in_span = 0; in_span < EACH_SPAN; in_span++)
+  for (int i = 0; i < ASKED; i++) totals[i] = sum_of_block(totals[i]);
+  auto staged = [&](int b) { return *(const uint4*)&sh.hidden[warp][b][t * 8]; };
+  int sums[Of::COUNT][EACH_SPAN] = {}, sums_of_rest[most(SPANS_OF_REST, 1)][EACH_SPAN] = {};
 #pragma unroll
-    for (int i = 0; i < FUSE; i++)
-#pragma unroll
-      for (int span = 0; span < Of::COUNT; span++) {
-        const int unit = span * EACH_SPAN + in_span;
-        if (unit < Of::UNITS) multiply_integers(c[span][i], kept[unit * FUSE + i], columns.of(unit * FUSE + i));
-      }
-#pragma unroll
-  for (int time = 0; time < TIMES; time++)
+  for (int unit = 0; unit < Of::UNITS; unit++)
 #pragma unroll
     for (int i = 0; i < FUSE; i++)
+      multiply_eight(sums[unit / EACH_SPAN][unit % EACH_SPAN], kept[unit * FUSE + i], staged(unit * FUSE + i));
 #pragma unroll
-      for (int span = 0; span < SUMS_OF_REST; span++)
-        multiply_integers(d[span][time], rest[(span * TIMES + time) * FUSE + i], columns.y[span][i]);
+  for (int i = 0; i < UNITS_OF_REST; i++)
+#pragma unroll
+    for (int j = 0; j < FUSE; j++) {
+      uint4 x = {};
+      if ((i + 1) * SUBS <= Of::UNITS || i * SUBS + sub < Of::UNITS) x = staged((i * SUBS + sub) * FUSE + j);
+      multiply_eight(sums_of_rest[i / EACH_SPAN][i % EACH_SPAN], rest[i][j], x);
+    }
+#pragma unroll
+  for (int i = 0; i < ASKED; i++)
+    if ((i * 32 + lane) / 4 < BLOCKS) store_total(sh, (i * 32 + lane) / 4, totals[i]);
+  __syncwarp();
+  // The total of unit `from` + `in`, if there is one.
+  auto total_of_unit = [&](int from, int in, int most_in) {
+    const int unit = from + in;
+    if (from + most_in < Of::UNITS) return total_of<FUSE>(sh, unit * FUSE, true);
+    const int total = total_of<FUSE>(sh, least(unit, Of::UNITS - 1) * FUSE, true);
+    return unit < Of::UNITS ? total : 0;
+  };
   float sum = 0, of_rest = 0;
 #pragma unroll
-  for (int span = 0; span < Of::COUNT; span++) {
-    columns.add_up(total[span], span);
-    sum += steps[span].apply(c[span][0][0] + (FUSE > 1 ? c[span][FUSE - 1][0] : 0),
-                             c[span][0][3] + (FUSE > 1 ? c[span][FUSE - 1][3] : 0), total[span]);
-  }
-  // A lane has the sums of its row with the units of its columns: where one is the row's unit, they count.
+  for (int i = 0; i < Of::COUNT; i++)
+    sum += steps[i].apply(combine(sums[i], Of::of_span(i)), total_of_unit(i * EACH_SPAN, in_span, EACH_SPAN - 1));
 #pragma unroll
-  for (int span = 0; span < SUMS_OF_REST; span++) {
-    float first = d[span][0][0], last = d[span][0][3];
-#pragma unroll
-    for (int time = 1; time < TIMES; time++)
-      if (t / SUBS == time) first = d[span][time][0], last = d[span][time][3];
-    of_rest += steps_of_rest[span].apply(first, last, total[span]);
-  }
-  if (t % SUBS != sub) of_rest = 0;
+  for (int i = 0; i < SPANS_OF_REST; i++)
+    of_rest += steps_of_rest[i].apply(
+        combine(sums_of_rest[i], least(UNITS_OF_REST - i * EACH_SPAN, EACH_SPAN)),
+        total_of_unit(i * EACH_SPAN * SUBS, in_span * SUBS + sub, EACH_SPAN * SUBS - 1));
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
     if (step < 4) sum += __shfl_xor_sync(~0u, sum, step);
     if (REST && (step < 4 || step >= 4 * EACH)) of_rest += __shfl_xor_sync(~0u, of_rest, step);
   }
-  const float worth = worth_of(grain);
-  if (t == 0) sum_at(sh, side_of(FC2), 0, g) = sum * worth;
-  if (REST && t == 0 && g < EACH) sum_at(sh, side_of(FC2), 8, g) = of_rest * worth;
+  if (t == 0) sum_at(sh, side_of(FC2), 0, g) = sum * grain.down;
+  if (REST && t == 0 && g < EACH) sum_at(sh, side_of(FC2), 8, g) = of_rest * grain.down;
   s.stream_tag ^= 1;
   hand_over(FC2, [&] { ask_for_gains(own, s, sh, layer + 1, 0); });
 }
@@ -2134,10 +2058,9 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
   // All that can be known before the sums are there.
   const float eps = sh.eps[layer][norm];
   const bool last = step == FC2 && layer == LAYERS - 1;
-  // Queries, keys and values are published as halves and, by another lane, their remainders.
   u16* to = !from_stream(step) ? stream_place(a, n, lane) :
             step == FC1 ? a.hidden + lane % 16 * FFN + n / 8 * 8 :
-            step == QUERY ? a.query + copy % 2 * WIDTH + n : a.heads + (copy % 2 * 3 + chunk) * WIDTH + n;
+            step == QUERY ? a.query + 2 * n : a.heads + 2 * (chunk * WIDTH + n);
   u16* cache = (u16*)sh.caches[layer][chunk == 2] + ((long long)(n / 64) * SLOTS + s.slot) * 64 + n % 64;
   u32 sums = (u32)((u8*)&sh.sums[side_of(step)][0][row / 2] - (u8*)&sh);
   settle(to), settle(cache), settle(sums);
@@ -2186,9 +2109,8 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
       const bool query = step == QUERY || chunk == 0;
       const u32 cached = pack(total[0], total[1]);
       const float scale = a.scale * LOG2E;
-      const Split two =
-          split(query ? total[0] * scale : low_of(cached), query ? total[1] * scale : high_of(cached), s.tag);
-      if (finishes && copy < 2) poke4(to, copy ? two.rest : two.half);
+      const float one = query ? total[0] * scale : low_of(cached), other = query ? total[1] * scale : high_of(cached);
+      if (finishes && copy == 0) poke8(to, {tagged(__float_as_uint(one), s.tag), tagged(__float_as_uint(other), s.tag)});
       if (finishes && !query && copy == 0) *(u32*)cache = cached;
     }
   } else {
@@ -2215,8 +2137,24 @@ __device__ __forceinline__ void finish_attention(const Arguments& a, State& s, S
   // The newest key and value are not in the cache yet. A lane has the dimensions that it has of the sums below.
   float newest = NOTHING, new_value[2] = {};
   if (own && split == s.slot / SELF_RUN) {
-    const u16* from = a.heads + head * 64 + lane % 8 * 8 + lane / 8 * 2;
-    const float dot = newest_key(from, s.tag, new_value);
+    const u32* from = (const u32*)a.heads + head * 64 + lane % 8 * 8 + lane / 8 * 2;
+    uint2 words[3] = {};
+    u32 missing = 7;
+    Patience patience;
+    do {
+#pragma unroll
+      for (int i = 0; i < 3; i++)
+        if (missing >> i & 1) words[i] = peek8(from + i * WIDTH);
+#pragma unroll
+      for (int i = 0; i < 3; i++)
+        if (fresh(words[i].x, s.tag) && fresh(words[i].y, s.tag)) missing &= ~(1u << i);
+      patience.spend();
+    } while (__any_sync(~0u, missing));
+    float dot = __uint_as_float(words[0].x) * __uint_as_float(words[1].x) +
+                __uint_as_float(words[0].y) * __uint_as_float(words[1].y);
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) dot += __shfl_xor_sync(~0u, dot, step);
+    new_value[0] = __uint_as_float(words[2].x), new_value[1] = __uint_as_float(words[2].y);
     if (sh.valid[s.slot]) newest = dot;
   }
   bar_sync(STEP_DONE + (own ? OWN_ATTENTION : CROSS_ATTENTION), 32 * (WARPS + 1));

@@ -152,9 +152,73 @@ __device__ __forceinline__ void publish_pair(u16* halves, int total, float first
   poke4(halves + total, tagged(pack(first - low_of(half), second - high_of(half)), tag));
 }
 
+// The newest key's product with the query, and its value, of which a lane has two dimensions, `from` on in `heads`.
+__device__ __forceinline__ float newest_key(const u16* from, u32 tag, float (&value)[2]) {
+  u32 words[3][2] = {}, missing = 63;
+  Patience patience;
+  do {
+#pragma unroll
+    for (int i = 0; i < 6; i++)
+      if (missing >> i & 1) words[i / 2][i % 2] = peek4(from + i / 2 * WIDTH + i % 2 * (3 * WIDTH));
+#pragma unroll
+    for (int i = 0; i < 6; i++)
+      if (fresh(words[i / 2][i % 2], tag)) missing &= ~(1u << i);
+    patience.spend();
+  } while (__any_sync(~0u, missing));
+  float dot = (low_of(words[0][0]) + low_of(words[0][1])) * (low_of(words[1][0]) + low_of(words[1][1])) +
+              (high_of(words[0][0]) + high_of(words[0][1])) * (high_of(words[1][0]) + high_of(words[1][1]));
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) dot += __shfl_xor_sync(~0u, dot, step);
+  value[0] = low_of(words[2][0]) + low_of(words[2][1]);
+  value[1] = high_of(words[2][0]) + high_of(words[2][1]);
+  return dot;
+}
+
 // -- Products ------------------------------------------------------------------------------------------------------
 
 static_assert(OF_WARP * EIGHTS <= 16, "");
+
+// An integer's bits are those of a subnormal float16, q * 2 ** -24: the tensor cores take it as it is, exactly, and the
+// sums make good the factor. Subnormals of bfloat16 are too small for sums in float32: there integers sit in the mantissa
+// of `ORIGIN`, 128, from which they are taken by one instruction. A digit stays where it lies in its byte if the mantissa
+// has room for it there, and is else moved down.
+constexpr u32 ORIGIN = BF16 ? 0x43004300 : 0;
+constexpr int MANTISSA = BF16 ? 7 : 10, EXPONENT_OF_ONE = BF16 ? 127 : 15;
+constexpr bool stays(int digit) { return BITS != 158 && LOW_BITS * digit + BITS <= MANTISSA; }
+constexpr int place_of(int digit) { return stays(digit) ? LOW_BITS * digit : 0; }
+
+// Digit `digit` of eight packed bytes as halves, in float16 times 2 ** (place_of(digit) - 24): pairs of the first and
+// third byte of a word, of the second and fourth.
+__device__ __forceinline__ void integers(u32 (&q)[4], const Packed& packed, int digit) {
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+#pragma unroll
+    for (int odd = 0; odd < 2; odd++) {
+      u32& to = q[2 * i + odd];
+      const u32 word = packed.raw[i];
+      if (BITS == 8 && BF16) {
+        // Beyond bfloat16's mantissa: through float32's, where the same trick takes 23 bits.
+        const float low = __uint_as_float(byte_permute(word, 0x4B000000, odd ? 0x7441 : 0x7440));
+        const float high = __uint_as_float(byte_permute(word, 0x4B000000, odd ? 0x7443 : 0x7442));
+        to = pack(low - 8388608.0f, high - 8388608.0f);
+        continue;
+      }
+      const int place = place_of(digit);
+      if (BITS == 158) {
+        const u32 pair = word >> 8 * odd & 0x00FF00FF;
+        to = third(pair, digit);
+        if (digit < 4) to -= 3 * third(pair, digit + 1);
+        to |= ORIGIN;
+      } else {
+        to = and_or(word >> (8 * odd + LOW_BITS * digit - place), twice(((1 << LOW_BITS) - 1) << place), ORIGIN);
+        if (BITS == 3) to = and_or(packed.high[i][odd] >> (2 * digit - place), twice(4 << place), to);
+      }
+      // Times 2 ** -place, less the origin: exact.
+      if (BF16)
+        to = half_fma(to, twice(EXPONENT_OF_ONE - place << MANTISSA),
+                      twice(0x8000 | EXPONENT_OF_ONE + MANTISSA - place << MANTISSA));
+    }
+}
 
 // A unit of activations in the order of `integers`.
 __device__ __forceinline__ void operands(u32 (&x)[4], const uint4& unit) {
