@@ -139,10 +139,10 @@ template <class T>
 __device__ __forceinline__ void settle(T*& p) { asm volatile("" : "+l"(p)); }
 __device__ __forceinline__ void settle(u32& place) { asm volatile("" : "+r"(place)); }
 __device__ __forceinline__ void settle(float& value) { asm volatile("" : "+f"(value)); }
-// Loads stay on their sides of it, in the order in which they are written.
-__device__ __forceinline__ void keep_order() {
+// Loads stay on their sides of it: for all that the compiler knows, this is a loop, which `tag` never enters.
+__device__ __forceinline__ void keep_order(u32 tag) {
   __syncwarp();
-  asm volatile("" ::: "memory");
+  while (tag > 1) asm volatile("" ::: "memory");
 }
 // A tag that is known only when `word` has been loaded: the compiler would have answers checked, and waited for, in front
 // of loads that could be under way meanwhile.
@@ -239,7 +239,7 @@ __device__ __forceinline__ u32 half_fma(u32 a, u32 b, u32 c) {
 template <class T>
 inline void settle(T&) {}
 inline u32 tag_behind(u32 tag, u32) { return tag; }
-inline void keep_order() {}
+inline void keep_order(u32) {}
 #define program() ((int)blockIdx.x)
 inline u32 largest_of_warp(u32 x) {
   for (int step = 1; step < 32; step *= 2) {
@@ -261,6 +261,11 @@ __device__ __forceinline__ void load16(u32 (&r)[4], const u8* at) {
 __device__ __forceinline__ void load8(u32 (&r)[2], const u8* at) {
   const uint2 v = *(const uint2*)at;
   r[0] = v.x, r[1] = v.y;
+}
+// Floats in the order of unsigned integers: of those with a sign all bits differ.
+__device__ __forceinline__ float largest_float_of_warp(float x) {
+  const u32 bits = __float_as_uint(x), y = largest_of_warp(bits ^ ((int)bits < 0 ? ~0u : 0x80000000u));
+  return __uint_as_float(y ^ ((int)y < 0 ? 0x80000000u : ~0u));
 }
 __device__ __forceinline__ float low_of(u32 pair) { return widen((u16)pair); }
 __device__ __forceinline__ float high_of(u32 pair) { return widen((u16)(pair >> 16)); }
@@ -430,9 +435,6 @@ constexpr bool fuses(int depth) {
 constexpr int FUSED = BATCH == 1 && fuses(WIDTH) ? 2 : 1;
 constexpr int OWN_BLOCKS = OWN * DIGITS, LATE = ratio(LEFT * DIGITS, WARPS), OF_WARP = OWN_BLOCKS + LATE;
 constexpr int HIDDEN_BLOCKS = turns(FFN) * DIGITS;
-// Whether the halves of a block of packed weights may differ in scale.
-constexpr bool HALVES = BITS != 16 && (GROUP % 32 != 0 || plane(FFN) % 32 != 0);
-constexpr int PARTS = HALVES ? 2 : 1;
 // Eights of rows of the larger product, and lines of rows.
 constexpr int MOST_EIGHTS = ratio(most(3, FFN_CHUNKS) * ROWS, 8), LINES = AT_HOME ? 0 : 2 * 8 * MOST_EIGHTS + 16;
 #if BATCH > 1
@@ -469,7 +471,7 @@ struct Shared {
   alignas(16) float2 moments[WARPS];  // Of what each warp has of the stream.
   alignas(8) uint2 lines[most(LINES, 1)];
 #if BITS != 16
-  alignas(16) int totals_of[WARPS][most(HIDDEN_BLOCKS, OF_WARP)][PARTS];  // Sums of staged blocks, or of their halves.
+  alignas(16) int totals_of[WARPS][4][up(most(HIDDEN_BLOCKS, OF_WARP), 4)];  // Sums of every four lanes' eights of blocks.
 #endif
   u64 caches[LAYERS][2], gains[LAYERS][3];
   float eps[LAYERS][3];
@@ -998,9 +1000,9 @@ struct Weights {
 #pragma unroll
     for (int h = 0; h < EIGHTS; h++) {
       if (h == EIGHTS / 2) {
-        keep_order();
+        keep_order(s.tag);
         look();
-        keep_order();
+        __syncwarp();
       }
       const Line line = line_of<STEP>(sh, place, h);
 #pragma unroll
@@ -1144,20 +1146,14 @@ __device__ __forceinline__ void multiply_eight(int& sum, const u32 (&q)[2], cons
   sum = dot_low(x.z, q[1], sum), sum = dot_high(x.w, q[1], sum);
 }
 
-// What has a scale in common, a unit, is of `EACH` blocks, of the `OWN_OF` first ones, or of one; where halves of a block may
-// differ in scale, each is one. Four lanes have parts of its sum, or two lanes of a half's. Of the units of a span, as many,
-// each of these lanes ends up with the whole sum of one. The first blocks' digits come one after another, turn by turn, or
-// if there are `TURNS` of them each with all turns.
-constexpr int EACH_SPAN = 4 / PARTS;
-__device__ __forceinline__ int in_span_of_lane() { return HALVES ? thread() % 2 : thread() % 4; }
-__device__ __forceinline__ int part_of_lane() { return HALVES ? thread() % 4 / 2 : 0; }
+// Blocks that have a scale in common, a unit: `EACH` of the `OWN_OF` first ones, of the others one. The first ones' digits come
+// one after another, turn by turn, or if there are `TURNS` of them each with all turns.
 template <int BLOCKS, int OWN_OF, int EACH, int TURNS>
-struct Spans {
-  static constexpr int OF_UNIT = EACH, OWN_UNITS = OWN_OF / EACH, UNITS = OWN_UNITS + BLOCKS - OWN_OF;
-  static constexpr int COUNT = ratio(UNITS, EACH_SPAN);
+struct Units {
+  static constexpr int OF_UNIT = EACH, OWN_UNITS = OWN_OF / EACH, COUNT = OWN_UNITS + BLOCKS - OWN_OF;
   static constexpr int unit_of(int b) { return b < OWN_OF ? b / EACH : b - OWN_OF + OWN_UNITS; }
-  // Units of a span.
-  static constexpr int of_span(int span) { return least(UNITS - span * EACH_SPAN, EACH_SPAN); }
+  // The first block of a unit.
+  static constexpr int first_of(int unit) { return unit < OWN_UNITS ? unit * EACH : unit - OWN_UNITS + OWN_OF; }
   // Of the first blocks' units.
   static constexpr int digit_of(int unit) { return TURNS ? unit / most(TURNS, 1) : unit % DIGITS; }
   static constexpr int turn_of(int unit) { return TURNS ? unit % most(TURNS, 1) : unit / DIGITS; }
@@ -1170,69 +1166,46 @@ struct Spans {
   // Of unit `from` + `in`, at most `most_in`, or of the last one. Where one of `from` and `in` can tell, the other is not asked.
   static constexpr Place place_of(int from, int in, int most_in) {
     constexpr int INNER = TURNS ? TURNS : DIGITS;
-    if (from + most_in < UNITS) {
-      int inner = from % INNER, outer = from / INNER;
-      bool known = inner + most_in < INNER;
-      if (known) {
-        inner += in;
-      } else if (inner == 0) {
-        inner = in % INNER, outer += in / INNER, known = true;
-      }
-      if (known) {
-        Place place = {inner, outer};
-        if (TURNS) place = {outer, inner};
-        return place;
-      }
+    int inner = from % INNER, outer = from / INNER;
+    if (from + most_in < COUNT && inner + most_in < INNER) {
+      inner += in;
+    } else if (from + most_in < COUNT && inner == 0) {
+      inner = in % INNER, outer += in / INNER;
+    } else {
+      const int unit = least(from + in, COUNT - 1);
+      inner = unit % INNER, outer = unit / INNER;
     }
-    const int unit = least(from + in, UNITS - 1);
-    return {digit_of(unit), turn_of(unit)};
+    Place place = {inner, outer};
+    if (TURNS) place = {outer, inner};
+    return place;
   }
-  static __device__ __forceinline__ int unit_of_lane(int span) {
-    return least(span * EACH_SPAN + in_span_of_lane(), UNITS - 1);
+  // What brings a unit's sums to scale, as digits of the first blocks stay where they lie in their bytes.
+  static constexpr float shrink_of(int unit) {
+    return 1.0f / (1 << (unit < OWN_UNITS ? byte_place(digit_of(unit)) : 0));
   }
-  // The first block of a lane's unit.
-  static __device__ __forceinline__ int block_of_lane(int span) {
-    const int unit = unit_of_lane(span);
-    return unit < OWN_UNITS ? unit * EACH : unit - OWN_UNITS + OWN_OF;
+  // Sums of the eights that a lane has of each unit, times minus one.
+  static __device__ __forceinline__ void load_totals(float (&totals)[COUNT], const Shared& sh) {
+    const u32 id = thread();
+    u32 of[up(BLOCKS, 4)];
+#pragma unroll
+    for (int i = 0; i < BLOCKS; i += 4) {
+      const uint4 four = *(const uint4*)&sh.totals_of[id / 32][id % 4][i];
+      of[i] = four.x, of[i + 1] = four.y, of[i + 2] = four.z, of[i + 3] = four.w;
+    }
+#pragma unroll
+    for (int unit = 0; unit < COUNT; unit++) {
+      const int b = first_of(unit);
+      totals[unit] = -__int2float_rn((int)of[b] + (int)(unit < OWN_UNITS && EACH > 1 ? of[b + EACH - 1] : 0));
+    }
   }
-  static __device__ __forceinline__ float shrink_of_lane(int span) {
-    const int unit = unit_of_lane(span);
-    return shrink_of(unit < OWN_UNITS ? digit_of(unit) : 0);
-  }
-  // What brings sums to scale, as digits of the first blocks stay where they lie in their bytes.
-  static __device__ __forceinline__ float shrink_of(int digit) { return __int_as_float(127 - byte_place(digit) << 23); }
 };
-using OfWidth = Spans<OF_WARP, OWN_BLOCKS, FUSED, 0>;
-constexpr int SPANS = OfWidth::COUNT;
+using OfWidth = Units<OF_WARP, OWN_BLOCKS, FUSED, 0>;
 constexpr int UNITS_OF_STREAM = 1;  // That a lane asks for: its eight elements of a block.
 
-// The whole sum of a lane's unit, of the first `THERE` of a span; none of the others.
-template <int THERE>
-__device__ __forceinline__ int combine(const int (&sums)[EACH_SPAN]) {
-  const u32 t = thread() % 4;
-  const bool odd = t & 1, upper = t & 2;
-  int one = THERE > 1 ? odd ? sums[1] : sums[0] : sums[0];
-  one += __shfl_xor_sync(~0u, THERE > 1 ? odd ? sums[0] : sums[1] : sums[0], 1);
-  if (THERE == 1 && odd) one = 0;
-  if (HALVES) return one;
-  constexpr int THIRD = least(2, EACH_SPAN - 1), FOURTH = EACH_SPAN - 1;
-  int other = 0;
-  if (THERE > 2) other = THERE > 3 ? odd ? sums[FOURTH] : sums[THIRD] : sums[THIRD];
-  if (THERE > 2) other += __shfl_xor_sync(~0u, THERE > 3 ? odd ? sums[THIRD] : sums[FOURTH] : sums[THIRD], 1);
-  if (THERE == 3 && odd) other = 0;
-  const int sum = (upper ? other : one) + __shfl_xor_sync(~0u, THERE > 2 ? upper ? one : other : one, 2);
-  return THERE < 3 && upper ? 0 : sum;
-}
-template <int THERE_AT_MOST = EACH_SPAN>
-__device__ __forceinline__ int combine(const int (&sums)[EACH_SPAN], int there) {
-  if (THERE_AT_MOST == 1 || there == THERE_AT_MOST) return combine<THERE_AT_MOST>(sums);
-  return combine<most(THERE_AT_MOST - 1, 1)>(sums, there);
-}
-
-// Where scales are, in bytes behind the first one of a row, of the block that begins with `element`, or of the lane's half.
+// Where scales are, in bytes behind the first one of a row, of a lane's elements of the block that begins with `element`.
 template <int DEPTH>
 __device__ __forceinline__ int scale_of(int element) {
-  return least(element + 16 * part_of_lane(), DEPTH - 1) / most(GROUP, 1) * 2;
+  return least(element + thread() % 4 / 2 * 16, DEPTH - 1) / most(GROUP, 1) * 2;
 }
 // A scale, in the low half, and its zero point.
 template <int ZEROS>
@@ -1240,56 +1213,35 @@ __device__ __forceinline__ u32 load_steps(u32 at) {
   const u8* from = dynamic_shared() + at;
   return *(const u16*)from | (u32)*(const u16*)(from + ZEROS) << 16;
 }
-// A unit's sum and its total, of the activations alone, make a part of a row's sum.
 struct Steps {
   float scale, offset;  // An offset is scale times zero point.
   __device__ __forceinline__ void fill(u32 raw, float shrink) {
     scale = low_of(raw), offset = scale * high_of(raw);
     scale *= shrink;
   }
-  __device__ __forceinline__ float apply(int sum, int total) const {
-    return scale * __int2float_rn(sum) - offset * __int2float_rn(total);
-  }
 };
 
-// A warp's staged blocks: what lanes ask for while there is something else to do.
+// What is known of staged activations besides.
 struct Staged {
-  int sum;  // Of a lane's block, or of the half of it that two lanes have.
-  Grain grain;
+  float worth;  // What sums of them are to be multiplied by.
 };
-// A lane's eight activations, as integers.
-__device__ __forceinline__ int stage_integers(u16* to, const float (&x)[8], const Grain& grain) {
+// A lane's eight activations of a block, as integers, and their sum.
+__device__ __forceinline__ void stage_integers(Shared& sh, u16* to, int b, const float (&x)[8], const Grain& grain) {
   // In the mantissa of what lies behind 1.5 * 2 ** 23.
   u32 in[8];
 #pragma unroll
   for (int i = 0; i < 8; i++) in[i] = __float_as_uint(x[i] * grain.up + 12582912.0f);
   *(uint4*)to = {byte_permute(in[0], in[1], 0x5410), byte_permute(in[2], in[3], 0x5410), byte_permute(in[4], in[5], 0x5410),
                  byte_permute(in[6], in[7], 0x5410)};
-  return (int)(in[0] + in[1] + (in[2] + in[3]) + (in[4] + in[5] + (in[6] + in[7])) - 8 * 0x4B400000u);
-}
-__device__ __forceinline__ int sum_of_block(int sum) {
-  sum += __shfl_xor_sync(~0u, sum, 1);
-  if (!HALVES) sum += __shfl_xor_sync(~0u, sum, 2);
-  return sum;
-}
-__device__ __forceinline__ void store_total(Shared& sh, int b, int sum) {
   const u32 id = thread();
-  if (id % (4 / PARTS) == 0) sh.totals_of[id / 32][b][part_of_lane()] = sum;
-}
-// The total of a lane's unit, from its first block on.
-template <int EACH>
-__device__ __forceinline__ int total_of(const Shared& sh, int b, bool several) {
-  const u32 warp = thread() / 32;
-  int total = sh.totals_of[warp][b][part_of_lane()];
-  if (EACH > 1 && several) total += sh.totals_of[warp][b + 1][part_of_lane()];
-  return total;
+  sh.totals_of[id / 32][id % 4][b] =
+      (int)(in[0] + in[1] + (in[2] + in[3]) + (in[4] + in[5] + (in[6] + in[7])) - 8 * 0x4B400000u);
 }
 
 // What a thread needs time and again: where its bytes of a row begin, and of the row's late blocks, of which digit, where the
 // scales of its units lie behind those of the row, where its activations are.
 struct Lane {
-  u32 own_at, late_at[most(LATE, 1)], late_digit[most(LATE, 1)], scale_at[SPANS];
-  float shrink[SPANS];
+  u32 own_at, late_at[most(LATE, 1)], late_digit[most(LATE, 1)], scale_at[OfWidth::COUNT];
   int asked;
   const u16* stream;
 
@@ -1303,9 +1255,9 @@ struct Lane {
       late_at[i] = least(block.run, runs(WIDTH) - 1) * 32 + t * 8, late_digit[i] = block.digit;
     }
 #pragma unroll
-    for (int i = 0; i < SPANS; i++) {
-      const Block block = block_of(OfWidth::block_of_lane(i));
-      scale_at[i] = scale_of<WIDTH>(block.digit * plane(WIDTH) + block.run * 32), shrink[i] = OfWidth::shrink_of_lane(i);
+    for (int i = 0; i < OfWidth::COUNT; i++) {
+      const Block block = block_of(OfWidth::first_of(i));
+      scale_at[i] = scale_of<WIDTH>(block.digit * plane(WIDTH) + block.run * 32);
     }
     const int b = lane / 4;
     const Block block = block_of(b);
@@ -1320,12 +1272,12 @@ struct Lane {
 };
 
 // The weights of a product with `WIDTH` elements, from shared memory into registers, as bytes, with scales and zero points
-// for a lane's units.
+// for all units.
 template <int STEP>
 struct Weights {
   static constexpr int EIGHTS = RowsOf<STEP>::EIGHTS, CHUNKS = RowsOf<STEP>::CHUNKS;
   u32 kept[EIGHTS][OF_WARP][2];
-  Steps steps[EIGHTS][SPANS];
+  Steps steps[EIGHTS][OfWidth::COUNT];
   u32 last;  // What was loaded last.
 
   // `look` asks for activations for the first time: of large products they may be there when half of the weights is loaded.
@@ -1333,13 +1285,13 @@ struct Weights {
   template <class Look>
   __device__ __forceinline__ void load(const Lane& lane, State& s, Shared& sh, Look look) {
     const int place = take(sh, s, STEP, CHUNKS);
-    u32 raw[EIGHTS][SPANS];
+    u32 raw[EIGHTS][OfWidth::COUNT];
 #pragma unroll
     for (int h = 0; h < EIGHTS; h++) {
       if (h == LOOK_AT) {
-        keep_order();
+        keep_order(s.tag);
         look();
-        keep_order();
+        __syncwarp();
       }
       const Line line = line_of<STEP>(sh, place, h);
 #pragma unroll
@@ -1358,18 +1310,18 @@ struct Weights {
         bytes_of_digit(kept[h][OWN_BLOCKS + late], packed, lane.late_digit[late], 0, DIGITS - 1);
       }
 #pragma unroll
-      for (int i = 0; i < SPANS; i++) raw[h][i] = load_steps<ZEROS_BEHIND<STEP>>(line.meta + lane.scale_at[i]);
+      for (int i = 0; i < OfWidth::COUNT; i++) raw[h][i] = load_steps<ZEROS_BEHIND<STEP>>(line.meta + lane.scale_at[i]);
     }
     release(sh, place, STEP, CHUNKS);
     if (LOOK_AT == EIGHTS) {
-      keep_order();
+      keep_order(s.tag);
       look();
     }
 #pragma unroll
     for (int h = 0; h < EIGHTS; h++)
 #pragma unroll
-      for (int i = 0; i < SPANS; i++) steps[h][i].fill(raw[h][i], lane.shrink[i]);
-    last = raw[EIGHTS - 1][SPANS - 1];
+      for (int i = 0; i < OfWidth::COUNT; i++) steps[h][i].fill(raw[h][i], OfWidth::shrink_of(i));
+    last = raw[EIGHTS - 1][OfWidth::COUNT - 1];
   }
 };
 
@@ -1382,32 +1334,27 @@ struct Sums {
   template <int STEP, class Meanwhile>
   __device__ __forceinline__ void multiply(const Weights<STEP>& weights, Shared& sh, const Staged& staged,
                                            Meanwhile meanwhile) {
-    const u32 id = thread();
-    const int warp = id / 32, t = id % 4, b = id % 32 / 4;
-    const int sum = sum_of_block(staged.sum);
-    int sums[SPANS][EIGHTS][EACH_SPAN] = {};
+    constexpr int COUNT = OfWidth::COUNT;
+    const u32 warp = thread() / 32, t = thread() % 4;
+    float totals[COUNT];
+    OfWidth::load_totals(totals, sh);
+    int sums[EIGHTS][COUNT] = {};
 #pragma unroll
     for (int b = 0; b < OF_WARP; b++) {
       const uint4 x = *(const uint4*)&sh.staged[warp][b][0][t * 8];
-      const int unit = OfWidth::unit_of(b);
 #pragma unroll
-      for (int h = 0; h < EIGHTS; h++) multiply_eight(sums[unit / EACH_SPAN][h][unit % EACH_SPAN], weights.kept[h][b], x);
+      for (int h = 0; h < EIGHTS; h++) multiply_eight(sums[h][OfWidth::unit_of(b)], weights.kept[h][b], x);
     }
-    if (b < OF_WARP) store_total(sh, b, sum);
     meanwhile();
-    __syncwarp();
 #pragma unroll
-    for (int h = 0; h < EIGHTS; h++) of[h] = 0;
+    for (int h = 0; h < EIGHTS; h++) {
+      of[h] = 0;
 #pragma unroll
-    for (int i = 0; i < SPANS; i++) {
-      const int first = OfWidth::block_of_lane(i), there = OfWidth::of_span(i);
-      int total = total_of<FUSED>(sh, first, first < OWN_BLOCKS);
-      if (there < EACH_SPAN && in_span_of_lane() >= there) total = 0;
+      for (int i = 0; i < COUNT; i++) of[h] += weights.steps[h][i].offset * totals[i];
 #pragma unroll
-      for (int h = 0; h < EIGHTS; h++) of[h] += weights.steps[h][i].apply(combine(sums[i][h], there), total);
+      for (int i = 0; i < COUNT; i++) of[h] += weights.steps[h][i].scale * __int2float_rn(sums[h][i]);
+      of[h] *= staged.worth;
     }
-#pragma unroll
-    for (int h = 0; h < EIGHTS; h++) of[h] *= staged.grain.down;
   }
   // Four lanes have parts of a row's sums in each eight: of four eights, each ends up with the sum of one.
   __device__ __forceinline__ void store(Shared& sh, int side) {
@@ -1438,9 +1385,8 @@ __device__ __forceinline__ Staged stage_eight(Shared& sh, const float (&x)[8]) {
   for (int j = 0; j < 8; j++) largest = most(largest, magnitude(x[j]));
   const Grain grain = grain_of(largest);
   const u32 id = thread(), b = id % 32 / 4;
-  int sum = 0;
-  if (b < OF_WARP) sum = stage_integers(&sh.staged[id / 32][b][0][id % 4 * 8], x, grain);
-  return {sum, grain};
+  if (b < OF_WARP) stage_integers(sh, &sh.staged[id / 32][b][0][id % 4 * 8], b, x, grain);
+  return {grain.down};
 }
 // Eight elements of the stream.
 __device__ __forceinline__ void values_of(float (&x)[8], const uint4 (&units)[UNITS_OF_STREAM]) {
@@ -1579,8 +1525,7 @@ __device__ __forceinline__ void attend(const Arguments& a, State& s, Shared& sh,
       if (!cached.seen[tile][half]) dot = __int_as_float(0xFF800000);
       best = fmaxf(best, dot);
     }
-#pragma unroll
-  for (int step = 4; step < 32; step *= 2) best = fmaxf(best, __shfl_xor_sync(~0u, best, step));
+  best = largest_float_of_warp(best);
   float total = 0, out[8] = {};
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++) {
@@ -1646,12 +1591,12 @@ __device__ __forceinline__ void product_of_stream(const Arguments& a, const Lane
   // The layer norm's moments, of what this warp asked for: even lanes add up values and odd ones squares. The finishing warps
   // make of them what they can before the sums are there.
   if (!own.counts()) sum = squares = 0;
+  float moment = lane % 2 ? squares : sum;
+  moment += __shfl_xor_sync(~0u, lane % 2 ? sum : squares, 1);
+#pragma unroll
+  for (int step = 2; step < 32; step *= 2) moment += __shfl_xor_sync(~0u, moment, step);
   Sums<RowsOf<STEP>::EIGHTS> sums;
   sums.multiply(weights, sh, staged, [&] {
-    float moment = lane % 2 ? squares : sum;
-    moment += __shfl_xor_sync(~0u, lane % 2 ? sum : squares, 1);
-#pragma unroll
-    for (int step = 2; step < 32; step *= 2) moment += __shfl_xor_sync(~0u, moment, step);
     if (lane < 2) (lane ? sh.moments[id / 32].y : sh.moments[id / 32].x) = moment;
     __syncwarp();
     bar_arrive(MOMENTS + norm_of(STEP), 32 * (WARPS + finishers(STEP)));
@@ -1862,9 +1807,9 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, const Lane
   // Two runs of a group follow each other.
   constexpr int FUSE = fuses(FFN) && runs(FFN) % WARPS == 0 ? 2 : 1, TURNS = turns(FFN) / FUSE;
   constexpr int BLOCKS = HIDDEN_BLOCKS, ASKED = ratio(BLOCKS * 4, 32);
-  using Of = Spans<BLOCKS, BLOCKS, FUSE, EACH_SPAN % DIGITS ? TURNS : 0>;
+  using Of = Units<BLOCKS, BLOCKS, FUSE, BITS == 158 ? TURNS : 0>;
   constexpr int REST = most(ROWS - 8, 0), EACH = REST > 4 ? 8 : REST > 2 ? 4 : 2, SUBS = 8 / EACH;
-  constexpr int UNITS_OF_REST = REST ? ratio(Of::UNITS, SUBS) : 0, SPANS_OF_REST = ratio(UNITS_OF_REST, EACH_SPAN);
+  constexpr int UNITS_OF_REST = REST ? ratio(Of::COUNT, SUBS) : 0;
   const u32 id = thread();
   const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4;
   const int place = take(sh, s, FC2, chunks_of(FC2));
@@ -1905,12 +1850,11 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, const Lane
     const int element = unit.digit * plane(FFN) + warp * (FUSE * 32);
     int at = scale_of<FFN>(element + unit.turn * TURN);
     if (FULL && TURN % most(GROUP, 1) == 0)
-      at = (element + 16 * part_of_lane()) / most(GROUP, 1) * 2 + unit.turn * (TURN / most(GROUP, 1) * 2);
+      at = (element + t / 2 * 16) / most(GROUP, 1) * 2 + unit.turn * (TURN / most(GROUP, 1) * 2);
     return load_steps<meta_bytes(FFN)>(metas + row * meta_stride(FFN) + at);
   };
-  u32 kept[BLOCKS][2], rest[most(UNITS_OF_REST, 1)][FUSE][2], raw[Of::COUNT], raw_of_rest[most(SPANS_OF_REST, 1)];
+  u32 kept[BLOCKS][2], rest[most(UNITS_OF_REST, 1)][FUSE][2], raw[Of::COUNT], raw_of_rest[most(UNITS_OF_REST, 1)];
   const int row = least(g, ROWS - 1), other_row = least(8 + g % EACH, ROWS - 1), sub = g / EACH % SUBS;
-  const int in_span = in_span_of_lane();
 #pragma unroll
   for (int turn = 0; turn < TURNS; turn++)
 #pragma unroll
@@ -1920,12 +1864,11 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, const Lane
 #pragma unroll
       for (int digit = 0; digit < DIGITS; digit++) bytes_of(kept[Of::block_of(digit, turn, i)], packed, digit);
     }
-  keep_order();
+  keep_order(s.tag);
   look();
-  keep_order();
+  __syncwarp();
 #pragma unroll
-  for (int span = 0; span < Of::COUNT; span++)
-    raw[span] = load_steps_of(row, Of::place_of(span * EACH_SPAN, in_span, EACH_SPAN - 1));
+  for (int i = 0; i < Of::COUNT; i++) raw[i] = load_steps_of(row, {Of::digit_of(i), Of::turn_of(i)});
 #pragma unroll
   for (int i = 0; i < UNITS_OF_REST; i++) {
     const typename Of::Place unit = Of::place_of(i * SUBS, sub, SUBS - 1);
@@ -1937,19 +1880,15 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, const Lane
       load(packed, other_row, unit.turn, j);
       bytes_of_digit(rest[i][j], packed, unit.digit, least(one, other), most(one, other));
     }
+    raw_of_rest[i] = load_steps_of(other_row, unit);
   }
-#pragma unroll
-  for (int span = 0; span < SPANS_OF_REST; span++)
-    raw_of_rest[span] = load_steps_of(other_row, Of::place_of(span * (EACH_SPAN * SUBS), in_span * SUBS + sub,
-                                                              EACH_SPAN * SUBS - 1));
   release(sh, place, FC2, chunks_of(FC2));
-  Steps steps[Of::COUNT], steps_of_rest[most(SPANS_OF_REST, 1)];
+  Steps steps[Of::COUNT], steps_of_rest[most(UNITS_OF_REST, 1)];
 #pragma unroll
-  for (int i = 0; i < Of::COUNT; i++)
-    steps[i].fill(raw[i], Of::shrink_of(Of::place_of(i * EACH_SPAN, in_span, EACH_SPAN - 1).digit));
+  for (int i = 0; i < Of::COUNT; i++) steps[i].fill(raw[i], Of::shrink_of(i));
 #pragma unroll
-  for (int i = 0; i < SPANS_OF_REST; i++) steps_of_rest[i].fill(raw_of_rest[i], 1);
-  const u32 tag = tag_behind(s.tag, REST ? raw_of_rest[most(SPANS_OF_REST, 1) - 1] : raw[Of::COUNT - 1]);
+  for (int i = 0; i < UNITS_OF_REST; i++) steps_of_rest[i].fill(raw_of_rest[i], 1);
+  const u32 tag = tag_behind(s.tag, REST ? raw_of_rest[most(UNITS_OF_REST, 1) - 1] : raw[Of::COUNT - 1]);
   Patience patience;
   while (true) {
 #pragma unroll
@@ -1967,55 +1906,38 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, const Lane
     for (int j = 0; j < 4; j++) largest = larger_of_pairs(largest, words[j] & 0x7FFF7FFF);
   }
   const Grain grain = grain_of(most(magnitude(low_of(largest)), magnitude(high_of(largest))));
-  int totals[ASKED];
 #pragma unroll
   for (int i = 0; i < ASKED; i++) {
     const int b = (i * 32 + lane) / 4;
     const uint4& u = units[i];
-    totals[i] = 0;
     if (b < BLOCKS)
-      totals[i] = stage_integers(&sh.hidden[warp][b][t * 8],
-                                 {low_of(u.x), high_of(u.x), low_of(u.y), high_of(u.y), low_of(u.z), high_of(u.z),
-                                  low_of(u.w), high_of(u.w)}, grain);
+      stage_integers(sh, &sh.hidden[warp][b][t * 8], b, {low_of(u.x), high_of(u.x), low_of(u.y), high_of(u.y), low_of(u.z),
+                                                         high_of(u.z), low_of(u.w), high_of(u.w)}, grain);
   }
   __syncwarp();
-#pragma unroll
-  for (int i = 0; i < ASKED; i++) totals[i] = sum_of_block(totals[i]);
+  float totals[Of::COUNT], sum = 0, of_rest = 0;
+  Of::load_totals(totals, sh);
+  int sums[Of::COUNT] = {}, sums_of_rest[most(UNITS_OF_REST, 1)] = {}, totals_of_rest[most(UNITS_OF_REST, 1)] = {};
   auto staged = [&](int b) { return *(const uint4*)&sh.hidden[warp][b][t * 8]; };
-  int sums[Of::COUNT][EACH_SPAN] = {}, sums_of_rest[most(SPANS_OF_REST, 1)][EACH_SPAN] = {};
 #pragma unroll
-  for (int unit = 0; unit < Of::UNITS; unit++)
-#pragma unroll
-    for (int i = 0; i < FUSE; i++)
-      multiply_eight(sums[unit / EACH_SPAN][unit % EACH_SPAN], kept[unit * FUSE + i], staged(unit * FUSE + i));
+  for (int b = 0; b < BLOCKS; b++) multiply_eight(sums[Of::unit_of(b)], kept[b], staged(b));
 #pragma unroll
   for (int i = 0; i < UNITS_OF_REST; i++)
 #pragma unroll
     for (int j = 0; j < FUSE; j++) {
-      uint4 x = {};
-      if ((i + 1) * SUBS <= Of::UNITS || i * SUBS + sub < Of::UNITS) x = staged((i * SUBS + sub) * FUSE + j);
-      multiply_eight(sums_of_rest[i / EACH_SPAN][i % EACH_SPAN], rest[i][j], x);
+      const int b = (i * SUBS + sub) * FUSE + j;
+      if ((i + 1) * SUBS > Of::COUNT && b >= BLOCKS) continue;
+      multiply_eight(sums_of_rest[i], rest[i][j], staged(b));
+      totals_of_rest[i] += sh.totals_of[warp][t][b];
     }
 #pragma unroll
-  for (int i = 0; i < ASKED; i++)
-    if ((i * 32 + lane) / 4 < BLOCKS) store_total(sh, (i * 32 + lane) / 4, totals[i]);
-  __syncwarp();
-  // The total of unit `from` + `in`, if there is one.
-  auto total_of_unit = [&](int from, int in, int most_in) {
-    const int unit = from + in;
-    if (from + most_in < Of::UNITS) return total_of<FUSE>(sh, unit * FUSE, true);
-    const int total = total_of<FUSE>(sh, least(unit, Of::UNITS - 1) * FUSE, true);
-    return unit < Of::UNITS ? total : 0;
-  };
-  float sum = 0, of_rest = 0;
+  for (int i = 0; i < Of::COUNT; i++) sum += steps[i].offset * totals[i];
 #pragma unroll
-  for (int i = 0; i < Of::COUNT; i++)
-    sum += steps[i].apply(combine(sums[i], Of::of_span(i)), total_of_unit(i * EACH_SPAN, in_span, EACH_SPAN - 1));
+  for (int i = 0; i < Of::COUNT; i++) sum += steps[i].scale * __int2float_rn(sums[i]);
 #pragma unroll
-  for (int i = 0; i < SPANS_OF_REST; i++)
-    of_rest += steps_of_rest[i].apply(
-        combine(sums_of_rest[i], least(UNITS_OF_REST - i * EACH_SPAN, EACH_SPAN)),
-        total_of_unit(i * EACH_SPAN * SUBS, in_span * SUBS + sub, EACH_SPAN * SUBS - 1));
+  for (int i = 0; i < UNITS_OF_REST; i++)
+    of_rest += steps_of_rest[i].scale * __int2float_rn(sums_of_rest[i]) -
+               steps_of_rest[i].offset * __int2float_rn(totals_of_rest[i]);
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
     if (step < 4) sum += __shfl_xor_sync(~0u, sum, step);
