@@ -468,7 +468,7 @@ struct Shared {
     alignas(16) u16 staged[WARPS][OF_WARP][BITS == 16 ? 2 : 1][32];
   };
   alignas(16) float tops[WARPS], totals[WARPS];
-  alignas(16) float2 moments[WARPS];  // Of what each warp has of the stream.
+  alignas(16) float2 moments[WARPS][32];  // Of what each lane has of the stream.
   alignas(8) uint2 lines[most(LINES, 1)];
 #if BITS != 16
   alignas(16) int totals_of[WARPS][4][up(most(HIDDEN_BLOCKS, OF_WARP), 4)];  // Sums of every four lanes' eights of blocks.
@@ -1024,9 +1024,8 @@ struct Sums {
   float of[EIGHTS];
 
   // Chains of products stand side by side: one after another, each would be waited for.
-  // `meanwhile` is done when all of them have been asked for.
-  template <int STEP, class Meanwhile>
-  __device__ __forceinline__ void multiply(const Weights<STEP>& weights, const Shared& sh, const Staged&, Meanwhile meanwhile) {
+  template <int STEP>
+  __device__ __forceinline__ void multiply(const Weights<STEP>& weights, const Shared& sh, const Staged&) {
     const u32 id = thread();
     const int warp = id / 32, g = id / 4 % 8, t = id % 4;
     // A lane has the activations of column g: the halves are in the first two and the remainders in the next two columns.
@@ -1044,7 +1043,6 @@ struct Sums {
       for (int h = 0; h < EIGHTS; h++) multiply_row(c[h], weights.kept[h][b], y[b].x, y[b].y);
 #pragma unroll
     for (int i = 0; i < SHARED; i++) multiply_row(of_shared[i], weights.shared[i], y[OF_WARP - 1].x, y[OF_WARP - 1].y);
-    meanwhile();
 #pragma unroll
     for (int h = 0; h < EIGHTS; h++) {
       of[h] = c[h][0] + c[h][3];
@@ -1330,10 +1328,8 @@ template <int EIGHTS>
 struct Sums {
   float of[EIGHTS];
 
-  // `meanwhile` is done when all has been multiplied.
-  template <int STEP, class Meanwhile>
-  __device__ __forceinline__ void multiply(const Weights<STEP>& weights, Shared& sh, const Staged& staged,
-                                           Meanwhile meanwhile) {
+  template <int STEP>
+  __device__ __forceinline__ void multiply(const Weights<STEP>& weights, const Shared& sh, const Staged& staged) {
     constexpr int COUNT = OfWidth::COUNT;
     const u32 warp = thread() / 32, t = thread() % 4;
     float totals[COUNT];
@@ -1345,7 +1341,6 @@ struct Sums {
 #pragma unroll
       for (int h = 0; h < EIGHTS; h++) multiply_eight(sums[h][OfWidth::unit_of(b)], weights.kept[h][b], x);
     }
-    meanwhile();
 #pragma unroll
     for (int h = 0; h < EIGHTS; h++) {
       of[h] = 0;
@@ -1586,21 +1581,14 @@ __device__ __forceinline__ void product_of_stream(const Arguments& a, const Lane
     sum += x[j], squares += x[j] * x[j];
     x[j] *= j % 2 ? high_of(gain[j / 2]) : low_of(gain[j / 2]);
   }
+  // The layer norm's moments, of what no warp in front of this one asks for, too: the finishing warps add them up while
+  // this one multiplies.
+  sh.moments[id / 32][lane] = own.counts() ? float2{sum, squares} : float2{0, 0};
   const Staged staged = stage_eight(sh, x);
   __syncwarp();
-  // The layer norm's moments, of what this warp asked for: even lanes add up values and odd ones squares. The finishing warps
-  // make of them what they can before the sums are there.
-  if (!own.counts()) sum = squares = 0;
-  float moment = lane % 2 ? squares : sum;
-  moment += __shfl_xor_sync(~0u, lane % 2 ? sum : squares, 1);
-#pragma unroll
-  for (int step = 2; step < 32; step *= 2) moment += __shfl_xor_sync(~0u, moment, step);
+  bar_arrive(MOMENTS + norm_of(STEP), 32 * (WARPS + finishers(STEP)));
   Sums<RowsOf<STEP>::EIGHTS> sums;
-  sums.multiply(weights, sh, staged, [&] {
-    if (lane < 2) (lane ? sh.moments[id / 32].y : sh.moments[id / 32].x) = moment;
-    __syncwarp();
-    bar_arrive(MOMENTS + norm_of(STEP), 32 * (WARPS + finishers(STEP)));
-  });
+  sums.multiply(weights, sh, staged);
   sums.store(sh, side_of(STEP));
   constexpr bool OWN = STEP == QKV;
   hand_over(STEP, [] {});
@@ -1694,7 +1682,7 @@ __device__ __forceinline__ void product_of_runs(const Arguments& a, const Lane& 
   const Staged staged = stage_eight(sh, x);
   __syncwarp();
   Sums<RowsOf<STEP>::EIGHTS> sums;
-  sums.multiply(weights, sh, staged, [] {});
+  sums.multiply(weights, sh, staged);
   sums.store(sh, side_of(STEP));
   s.stream_tag ^= 1;
   hand_over(STEP, [&] { ask_for_gains(own, s, sh, layer, norm_of(STEP) + 1); });
@@ -1801,17 +1789,15 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, const Lane
   hand_over(FC2, [&] { ask_for_gains(own, s, sh, layer + 1, 0); });
 }
 #else
-// The product with the hidden layer: many elements, few rows. Eight of them have four lanes each; of the others each has
-// several times four, of which each take some of the units.
+// The product with the hidden layer: many elements, few rows. A lane takes the rows of one half, and every fourth unit.
 __device__ __forceinline__ void product_of_hidden(const Arguments& a, const Lane& own, State& s, Shared& sh, int layer) {
   // Two runs of a group follow each other.
   constexpr int FUSE = fuses(FFN) && runs(FFN) % WARPS == 0 ? 2 : 1, TURNS = turns(FFN) / FUSE;
   constexpr int BLOCKS = HIDDEN_BLOCKS, ASKED = ratio(BLOCKS * 4, 32);
   using Of = Units<BLOCKS, BLOCKS, FUSE, BITS == 158 ? TURNS : 0>;
-  constexpr int REST = most(ROWS - 8, 0), EACH = REST > 4 ? 8 : REST > 2 ? 4 : 2, SUBS = 8 / EACH;
-  constexpr int UNITS_OF_REST = REST ? ratio(Of::COUNT, SUBS) : 0;
+  constexpr int SUBS = 4, OF_LANE = ratio(Of::COUNT, SUBS), EACH = ratio(ROWS, 2);
   const u32 id = thread();
-  const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4;
+  const int warp = id / 32, lane = id % 32, t = id % 4, sub = lane / 4 % SUBS, first = lane / 16 * EACH;
   const int place = take(sh, s, FC2, chunks_of(FC2));
   // Where the activations are that this lane asks for.
   uint4 units[ASKED];
@@ -1845,6 +1831,8 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, const Lane
     load_packed<FFN>(packed, base_of(place, chunk) + row * stride(FFN) + in_chunk, run * 32 + in_run);
   };
   const u32 metas = base_of(place, 0) + scales_at(FFN) + program() * ROWS * (groups(FFN) * 2) % 16;
+  // Units' first blocks are staged, and then their second ones.
+  auto stage_of = [](int b) { return b % FUSE * Of::COUNT + b / FUSE; };
   auto load_steps_of = [&](int row, typename Of::Place unit) {
     constexpr int TURN = WARPS * FUSE * 32;  // Elements from a turn to the next.
     const int element = unit.digit * plane(FFN) + warp * (FUSE * 32);
@@ -1853,42 +1841,38 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, const Lane
       at = (element + t / 2 * 16) / most(GROUP, 1) * 2 + unit.turn * (TURN / most(GROUP, 1) * 2);
     return load_steps<meta_bytes(FFN)>(metas + row * meta_stride(FFN) + at);
   };
-  u32 kept[BLOCKS][2], rest[most(UNITS_OF_REST, 1)][FUSE][2], raw[Of::COUNT], raw_of_rest[most(UNITS_OF_REST, 1)];
-  const int row = least(g, ROWS - 1), other_row = least(8 + g % EACH, ROWS - 1), sub = g / EACH % SUBS;
+  // Lanes with other turns take the runs of a unit in another order: they would meet the same banks.
+  auto in_unit = [&](int i) { return FUSE > 1 ? i ^ sub / most(SUBS / 2, 1) : i; };
+  u32 kept[EACH][OF_LANE][FUSE][2], raw[EACH][OF_LANE];
 #pragma unroll
-  for (int turn = 0; turn < TURNS; turn++)
-#pragma unroll
-    for (int i = 0; i < FUSE; i++) {
-      Packed packed;
-      load(packed, row, turn, i);
-#pragma unroll
-      for (int digit = 0; digit < DIGITS; digit++) bytes_of(kept[Of::block_of(digit, turn, i)], packed, digit);
+  for (int j = 0; j < EACH; j++) {
+    if (j == EACH / 2) {
+      keep_order(s.tag);
+      look();
+      __syncwarp();
     }
-  keep_order(s.tag);
-  look();
-  __syncwarp();
+    const int row = least(first + j, ROWS - 1);
 #pragma unroll
-  for (int i = 0; i < Of::COUNT; i++) raw[i] = load_steps_of(row, {Of::digit_of(i), Of::turn_of(i)});
+    for (int i = 0; i < OF_LANE; i++) {
+      const typename Of::Place unit = Of::place_of(i * SUBS, sub, SUBS - 1);
+      // Few digits are possible.
+      const int one = Of::place_of(i * SUBS, 0, SUBS - 1).digit, other = Of::place_of(i * SUBS, SUBS - 1, SUBS - 1).digit;
 #pragma unroll
-  for (int i = 0; i < UNITS_OF_REST; i++) {
-    const typename Of::Place unit = Of::place_of(i * SUBS, sub, SUBS - 1);
-    // Few digits are possible.
-    const int one = Of::place_of(i * SUBS, 0, SUBS - 1).digit, other = Of::place_of(i * SUBS, SUBS - 1, SUBS - 1).digit;
-#pragma unroll
-    for (int j = 0; j < FUSE; j++) {
-      Packed packed;
-      load(packed, other_row, unit.turn, j);
-      bytes_of_digit(rest[i][j], packed, unit.digit, least(one, other), most(one, other));
+      for (int k = 0; k < FUSE; k++) {
+        Packed packed;
+        load(packed, row, unit.turn, in_unit(k));
+        bytes_of_digit(kept[j][i][k], packed, unit.digit, least(one, other), most(one, other));
+      }
+      raw[j][i] = load_steps_of(row, unit);
     }
-    raw_of_rest[i] = load_steps_of(other_row, unit);
   }
   release(sh, place, FC2, chunks_of(FC2));
-  Steps steps[Of::COUNT], steps_of_rest[most(UNITS_OF_REST, 1)];
+  Steps steps[EACH][OF_LANE];
 #pragma unroll
-  for (int i = 0; i < Of::COUNT; i++) steps[i].fill(raw[i], Of::shrink_of(i));
+  for (int j = 0; j < EACH; j++)
 #pragma unroll
-  for (int i = 0; i < UNITS_OF_REST; i++) steps_of_rest[i].fill(raw_of_rest[i], 1);
-  const u32 tag = tag_behind(s.tag, REST ? raw_of_rest[most(UNITS_OF_REST, 1) - 1] : raw[Of::COUNT - 1]);
+    for (int i = 0; i < OF_LANE; i++) steps[j][i].fill(raw[j][i], 1);
+  const u32 tag = tag_behind(s.tag, raw[EACH - 1][OF_LANE - 1]);
   Patience patience;
   while (true) {
 #pragma unroll
@@ -1911,40 +1895,51 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, const Lane
     const int b = (i * 32 + lane) / 4;
     const uint4& u = units[i];
     if (b < BLOCKS)
-      stage_integers(sh, &sh.hidden[warp][b][t * 8], b, {low_of(u.x), high_of(u.x), low_of(u.y), high_of(u.y), low_of(u.z),
+      stage_integers(sh, &sh.hidden[warp][stage_of(b)][t * 8], b, {low_of(u.x), high_of(u.x), low_of(u.y), high_of(u.y), low_of(u.z),
                                                          high_of(u.z), low_of(u.w), high_of(u.w)}, grain);
   }
   __syncwarp();
-  float totals[Of::COUNT], sum = 0, of_rest = 0;
-  Of::load_totals(totals, sh);
-  int sums[Of::COUNT] = {}, sums_of_rest[most(UNITS_OF_REST, 1)] = {}, totals_of_rest[most(UNITS_OF_REST, 1)] = {};
-  auto staged = [&](int b) { return *(const uint4*)&sh.hidden[warp][b][t * 8]; };
+  int sums[EACH][OF_LANE] = {};
+  float totals[OF_LANE], of[EACH] = {};
 #pragma unroll
-  for (int b = 0; b < BLOCKS; b++) multiply_eight(sums[Of::unit_of(b)], kept[b], staged(b));
+  for (int i = 0; i < OF_LANE; i++) {
+    int total = 0;
 #pragma unroll
-  for (int i = 0; i < UNITS_OF_REST; i++)
+    for (int k = 0; k < FUSE; k++) {
+      const int unit = i * SUBS + sub;
+      uint4 x = {};
+      if ((i + 1) * SUBS <= Of::COUNT || unit < Of::COUNT) {
+        x = *(const uint4*)&sh.hidden[warp][in_unit(k) * Of::COUNT + unit][t * 8];
+        total += sh.totals_of[warp][t][unit * FUSE + k];
+      }
 #pragma unroll
-    for (int j = 0; j < FUSE; j++) {
-      const int b = (i * SUBS + sub) * FUSE + j;
-      if ((i + 1) * SUBS > Of::COUNT && b >= BLOCKS) continue;
-      multiply_eight(sums_of_rest[i], rest[i][j], staged(b));
-      totals_of_rest[i] += sh.totals_of[warp][t][b];
+      for (int j = 0; j < EACH; j++) multiply_eight(sums[j][i], kept[j][i][k], x);
     }
-#pragma unroll
-  for (int i = 0; i < Of::COUNT; i++) sum += steps[i].offset * totals[i];
-#pragma unroll
-  for (int i = 0; i < Of::COUNT; i++) sum += steps[i].scale * __int2float_rn(sums[i]);
-#pragma unroll
-  for (int i = 0; i < UNITS_OF_REST; i++)
-    of_rest += steps_of_rest[i].scale * __int2float_rn(sums_of_rest[i]) -
-               steps_of_rest[i].offset * __int2float_rn(totals_of_rest[i]);
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    if (step < 4) sum += __shfl_xor_sync(~0u, sum, step);
-    if (REST && (step < 4 || step >= 4 * EACH)) of_rest += __shfl_xor_sync(~0u, of_rest, step);
+    totals[i] = __int2float_rn(total);
   }
-  if (t == 0) sum_at(sh, side_of(FC2), 0, g) = sum * grain.down;
-  if (REST && t == 0 && g < EACH) sum_at(sh, side_of(FC2), 8, g) = of_rest * grain.down;
+#pragma unroll
+  for (int j = 0; j < EACH; j++) {
+#pragma unroll
+    for (int i = 0; i < OF_LANE; i++) of[j] -= steps[j][i].offset * totals[i];
+#pragma unroll
+    for (int i = 0; i < OF_LANE; i++) of[j] += steps[j][i].scale * __int2float_rn(sums[j][i]);
+  }
+  // Sixteen lanes have parts of the same rows' sums: each ends up with one of eight.
+  constexpr int EIGHT = 8;
+  static_assert(EACH <= EIGHT, "");
+#pragma unroll
+  for (int step = 1; step < EIGHT; step *= 2)
+#pragma unroll
+    for (int j = 0; j < EACH; j += 2 * step) {
+      const bool other = lane & step;
+      const float two = j + step < EACH ? of[j + step < EACH ? j + step : j] : 0;
+      of[j] = (other ? two : of[j]) + __shfl_xor_sync(~0u, other ? of[j] : two, step);
+    }
+  of[0] += __shfl_xor_sync(~0u, of[0], EIGHT);
+  if (lane % 16 < EACH) {
+    const int row = first + lane % 16;
+    sh.sums[side_of(FC2)][row % 2 * 2 + warp / 4][row / 2][warp % 4] = of[0] * grain.down;
+  }
   s.stream_tag ^= 1;
   hand_over(FC2, [&] { ask_for_gains(own, s, sh, layer + 1, 0); });
 }
@@ -1991,11 +1986,18 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
   if (from_stream(step)) {
     static_assert(WARPS == 8, "");
     bar_sync(MOMENTS + norm_of(step), 32 * (WARPS + finishers(step)));
-    float4 two[WARPS / 2];
+    float sum = 0, squares = 0;
 #pragma unroll
-    for (int i = 0; i < WARPS / 2; i++) two[i] = *(const float4*)&sh.moments[2 * i];
-    const float sum = (two[0].x + two[0].z + (two[1].x + two[1].z)) + (two[2].x + two[2].z + (two[3].x + two[3].z));
-    const float squares = (two[0].y + two[0].w + (two[1].y + two[1].w)) + (two[2].y + two[2].w + (two[3].y + two[3].w));
+    for (int i = 0; i < WARPS; i += 2) {
+      const float4 two = *(const float4*)&sh.moments[i + lane / 16][lane % 16 * 2];
+      sum += two.x + two.z, squares += two.y + two.w;
+    }
+    // Even lanes go on with the values, odd ones with the squares.
+    float moment = (lane % 2 ? squares : sum) + __shfl_xor_sync(~0u, lane % 2 ? sum : squares, 1);
+#pragma unroll
+    for (int step = 2; step < 32; step *= 2) moment += __shfl_xor_sync(~0u, moment, step);
+    const float other = __shfl_xor_sync(~0u, moment, 1);
+    sum = lane % 2 ? other : moment, squares = lane % 2 ? moment : other;
     // Of values times `SHRINK`.
     const float mean = sum * (GROW / WIDTH), variance = fmaxf(squares * (GROW * GROW / WIDTH) - mean * mean, 0.0f);
     const float deviation = rsqrt_fast(variance + eps), shift = mean * deviation;
