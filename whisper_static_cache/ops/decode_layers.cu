@@ -461,7 +461,9 @@ struct Shared {
   // second row's. Lanes that finish pairs of rows read vectors side by side.
   alignas(16) float sums[2][4][MOST_ROWS / 2][4];
   union {
-    alignas(16) float runs[WARPS][64 + 4];
+    struct {
+      alignas(16) float runs[WARPS][64 + 4], queries[WARPS][64 + 8];  // Of these the second half lies four further.
+    };
     // A warp's activations on their way to the lanes that multiply them: blocks of the hidden layer; of the stream and
     // of attention's result each block's halves and their remainders. For packed weights they are integers.
     alignas(16) u16 hidden[WARPS][HIDDEN_BLOCKS][32];
@@ -1476,24 +1478,19 @@ __device__ __forceinline__ void attend(const Arguments& a, State& s, Shared& sh,
   constexpr int TILES = Cached<OWN>::TILES;
   const u32 id = thread();
   const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4, piece = g & 1;
-  const u32* query = (const u32*)(OWN ? a.heads : a.query) + program() % HEADS * 64 + 8 * t;
-  uint4 words[4];
-  u32 missing = 15;
-  auto look = [&] {
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-      if (missing >> i & 1) words[i] = peek16(query + 32 * (i / 2 ^ piece) + 4 * (i % 2));
-  };
-  look();
+  // Each lane asks for two of the query's dimensions, as all of a warp's would be in each other's way, and hands them on.
+  const u32* query = (const u32*)(OWN ? a.heads : a.query) + program() % HEADS * 64 + 2 * lane;
+  uint2 two = peek8(query);
   Patience patience;
-  while (true) {
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-      if (all_fresh(words[i], s.tag)) missing &= ~(1u << i);
-    if (!__any_sync(~0u, missing)) break;
+  while (__any_sync(~0u, !fresh(two.x, s.tag) || !fresh(two.y, s.tag))) {
     patience.spend();
-    look();
+    if (!fresh(two.x, s.tag) || !fresh(two.y, s.tag)) two = peek8(query);
   }
+  *(uint2*)&sh.queries[warp][2 * lane + lane / 16 * 4] = two;
+  __syncwarp();
+  float4 q[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) q[i] = *(const float4*)&sh.queries[warp][(i / 2 ^ piece) * 36 + 8 * t + i % 2 * 4];
 
   float score[TILES][2], best = NOTHING;
 #pragma unroll
@@ -1504,9 +1501,7 @@ __device__ __forceinline__ void attend(const Arguments& a, State& s, Shared& sh,
       float dot[4];
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const uint4& q = words[i];
-        dot[i] = k[4 * i] * __uint_as_float(q.x) + k[4 * i + 1] * __uint_as_float(q.y) +
-                 k[4 * i + 2] * __uint_as_float(q.z) + k[4 * i + 3] * __uint_as_float(q.w);
+        dot[i] = k[4 * i] * q[i].x + k[4 * i + 1] * q[i].y + k[4 * i + 2] * q[i].z + k[4 * i + 3] * q[i].w;
       }
       score[tile][half] = dot[0] + dot[1] + (dot[2] + dot[3]);
     }
