@@ -104,6 +104,13 @@ __device__ __forceinline__ void copy_async(u32 to, const void* from, u32 bytes, 
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0],[%1],%2,[%3],%4;"
                ::"r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
 }
+// Whether this is the one lane of a warp that copies: of any other way to choose it the compiler does not know that it
+// chooses one, and makes a loop over all lanes of every copy.
+__device__ __forceinline__ bool elected() {
+  u32 one;
+  asm volatile("{.reg .pred p; elect.sync _|p,0xFFFFFFFF; selp.u32 %0,1,0,p;}" : "=r"(one));
+  return one;
+}
 // Which thread and program this is, asked for anew wherever it is used: the compiler would compute all that follows
 // from it once for all layers, have no registers for so much, and load it from memory time and again.
 __device__ __forceinline__ u32 thread() {
@@ -241,6 +248,7 @@ inline void settle(T&) {}
 inline u32 tag_behind(u32 tag, u32) { return tag; }
 inline void keep_order(u32) {}
 #define program() ((int)blockIdx.x)
+#define elected() (threadIdx.x % 32 == 0)
 inline u32 largest_of_warp(u32 x) {
   for (int step = 1; step < 32; step *= 2) {
     const u32 other = __shfl_xor_sync(~0u, x, step);
@@ -620,16 +628,15 @@ __device__ __forceinline__ u32 make_room(Shared& sh, Fetching& f, int step, int 
   // room goes as far as the L2 cache meanwhile.
   if (BITS == 16 && first && !barrier_try(empty, phase ^ 1)) prefetch_it();
   if (first) await(empty, phase ^ 1);
-  if (thread() % 32 == 0) barrier_expect(barrier, bytes);
+  if (elected()) barrier_expect(barrier, bytes);
   __syncwarp();
   return at;
 }
 
-// A chunk's copies: lanes below 16 take a row each, the next four what lies behind the rows.
+// A chunk's copies, all by one lane: rows, and what lies behind them.
 __device__ __forceinline__ void fetch_chunk(const Pointers& p, Shared& sh, u32 memory, Fetching& f, int product,
                                             int chunk) {
-  const int lane = thread() % 32;
-  const bool deep = product == FC2;
+  const bool deep = product == FC2, norm = from_stream(product);
   int first = program() * (product == FC1 ? ROWS_FFN : ROWS), count = (product == FC1 ? FFN : WIDTH) - first;
   if (product == FC1) {
     count = least(count, ROWS_FFN) - chunk * ROWS;
@@ -637,69 +644,74 @@ __device__ __forceinline__ void fetch_chunk(const Pointers& p, Shared& sh, u32 m
   }
   count = most(least(count, ROWS), 0);
   const int matrix = weight_of(product) + (product == QKV ? chunk : 0);
-  u32 at = 0, size = 0;
-  int index = 0;
-  long long from = 0;
-  if (lane < count) {
-    const int bytes = deep ? row_bytes(FFN) : row_bytes(WIDTH), part = deep ? part_bytes(FFN) : part_bytes(WIDTH);
-    const int begin = deep ? chunk * part : 0;
-    at = lane * (deep ? stride(FFN) : stride(WIDTH));
-    index = WEIGHTS + matrix;
-    from = (long long)(first + lane) * bytes + begin;
-    size = least(part, bytes - begin);
-  } else if (lane >= 16 && lane < 20 && count > 0 && !(deep && chunk > 0)) {
-    int each;
-    if (lane < 18) {
-      each = 2 * (deep ? groups(FFN) : groups(WIDTH));
-      at = metas_behind(product, chunk, lane == 17);
-      index = (lane == 16 ? SCALES : ZEROS) + matrix;
-    } else {
-      const bool norm = from_stream(product);
-      each = norm ? 4 : 2;
-      at = vectors_behind(product, chunk) + (lane - 18) * vector_bytes;
-      index = norm_of(product) + (lane == 18 ? (norm ? CONSTANT : BIAS) : (norm ? FOLDED : GAIN));
-      if (product == QKV) first += chunk * WIDTH;
-    }
-    from = first * each / 16 * 16;
-    if (each && !(APART && deep && lane < 18)) size = up((first + count) * each, 16) - (int)from;
-  }
-  const u8* base = p.at(index);
-  u32 all = size;
+  const int row = deep ? row_bytes(FFN) : row_bytes(WIDTH), part = deep ? part_bytes(FFN) : part_bytes(WIDTH);
+  const int begin = deep ? chunk * part : 0, size = least(part, row - begin), apart = deep ? stride(FFN) : stride(WIDTH);
+  const u8* rows = p.at(WEIGHTS + matrix) + (long long)first * row + begin;
+  // Scales, zero points and vectors begin at the multiple of 16 bytes at or below their first element.
+  const bool more = count > 0 && !(deep && chunk > 0);
+  constexpr bool ROW_BY_ROW = APART;
+  const int meta = 2 * (deep ? groups(FFN) : groups(WIDTH)), of_vector = norm ? 4 : 2;
+  const int in_vector = first + (product == QKV ? chunk * WIDTH : 0);
+  auto bytes_of = [&](int first, int each) { return up((first + count) * each, 16) - first * each / 16 * 16; };
+  const int metas = more && meta ? (ROW_BY_ROW && deep ? count * meta : bytes_of(first, meta)) : 0;
+  const int vectors = more ? bytes_of(in_vector, of_vector) : 0;
+  const u8 *behind[4], *from[4] = {};
+  if (BITS != 16) from[0] = p.at(SCALES + matrix), from[1] = p.at(ZEROS + matrix);
+  from[2] = p.at(norm_of(product) + (norm ? CONSTANT : BIAS)), from[3] = p.at(norm_of(product) + (norm ? FOLDED : GAIN));
 #pragma unroll
-  for (int step = 16; step; step /= 2) all += __shfl_xor_sync(~0u, all, step);
-  const bool row_by_row = APART && deep && chunk == 0;
-  constexpr int META = groups(FFN) * 2;
-  if (row_by_row) all += 2 * count * META;
+  for (int i = 0; i < 4; i++)
+    behind[i] = from[i] + (i < 2 ? (ROW_BY_ROW && deep ? first * meta : first * meta / 16 * 16) : in_vector * of_vector / 16 * 16);
   u32 barrier;
-  const u32 place = memory + make_room(sh, f, product, chunk, all, barrier, [&] {
-    if (size) prefetch(base + from, size);
-  });
-  if (size) copy_async(place + at, base + from, size, barrier);
-  if (row_by_row) {
+  const u32 place = memory + make_room(sh, f, product, chunk, count * size + 2 * (metas + vectors), barrier, [&] {
+    if (!elected()) return;
+#pragma unroll 1
+    for (int i = 0; i < (size == row ? 1 : count); i++)
+      if (count) prefetch(rows + i * row, size == row ? count * row : size);
 #pragma unroll
-    for (int zeros = 0; zeros < 2; zeros++) {
-      const u8* metas = p.at((zeros ? ZEROS : SCALES) + matrix) + (long long)(first + lane) * META;
-      const int to = scales_at(FFN) + zeros * meta_bytes(FFN) + lane * meta_stride(FFN);
-      if (lane < count) copy_async(place + to, metas, META, barrier);
+    for (int i = 2; i < 4; i++)
+      if (vectors) prefetch(behind[i], vectors);
+  });
+  if (elected()) {
+#pragma unroll
+    for (int i = 0; i < ROWS; i++)
+      if (i < count) copy_async(place + i * apart, rows + i * row, size, barrier);
+    if (vectors) {
+      const u32 at = place + vectors_behind(product, chunk);
+      copy_async(at, behind[2], vectors, barrier);
+      copy_async(at + vector_bytes, behind[3], vectors, barrier);
     }
+    if (metas && !(ROW_BY_ROW && deep)) {
+      copy_async(place + metas_behind(product, chunk, false), behind[0], metas, barrier);
+      copy_async(place + metas_behind(product, chunk, true), behind[1], metas, barrier);
+    }
+    if (ROW_BY_ROW && deep && metas)
+#pragma unroll 1
+      for (int i = 0; i < count; i++)
+#pragma unroll
+        for (int zeros = 0; zeros < 2; zeros++)
+          copy_async(place + metas_behind(product, chunk, zeros) + i * meta_stride(FFN), behind[zeros] + i * meta, meta, barrier);
   }
+  __syncwarp();
 }
 
 #if BATCH == 1
-// Keys and values that this program attends to: the first lane copies keys, the second values.
+// Keys and values that this program attends to.
 __device__ __forceinline__ void fetch_keys(const Pointers& p, Shared& sh, u32 memory, Fetching& f, int slot, bool own,
                                            int chunk) {
-  const int lane = thread() % 32, most_keys = own ? chunk_keys(true) : chunk_keys(false), begin = chunk * most_keys;
+  const int most_keys = own ? chunk_keys(true) : chunk_keys(false), begin = chunk * most_keys;
   const Span keys = keys_of(own, slot);
   const int size = most(least(keys.count - begin, most_keys), 0) * 128;
-  const int row = program() % HEADS * (own ? SLOTS : SOURCE) + keys.first + begin;
-  const u8* from = p.at((own ? KEYS : CROSS_KEYS) + lane % 2) + (long long)row * 128;
-  const bool copies = lane < 2 && size;
+  const long long at = (long long)(program() % HEADS * (own ? SLOTS : SOURCE) + keys.first + begin) * 128;
+  const u8 *first = p.at(own ? KEYS : CROSS_KEYS) + at, *second = p.at(own ? VALUES : CROSS_VALUES) + at;
   u32 barrier;
   const u32 place = memory + make_room(sh, f, own ? OWN_ATTENTION : CROSS_ATTENTION, chunk, 2 * size, barrier, [&] {
-    if (copies) prefetch(from, size);
+    if (size && elected()) prefetch(first, size), prefetch(second, size);
   });
-  if (copies) copy_async(place + lane * (most_keys * 128), from, size, barrier);
+  if (size && elected()) {
+    copy_async(place, first, size, barrier);
+    copy_async(place + most_keys * 128, second, size, barrier);
+  }
+  __syncwarp();
 }
 
 // The fetching warp: every chunk of every layer, as soon as there is room for it.
