@@ -553,8 +553,11 @@ __device__ __forceinline__ Span share(int total, int each) {
   return {first, least(each, total - first)};
 }
 #if BATCH == 1
+// Which program this is for attention: the last ones, which may have none of cross-attention, have the first of
+// self-attention's runs.
+__device__ __forceinline__ int attender(bool own) { return own ? GIVERS - 1 - program() : program(); }
 __device__ __forceinline__ Span keys_of(bool own, int slot) {
-  int split = program() / HEADS, total = own ? slot : SOURCE, each = own ? SELF_RUN : CROSS_RUN;
+  int split = attender(own) / HEADS, total = own ? slot : SOURCE, each = own ? SELF_RUN : CROSS_RUN;
   int first = least(split * each, total);
   return {first, least(each, total - first)};
 }
@@ -563,7 +566,7 @@ __device__ __forceinline__ Span keys_of(bool own, int slot) {
 __device__ __forceinline__ int runs_of_keys(int slot) { return slot / SELF_RUN + 1; }
 // Whether this program has a run of self-attention's keys, if only the newest, or of cross-attention's.
 __device__ __forceinline__ bool attends(bool own, int slot) {
-  return program() < HEADS * (own ? runs_of_keys(slot) : CROSS_SPLITS);
+  return attender(own) < HEADS * (own ? runs_of_keys(slot) : CROSS_SPLITS);
 }
 // How many chunks its keys come in.
 __device__ __forceinline__ int chunks_of_keys(bool own, int slot) {
@@ -701,7 +704,7 @@ __device__ __forceinline__ void fetch_keys(const Pointers& p, Shared& sh, u32 me
   const int most_keys = own ? chunk_keys(true) : chunk_keys(false), begin = chunk * most_keys;
   const Span keys = keys_of(own, slot);
   const int size = most(least(keys.count - begin, most_keys), 0) * 128;
-  const long long at = (long long)(program() % HEADS * (own ? SLOTS : SOURCE) + keys.first + begin) * 128;
+  const long long at = (long long)(attender(own) % HEADS * (own ? SLOTS : SOURCE) + keys.first + begin) * 128;
   const u8 *first = p.at(own ? KEYS : CROSS_KEYS) + at, *second = p.at(own ? VALUES : CROSS_VALUES) + at;
   u32 barrier;
   const u32 place = memory + make_room(sh, f, own ? OWN_ATTENTION : CROSS_ATTENTION, chunk, 2 * size, barrier, [&] {
@@ -1292,19 +1295,13 @@ struct Weights {
   Steps steps[EIGHTS][OfWidth::COUNT];
   u32 last;  // What was loaded last.
 
-  // `look` asks for activations for the first time: of large products they may be there when half of the weights is loaded.
-  static constexpr int LOOK_AT = CHUNKS > 1 ? EIGHTS / 2 : EIGHTS;
+  // `look` asks for activations for the first time.
   template <class Look>
   __device__ __forceinline__ void load(const Lane& lane, State& s, Shared& sh, Look look) {
     const int place = take(sh, s, STEP, CHUNKS);
     u32 raw[EIGHTS][OfWidth::COUNT];
 #pragma unroll
     for (int h = 0; h < EIGHTS; h++) {
-      if (h == LOOK_AT) {
-        keep_order(s.tag);
-        look();
-        __syncwarp();
-      }
       const Line line = line_of<STEP>(sh, place, h);
 #pragma unroll
       for (int turn = 0; turn < OWN; turn++) {
@@ -1325,10 +1322,8 @@ struct Weights {
       for (int i = 0; i < OfWidth::COUNT; i++) raw[h][i] = load_steps<ZEROS_BEHIND<STEP>>(line.meta + lane.scale_at[i]);
     }
     release(sh, place, STEP, CHUNKS);
-    if (LOOK_AT == EIGHTS) {
-      keep_order(s.tag);
-      look();
-    }
+    keep_order(s.tag);
+    look();
 #pragma unroll
     for (int h = 0; h < EIGHTS; h++)
 #pragma unroll
@@ -1491,7 +1486,7 @@ __device__ __forceinline__ void attend(const Arguments& a, State& s, Shared& sh,
   const u32 id = thread();
   const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4, piece = g & 1;
   // Each lane asks for two of the query's dimensions, as all of a warp's would be in each other's way, and hands them on.
-  const u32* query = (const u32*)(OWN ? a.heads : a.query) + program() % HEADS * 64 + 2 * lane;
+  const u32* query = (const u32*)(OWN ? a.heads : a.query) + attender(OWN) % HEADS * 64 + 2 * lane;
   uint2 two = peek8(query);
   Patience patience;
   while (__any_sync(~0u, !fresh(two.x, s.tag) || !fresh(two.y, s.tag))) {
@@ -2062,7 +2057,7 @@ __device__ __forceinline__ void finish_attention(const Arguments& a, State& s, S
   const int step = own ? OWN_ATTENTION : CROSS_ATTENTION, chunks = chunks_of_keys(own, s.slot);
   if (chunks) release(sh, take(sh, s, step, chunks), step, chunks);
   if (thread() / 32 != FIRST_FINISHER) return;
-  const int head = program() % HEADS, split = program() / HEADS;
+  const int head = attender(own) % HEADS, split = attender(own) / HEADS;
   u16* to = (own ? a.own_runs : a.cross_runs) + ((lane / 8 * HEADS + head) * 8 + split) * 64 + lane % 8 * 8;
   float* log_to = (own ? a.own_logs : a.cross_logs) + (lane * HEADS + head) * LOGS + split;
   // The newest key and value are not in the cache yet. A lane has the dimensions that it has of the sums below.
