@@ -332,8 +332,8 @@ constexpr int ROW_AT_LEAST = most(row_bytes(WIDTH), KEYS_AT_LEAST / ROWS - 5 * g
 constexpr int stride_of(int bytes) { return BITS == 16 ? up(bytes + 64, 128) - 64 : up(bytes + 96, 128) - 96; }
 // Behind the rows: scales, zero points, two vectors, each from the multiple of 16 bytes at or below its first element.
 // Those of the second feed-forward product lie a little further apart where a row of them is a multiple of 64 bytes:
-// four or eight rows would meet the same bank.
-constexpr bool APART = BITS != 16 && groups(FFN) * 2 % 64 == 0;
+// four or eight rows would meet the same bank. (One row's lanes have few rows of these at a time.)
+constexpr bool APART = BATCH > 1 && BITS != 16 && groups(FFN) * 2 % 64 == 0;
 constexpr int meta_stride(int depth) { return groups(depth) * 2 + (depth == FFN && APART ? 16 : 0); }
 constexpr int meta_bytes(int depth) { return BITS == 16 ? 0 : up(ROWS * meta_stride(depth), 16) + 16; }
 constexpr int vector_bytes = up(ROWS * 4, 16) + 16;
@@ -342,9 +342,15 @@ constexpr int behind_rows(int depth) { return 2 * meta_bytes(depth) + 2 * vector
 // Where all of a layer's weights and keys fit into shared memory, each step has a home of its own there, which its next
 // layer's fill as soon as they have been read. Else chunks follow each other around a ring.
 constexpr int FFN_CHUNKS = ratio(ROWS_FFN, ROWS);
-constexpr int HOME = up(ROWS * stride_of(row_bytes(WIDTH)) + behind_rows(WIDTH), 128);
+// Packed rows come there by twos, or all together, as a copy takes some sixty cycles however short it is: lanes served
+// together have rows of four twos, which meet different banks.
+constexpr bool BY_TWOS = BATCH == 1 && BITS != 16;
+constexpr int TWO_ROWS = up(2 * row_bytes(WIDTH) + 96, 128) - 96;
+constexpr int ROWS_AT_HOME = BY_TWOS ? ROWS / 2 * TWO_ROWS : ROWS * stride_of(row_bytes(WIDTH));
+constexpr int HOME = up(ROWS_AT_HOME + behind_rows(WIDTH), 128);
 constexpr int KEYS_PIECE = up(ratio(CROSS_RUN, 4), 8), KEYS_HOME = ratio(CROSS_RUN, KEYS_PIECE) * KEYS_PIECE * 256;
-constexpr int HIDDEN_HOME = up(ROWS * stride_of(row_bytes(FFN)) + behind_rows(FFN), 128);
+constexpr int HIDDEN_STRIDE = BY_TWOS ? row_bytes(FFN) : stride_of(row_bytes(FFN));
+constexpr int HIDDEN_HOME = up(ROWS * HIDDEN_STRIDE + behind_rows(FFN), 128);
 // Self-attention is split where one program's keys end: as many as all warps take at once.
 constexpr int SELF_RUN = 16 * WARPS, SELF_SPLITS = ratio(SLOTS, SELF_RUN), OWN_KEYS = least(SELF_RUN, up(SLOTS, 8));
 constexpr int HOMES = (6 + FFN_CHUNKS) * HOME + KEYS_HOME + HIDDEN_HOME + OWN_KEYS * 256;
@@ -353,13 +359,13 @@ constexpr bool AT_HOME = BATCH == 1 && ROWS * meta_stride(WIDTH) % 16 == 0 && HO
 constexpr int PART = PARTED && !AT_HOME ? most(ROW_AT_LEAST / (WARPS * RUN_BYTES), 1) : turns(FFN);
 constexpr int parts(int depth) { return depth == WIDTH ? 1 : ratio(turns(depth), PART); }
 constexpr int part_bytes(int depth) { return parts(depth) == 1 ? row_bytes(depth) : PART * WARPS * RUN_BYTES; }
-constexpr int stride(int depth) { return stride_of(part_bytes(depth)); }
+constexpr int stride(int depth) { return AT_HOME && depth == FFN ? HIDDEN_STRIDE : stride_of(part_bytes(depth)); }
 static_assert(stride(WIDTH) >= part_bytes(WIDTH) && stride(FFN) >= part_bytes(FFN), "");
 constexpr int scales_at(int depth) { return ROWS * stride(depth); }
 constexpr int vectors_at(int depth) { return scales_at(depth) + 2 * meta_bytes(depth); }
 constexpr int chunk_bytes(int depth) { return vectors_at(depth) + 2 * vector_bytes; }
 // At home the rows of a product's chunks follow each other, then their scales, their zero points, and their vectors.
-constexpr int ROWS_OF_CHUNK = ROWS * stride(WIDTH);
+constexpr int ROWS_OF_CHUNK = AT_HOME ? ROWS_AT_HOME : ROWS * stride(WIDTH);
 
 constexpr int CHUNK = AT_HOME ? HOME : up(most(most(chunk_bytes(WIDTH), chunk_bytes(FFN)), KEYS_AT_LEAST), 128);
 #if BATCH == 1
@@ -399,7 +405,10 @@ constexpr int home_of(int step) {
                       (step == FC2 ? 0 : HIDDEN_HOME));
 }
 
-// From a chunk's rows to their scales or zero points, and to its vectors.
+// From a chunk's rows to their scales or zero points, and to its vectors. At home those of the first feed-forward product
+// are of all its chunks.
+constexpr bool together(int product) { return AT_HOME && product == FC1; }
+constexpr int apart_of_vectors(int product) { return together(product) ? FFN_CHUNKS * vector_bytes : vector_bytes; }
 constexpr int metas_behind(int product, int chunk, bool zeros) {
   if (product == FC2) return scales_at(FFN) + zeros * meta_bytes(FFN);
   if (!AT_HOME) return scales_at(WIDTH) + zeros * meta_bytes(WIDTH);
@@ -651,11 +660,12 @@ __device__ __forceinline__ void fetch_chunk(const Pointers& p, Shared& sh, u32 m
   const int begin = deep ? chunk * part : 0, size = least(part, row - begin), apart = deep ? stride(FFN) : stride(WIDTH);
   const u8* rows = p.at(WEIGHTS + matrix) + (long long)first * row + begin;
   // Scales, zero points and vectors begin at the multiple of 16 bytes at or below their first element.
-  const bool more = count > 0 && !(deep && chunk > 0);
+  const bool more = count > 0 && !((deep || together(product)) && chunk > 0);
   constexpr bool ROW_BY_ROW = APART;
   const int meta = 2 * (deep ? groups(FFN) : groups(WIDTH)), of_vector = norm ? 4 : 2;
   const int in_vector = first + (product == QKV ? chunk * WIDTH : 0);
-  auto bytes_of = [&](int first, int each) { return up((first + count) * each, 16) - first * each / 16 * 16; };
+  const int all = together(product) ? most(least(FFN - first, ROWS_FFN), 0) : count;
+  auto bytes_of = [&](int first, int each) { return up((first + all) * each, 16) - first * each / 16 * 16; };
   const int metas = more && meta ? (ROW_BY_ROW && deep ? count * meta : bytes_of(first, meta)) : 0;
   const int vectors = more ? bytes_of(in_vector, of_vector) : 0;
   const u8 *behind[4], *from[4] = {};
@@ -675,13 +685,21 @@ __device__ __forceinline__ void fetch_chunk(const Pointers& p, Shared& sh, u32 m
       if (vectors) prefetch(behind[i], vectors);
   });
   if (elected()) {
+    if (AT_HOME && BY_TWOS && deep) {
+      if (count) copy_async(place, rows, count * row, barrier);
+    } else if (AT_HOME && BY_TWOS) {
 #pragma unroll
-    for (int i = 0; i < ROWS; i++)
-      if (i < count) copy_async(place + i * apart, rows + i * row, size, barrier);
+      for (int i = 0; i < ROWS; i += 2)
+        if (i < count) copy_async(place + i / 2 * TWO_ROWS, rows + i * row, least(count - i, 2) * row, barrier);
+    } else {
+#pragma unroll
+      for (int i = 0; i < ROWS; i++)
+        if (i < count) copy_async(place + i * apart, rows + i * row, size, barrier);
+    }
     if (vectors) {
       const u32 at = place + vectors_behind(product, chunk);
       copy_async(at, behind[2], vectors, barrier);
-      copy_async(at + vector_bytes, behind[3], vectors, barrier);
+      copy_async(at + apart_of_vectors(product), behind[3], vectors, barrier);
     }
     if (metas && !(ROW_BY_ROW && deep)) {
       copy_async(place + metas_behind(product, chunk, false), behind[0], metas, barrier);
@@ -961,14 +979,24 @@ __device__ __forceinline__ Line line_of(const Shared& sh, int place, int eight) 
   const int g = thread() / 4 % 8;
   if (AT_HOME) {
     constexpr int ALL = RowsOf<STEP>::ALL;
+    const u32 metas = place + metas_behind(STEP, 0, false);
+    if (BY_TWOS) {
+      const int two = 4 * eight + (8 * eight + 8 <= ALL ? g % 4 : least(g % 4, ALL / 2 - 1 - 4 * eight)), second = g / 4;
+      return {place + two * TWO_ROWS + second * row_bytes(WIDTH), metas + (2 * two + second) * meta_stride(WIDTH)};
+    }
     const int row = 8 * eight + (8 * eight + 8 <= ALL ? g : least(g, ALL - 1 - 8 * eight));
-    return {place + row * stride(WIDTH), place + metas_behind(STEP, 0, false) + row * meta_stride(WIDTH)};
+    return {place + row * stride(WIDTH), metas + row * meta_stride(WIDTH)};
   }
   constexpr int lines = STEP == QKV ? LINES_OF_QKV : STEP == FC1 ? LINES_OF_FC1 : LINES_OF_OTHERS;
   const uint2 line = sh.lines[lines + 8 * eight + g];
   const u32 row = place * CHUNK + line.x, meta = place * CHUNK + line.y;
   constexpr u32 END = IN_RING * CHUNK;
   return {row < END ? row : row - END, row < END ? meta : meta - END};
+}
+// Which row of an eight a lane has.
+__device__ __forceinline__ u32 row_of_lane() {
+  const u32 g = thread() / 4 % 8;
+  return AT_HOME && BY_TWOS ? g % 4 * 2 + g / 4 : g;
 }
 // From a row's scales to its zero points.
 template <int STEP>
@@ -1362,7 +1390,7 @@ struct Sums {
   }
   // Four lanes have parts of a row's sums in each eight: of four eights, each ends up with the sum of one.
   __device__ __forceinline__ void store(Shared& sh, int side) {
-    const u32 id = thread(), t = id % 4;
+    const u32 t = thread() % 4;
     const bool odd = t & 1, upper = t & 2;
 #pragma unroll
     for (int first = 0; first < EIGHTS; first += 4) {
@@ -1377,7 +1405,7 @@ struct Sums {
       }
       const float one = half[0], other = there > 2 ? half[1] : one;
       const float sum = (upper ? other : one) + __shfl_xor_sync(~0u, upper ? one : other, 2);
-      if (there == 4 || (int)t < there) sum_at(sh, side, 8 * first, 8 * t + id / 4 % 8) = sum;
+      if (there == 4 || (int)t < there) sum_at(sh, side, 8 * first, 8 * t + row_of_lane()) = sum;
     }
   }
 };
@@ -1959,11 +1987,11 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
   const int place = take(sh, s, step, chunks);
   float first[2] = {}, second[2] = {};
   if (finishes) {
-    const int begin = span.first + (step == FC1 ? chunk * ROWS : 0);
-    const u8* at = dynamic_shared() + base_of(place, chunk) + vectors_behind(step, chunk);
+    const int part = together(step) ? 0 : chunk, begin = span.first + (step == FC1 ? part * ROWS : 0);
+    const u8* at = dynamic_shared() + base_of(place, part) + vectors_behind(step, part);
     if (from_stream(step)) {
-      at += (begin * 4) % 16 + in_chunk * 4;
-      const float2 one = *(const float2*)at, other = *(const float2*)(at + vector_bytes);
+      at += (begin * 4) % 16 + (together(step) ? row : in_chunk) * 4;
+      const float2 one = *(const float2*)at, other = *(const float2*)(at + apart_of_vectors(step));
       first[0] = one.x, first[1] = one.y, second[0] = other.x, second[1] = other.y;
     } else {
       at += (begin * 2) % 16 + in_chunk * 2;
