@@ -118,6 +118,11 @@ __device__ __forceinline__ u32 thread() {
   asm volatile("mov.u32 %0,%%tid.x;" : "=r"(t));
   return t;
 }
+__device__ __forceinline__ u32 cycles() {
+  u32 c;
+  asm volatile("mov.u32 %0,%%clock;" : "=r"(c)::"memory");
+  return c;
+}
 __device__ __forceinline__ int program() {
   int p;
   asm volatile("mov.u32 %0,%%ctaid.x;" : "=r"(p));
@@ -249,6 +254,7 @@ inline u32 tag_behind(u32 tag, u32) { return tag; }
 inline void keep_order(u32) {}
 #define program() ((int)blockIdx.x)
 #define elected() (threadIdx.x % 32 == 0)
+inline u32 cycles() { return (u32)nanoseconds(); }
 inline u32 largest_of_warp(u32 x) {
   for (int step = 1; step < 32; step *= 2) {
     const u32 other = __shfl_xor_sync(~0u, x, step);
@@ -433,6 +439,7 @@ static_assert(HEADS * SELF_SPLITS <= GIVERS && SELF_SPLITS <= 8 && (CROSS_SPLITS
 #endif
 
 constexpr int RINGS = 32;  // Chunks in shared memory, at most.
+constexpr int PACE = 16;   // Bytes a cycle that are asked for at home, where six are needed.
 // On their way at a time, or a chunk at least. For two to four rows less is faster, as long as the weights are large.
 constexpr bool SOME_ROWS = BATCH > 1 && BATCH <= 4 && BITS == 16;
 constexpr int FLIGHT_BYTES = (SOME_ROWS ? 28 : BITS == 8 || BITS == 16 ? 56 : 42) * 1024;
@@ -615,6 +622,7 @@ __device__ __forceinline__ u32 home_barrier(Shared& sh, int step, int chunk) {
 struct Fetching {
   Cursor cursor, landed;
   int issued = 0, layer = 0;
+  u32 due = 0;  // The clock when the next copies may be made.
 };
 // Room for a chunk of a step, when few enough are on their way; its barrier expects `bytes`. Where the chunk goes.
 template <class Prefetch>
@@ -640,6 +648,12 @@ __device__ __forceinline__ u32 make_room(Shared& sh, Fetching& f, int step, int 
   // room goes as far as the L2 cache meanwhile.
   if (BITS == 16 && first && !barrier_try(empty, phase ^ 1)) prefetch_it();
   if (first) await(empty, phase ^ 1);
+  if (AT_HOME) {
+    // All programs find room at the same moments, and what they ask for stands in front of the words: no more than `PACE`
+    // bytes a cycle. It is looks that end this, too, as a process that shares the GPU may go on with another clock.
+    for (u32 looks = 0; looks < bytes / 64 && (int)(cycles() - f.due) < 0; looks++) continue;
+    f.due = cycles() + bytes / PACE;
+  }
   if (elected()) barrier_expect(barrier, bytes);
   __syncwarp();
   return at;
@@ -739,6 +753,7 @@ __device__ __forceinline__ void fetch_keys(const Pointers& p, Shared& sh, u32 me
 __device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory, int slot) {
   const int lane = thread() % 32;
   Fetching f;
+  f.due = cycles();
   Pointers p, ahead;
   ahead.load(a.table, 0);
 #pragma unroll 1
