@@ -353,7 +353,7 @@ def test_all_layers_in_one_kernel_are_those_kernel_by_kernel(bits):
         rows.tokens[0, :2] = torch.tensor([5, 17])
         for fed in (1, 2):
             session.length.fill_(fed)
-            launch_emulated(shape, ops.arguments_for(*whole[:3], *whole[4:14]))
+            launch_emulated(shape, ops.arguments_for(*whole[:3], *whole[4:14], buffers.going_on))
             gained, stats = buffers.gained[:1].clone(), whole[1].sum(-1)
             engine._layers_by_kernels(rows, buffers)
             torch.testing.assert_close(gained, buffers.gained[:1], rtol=1e-2, atol=1e-2 * gained.abs().max().item())

@@ -28,8 +28,8 @@ MAX_STEPPED_PROMPT = 8
 SELF_SPLIT, CROSS_SPLIT = 256, 512
 # What `ops.decode_tokens` can hold of tokens that end a row.
 MAX_ENDS = 16
-# Steps in one graph: the host queues a graph in little less time than the fastest step takes.
-CHAINED_STEPS = 4
+# Steps in one graph: some 26 us pass between two graphs. Those behind the last row's end take no layers.
+CHAINED_STEPS = 8
 
 
 class _Product(NamedTuple):
@@ -92,6 +92,7 @@ class _Buffers:
         self.unfinished = torch.zeros(rows, dtype=torch.uint8, device=device)
         self.steps = torch.zeros(1, dtype=torch.int64, device=device)
         self.finished = torch.zeros(1, dtype=torch.uint8, device=device)
+        self.going_on = torch.zeros(1, dtype=torch.uint8, device=device)  # For steps that are not the loop's.
         # How far the steps are, where the host can look without asking the device.
         self.counter = StepCounter(device)
         self.best = {}
@@ -219,7 +220,7 @@ class TritonEngine(EagerEngine):
         rows.session.length.fill_(1)
         calls = [
             lambda: self._enter(rows, buffers),
-            lambda: self._logits(rows, buffers),
+            lambda: self._logits(rows, buffers, buffers.going_on),
             lambda: self._choose(rows, buffers),
         ]
 
@@ -351,7 +352,7 @@ class TritonEngine(EagerEngine):
         from .ops.decode_tokens import choose_next
 
         count, session = rows.count, rows.session
-        logits = self._logits(rows, buffers)
+        logits = self._logits(rows, buffers, buffers.finished)
         choose_next(
             rows.tokens,
             rows.token_logprobs,
@@ -433,7 +434,8 @@ class TritonEngine(EagerEngine):
             shape.group_size,
         )
 
-    def _logits(self, rows, buffers):
+    def _logits(self, rows, buffers, finished):
+        """Logits of the newest tokens, or what they were where `finished` is set."""
         from .ops.decode_layers import decode_layers
         from .ops.decode_linear import STORE, decode_linear
 
@@ -441,7 +443,7 @@ class TritonEngine(EagerEngine):
         if whole is None:
             stats = self._layers_by_kernels(rows, buffers)
         else:
-            decode_layers(*whole)
+            decode_layers(*whole, finished)
             stats = whole[1]
         gained, logits, head = buffers.gained[: rows.count], buffers.logits[: rows.count], self._head
         decode_linear(logits, gained, *head.arguments, head.constant, STORE, 1.0, head.folded, stats, head.eps)

@@ -87,6 +87,7 @@ class Model:
         self.table = ops.pointer_table(rows)
         self.eps = torch.full((shape.layers, 3), EPS, device=device)
         self.work = ops.work_space(shape, device)
+        self.finished = torch.zeros(1, dtype=torch.uint8, device=device)
         self.gained = torch.full((shape.batch, width), torch.nan, device=device)
         self.stats = torch.full((2, shape.batch, shape.givers), torch.nan, device=device)
         self.valid = torch.ones(shape.batch, shape.slots, dtype=torch.bool, device=device)
@@ -118,6 +119,7 @@ class Model:
             self.layers[0][2][0][0],
             self.eps,
             0.125,
+            self.finished,
         )
 
     def expected(self, slot, offset):
@@ -223,6 +225,20 @@ def test_emulated(changes):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed: the kernel cannot be emulated")
+@pytest.mark.parametrize("batch", [1, 3])
+def test_emulated_when_all_rows_have_finished(batch):
+    model = Model(SMALL._replace(batch=batch))
+    compare(model, 5, 0, emulate)
+    kept = [tensor.clone() for tensor in (model.gained, model.stats, *model.work, *model.caches[0])]
+    model.finished.fill_(1)
+    emulate(model, 6)
+    for before, after in zip(kept, (model.gained, model.stats, *model.work, *model.caches[0])):
+        assert torch.equal(before, after)
+    model.finished.zero_()
+    compare(model, 6, 0, emulate)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed: the kernel cannot be emulated")
 @pytest.mark.parametrize("rows", [(1, 16, 0), (1, 4, 64), (8, 16, 0), (4, 4, 64)], ids=str)
 def test_emulated_on_all_of_a_gpu(rows):
     """The kernel as it runs for large-v2 on an H100, two layers of it: what small shapes do not have, a full ring."""
@@ -253,7 +269,8 @@ def run(model, slot, offset):
     outputs, inputs = model.operands(slot, offset)
     shape = model.shape
     caches = [buffer for layer in model.buffers for buffer in layer]
-    ops.decode_layers(*outputs, caches, *inputs, shape.ffn, float(shape.bits), shape.group_size)
+    *inputs, finished = inputs
+    ops.decode_layers(*outputs, caches, *inputs, shape.ffn, float(shape.bits), shape.group_size, finished)
     torch.cuda.synchronize()
 
 
@@ -277,6 +294,11 @@ def check_on_a_gpu(shape):
     for slot, offset in ((5, 3), (127, 0), (128, 0), (256, 0), (257, 3), (447, 3), (4, 3)):
         compare(model, slot, offset, run)
     first = model.gained.clone()
+    model.finished.fill_(1)
+    model.gained.fill_(torch.nan)
+    run(model, 4, 3)
+    assert model.gained.isnan().all()
+    model.finished.zero_()
     for _ in range(20):
         run(model, 4, 3)
         assert torch.equal(model.gained, first)

@@ -439,7 +439,7 @@ static_assert(HEADS * SELF_SPLITS <= GIVERS && SELF_SPLITS <= 8 && (CROSS_SPLITS
 #endif
 
 constexpr int RINGS = 32;  // Chunks in shared memory, at most.
-constexpr int PACE = 16;   // Bytes a cycle that are asked for at home, where six are needed.
+constexpr int PACE = 20;   // Bytes a cycle that are asked for at home, where six are needed.
 // On their way at a time, or a chunk at least. For two to four rows less is faster, as long as the weights are large.
 constexpr bool SOME_ROWS = BATCH > 1 && BATCH <= 4 && BITS == 16;
 constexpr int FLIGHT_BYTES = (SOME_ROWS ? 28 : BITS == 8 || BITS == 16 ? 56 : 42) * 1024;
@@ -530,6 +530,7 @@ struct Arguments {
   const u16 *embedding, *positions, *first_gain;
   float *gained, *last_stats;
   const float* eps;  // [LAYERS][3]
+  const u8* finished;    // Where it is not 0, nothing is to be done.
   float scale;
 #if BATCH > 1
   int token_stride, valid_stride;  // From a row's to the next one's.
@@ -2222,6 +2223,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments
   }
   __syncthreads();
   const int slot = (int)*a.length - 1;
+  if (*a.finished) return;
   // What is needed of cold memory on the way, copied while the first weights come.
   const int other = thread() < 32 * FETCHER ? thread() : thread() - 32;
   if (thread() / 32 < WARPS) {

@@ -261,7 +261,8 @@ class Arguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("table", "stream", "heads", "query", "stats")),
         *((name, ctypes.c_void_p) for name in ("own_runs", "cross_runs", "own_logs", "cross_logs", "hidden")),
         *((name, ctypes.c_void_p) for name in ("tokens", "length", "offset", "valid")),
-        *((name, ctypes.c_void_p) for name in ("embedding", "positions", "first_gain", "gained", "last_stats", "eps")),
+        *((name, ctypes.c_void_p) for name in ("embedding", "positions", "first_gain", "gained", "last_stats")),
+        *((name, ctypes.c_void_p) for name in ("eps", "finished")),
         ("scale", ctypes.c_float),
         *((name, ctypes.c_int) for name in ("token_stride", "valid_stride")),
     ]
@@ -333,11 +334,11 @@ def work_space(shape, device):
 
 
 def arguments_for(gained, stats, work, table, tokens, length, position_offset, valid, embedding, positions,
-                  first_gain, eps, scale):  # fmt: skip
+                  first_gain, eps, scale, finished):  # fmt: skip
     """`Arguments` with the addresses of the tensors that `decode_layers` takes."""
     tensors = (table, *work, tokens, length, position_offset, valid, embedding, positions, first_gain, gained, stats)
     strides = tokens.stride(0), valid.stride(0)
-    return Arguments(*(tensor.data_ptr() for tensor in (*tensors, eps)), scale, *strides)
+    return Arguments(*(tensor.data_ptr() for tensor in (*tensors, eps, finished)), scale, *strides)
 
 
 @torch.library.custom_op(
@@ -363,6 +364,7 @@ def decode_layers(
     ffn: int,
     bits: float,
     group_size: int,
+    finished: torch.Tensor,
 ) -> None:
     """The decoder from the newest token's embedding to the last layer norm.
 
@@ -384,6 +386,7 @@ def decode_layers(
         scale: factor of the queries.
         ffn: width of the feed-forward layer.
         bits, group_size: of the weights, 16 and 0 where they are not quantised.
+        finished: uint8 ``(1,)``: where it is not 0, nothing is done.
     """
     properties = torch.cuda.get_device_properties(gained.device)
     cross_int8 = caches[2].dtype == torch.int8
@@ -416,6 +419,7 @@ def decode_layers(
         first_gain,
         eps,
         scale,
+        finished,
     )
     from .launch import compiling
 

@@ -972,6 +972,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments
   __syncthreads();
   State s;
   s.slot = (int)*a.length - 1;
+  if (*a.finished) return;
   // Tags alternate, an even number of times a launch: the first finds the buffers zeroed, or as the last one left them.
   s.stream_tag = s.tag = 1;
   s.residual[0] = s.residual[1] = 0;
