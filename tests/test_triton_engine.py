@@ -85,7 +85,7 @@ class Steps:
         def enter(engine, rows, buffers):
             project_cross_attention(engine.decoder, buffers.states[: rows.count], rows.buffers)
 
-        def logits(engine, rows, buffers):
+        def logits(engine, rows, buffers, finished):
             session = rows.session
             found = decode_step(
                 engine.decoder,
@@ -118,7 +118,7 @@ def steps(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "tokens", [1, 2, CHAINED_STEPS, CHAINED_STEPS + 1, CHAINED_STEPS + 2, 3 * CHAINED_STEPS, None]
+    "tokens", [1, 2, CHAINED_STEPS, CHAINED_STEPS + 1, CHAINED_STEPS + 2, 2 * CHAINED_STEPS + 2, None]
 )
 def test_launches_of_several_steps_stop_at_the_length(steps, tokens):
     model = served_model(0, max_target_positions=26)
