@@ -131,6 +131,8 @@ KERNEL(elementwise) {
                    : x.mode == 4 ? half_fma(a, b, 0x80008000)
                    : x.mode == 5 ? pack_f16(f, -f)
                    : x.mode == 6 ? __float_as_uint(widen_f16(a))
+                   : x.mode == 8 ? dot_low(a, b, -7)
+                   : x.mode == 9 ? dot_high(a, b, -7)
                                  : byte_permute(a, ~a * 2654435761u, b);
     }
 }
@@ -465,6 +467,16 @@ def test_byte_permute(library):
         byte = source[np.arange(5000), choice & 7]
         selected[:, i] = np.where(choice & 8, np.where(byte & 128, 255, 0), byte)
     np.testing.assert_array_equal(elementwise(library, 7, a, selectors), selected.view(np.uint32)[:, 0])
+
+
+@pytest.mark.parametrize("mode, first", [(8, 0), (9, 2)])
+def test_dot(library, mode, first):
+    """Two signed 16-bit integers times two unsigned bytes."""
+    generator = np.random.default_rng(0)
+    a, b = generator.integers(0, 2**32, (2, 5000), dtype=np.uint32)
+    pairs, four = a[:, None].view(np.int16).astype(np.int64), b[:, None].view(np.uint8).astype(np.int64)
+    expected = (pairs * four[:, first : first + 2]).sum(1) - 7
+    np.testing.assert_array_equal(elementwise(library, mode, a, b).view(np.int32), expected)
 
 
 def exchange(library, seed, mode):

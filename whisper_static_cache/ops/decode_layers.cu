@@ -151,7 +151,8 @@ template <class T>
 __device__ __forceinline__ void settle(T*& p) { asm volatile("" : "+l"(p)); }
 __device__ __forceinline__ void settle(u32& place) { asm volatile("" : "+r"(place)); }
 __device__ __forceinline__ void settle(float& value) { asm volatile("" : "+f"(value)); }
-// Loads stay on their sides of it: for all that the compiler knows, this is a loop, which `tag` never enters.
+// What stands in front of it has been issued when what stands behind it is: the compiler keeps loads on their sides of a
+// loop, which this is for all that it knows, though no tag ever enters it.
 __device__ __forceinline__ void keep_order(u32 tag) {
   __syncwarp();
   while (tag > 1) asm volatile("" ::: "memory");
@@ -444,8 +445,8 @@ constexpr int PACE = 20;   // Bytes a cycle that are asked for at home, where si
 constexpr bool SOME_ROWS = BATCH > 1 && BATCH <= 4 && BITS == 16;
 constexpr int FLIGHT_BYTES = (SOME_ROWS ? 28 : BITS == 8 || BITS == 16 ? 56 : 42) * 1024;
 static_assert(BATCH > 1 || finishers(QKV) <= FINISHERS && finishers(FC1) <= FINISHERS, "");
-// Named barriers: one for each product and attention, of those that multiply with those that finish; and one for the
-// way back.
+// Named barriers: one for each product and attention, of those that multiply with those that finish; one for the way
+// back; and, for one row, one for each layer norm's moments.
 enum { TABLES = 1, STEP_DONE = 2, PUBLISHED = STEP_DONE + STEPS, MOMENTS };
 // Of a product with `WIDTH` elements a warp takes `OWN` runs. Those that are left over, fewer than there are warps, are
 // shared: packed ones, and those of several rows, by their blocks, which are dealt to the warps one after another; in 16
@@ -963,9 +964,6 @@ __device__ __forceinline__ void leave_result(const Arguments& a, const State& s,
 // activations in an even column and the others in the odd one behind it, the sum of c[0] and c[3] is the row's.
 __device__ __forceinline__ void multiply_row(float (&c)[4], const u32 (&w)[4], u32 x0, u32 x1) {
   multiply(c, w[0], w[1], w[2], w[3], x0, x1);
-}
-__device__ __forceinline__ void multiply_row(float (&c)[4], const uint4& w, u32 x0, u32 x1) {
-  multiply(c, w.x, w.y, w.z, w.w, x0, x1);
 }
 // Where a warp's sum of a row goes, which is `behind` a multiple of eight.
 __device__ __forceinline__ float& sum_at(Shared& sh, int side, int eighth, u32 behind) {
