@@ -661,6 +661,7 @@ __device__ __forceinline__ u32 make_room(Shared& sh, Fetching& f, int step, int 
   return at;
 }
 
+#if BATCH == 1
 // A chunk's copies, all by one lane: rows, and what lies behind them.
 __device__ __forceinline__ void fetch_chunk(const Pointers& p, Shared& sh, u32 memory, Fetching& f, int product,
                                             int chunk) {
@@ -677,19 +678,18 @@ __device__ __forceinline__ void fetch_chunk(const Pointers& p, Shared& sh, u32 m
   const u8* rows = p.at(WEIGHTS + matrix) + (long long)first * row + begin;
   // Scales, zero points and vectors begin at the multiple of 16 bytes at or below their first element.
   const bool more = count > 0 && !((deep || together(product)) && chunk > 0);
-  constexpr bool ROW_BY_ROW = APART;
   const int meta = 2 * (deep ? groups(FFN) : groups(WIDTH)), of_vector = norm ? 4 : 2;
   const int in_vector = first + (product == QKV ? chunk * WIDTH : 0);
   const int all = together(product) ? most(least(FFN - first, ROWS_FFN), 0) : count;
   auto bytes_of = [&](int first, int each) { return up((first + all) * each, 16) - first * each / 16 * 16; };
-  const int metas = more && meta ? (ROW_BY_ROW && deep ? count * meta : bytes_of(first, meta)) : 0;
+  const int metas = more && meta ? bytes_of(first, meta) : 0;
   const int vectors = more ? bytes_of(in_vector, of_vector) : 0;
   const u8 *behind[4], *from[4] = {};
   if (BITS != 16) from[0] = p.at(SCALES + matrix), from[1] = p.at(ZEROS + matrix);
   from[2] = p.at(norm_of(product) + (norm ? CONSTANT : BIAS)), from[3] = p.at(norm_of(product) + (norm ? FOLDED : GAIN));
 #pragma unroll
   for (int i = 0; i < 4; i++)
-    behind[i] = from[i] + (i < 2 ? (ROW_BY_ROW && deep ? first * meta : first * meta / 16 * 16) : in_vector * of_vector / 16 * 16);
+    behind[i] = from[i] + (i < 2 ? first * meta : in_vector * of_vector) / 16 * 16;
   u32 barrier;
   const u32 place = memory + make_room(sh, f, product, chunk, count * size + 2 * (metas + vectors), barrier, [&] {
     if (!elected()) return;
@@ -717,21 +717,14 @@ __device__ __forceinline__ void fetch_chunk(const Pointers& p, Shared& sh, u32 m
       copy_async(at, behind[2], vectors, barrier);
       copy_async(at + apart_of_vectors(product), behind[3], vectors, barrier);
     }
-    if (metas && !(ROW_BY_ROW && deep)) {
+    if (metas) {
       copy_async(place + metas_behind(product, chunk, false), behind[0], metas, barrier);
       copy_async(place + metas_behind(product, chunk, true), behind[1], metas, barrier);
     }
-    if (ROW_BY_ROW && deep && metas)
-#pragma unroll 1
-      for (int i = 0; i < count; i++)
-#pragma unroll
-        for (int zeros = 0; zeros < 2; zeros++)
-          copy_async(place + metas_behind(product, chunk, zeros) + i * meta_stride(FFN), behind[zeros] + i * meta, meta, barrier);
   }
   __syncwarp();
 }
 
-#if BATCH == 1
 // Keys and values that this program attends to.
 __device__ __forceinline__ void fetch_keys(const Pointers& p, Shared& sh, u32 memory, Fetching& f, int slot, bool own,
                                            int chunk) {
