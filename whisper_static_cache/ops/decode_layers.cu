@@ -746,7 +746,6 @@ __device__ __forceinline__ void fetch_keys(const Pointers& p, Shared& sh, u32 me
 
 // The fetching warp: every chunk of every layer, as soon as there is room for it.
 __device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory, int slot) {
-  const int lane = thread() % 32;
   Fetching f;
   f.due = cycles();
   Pointers p, ahead;
