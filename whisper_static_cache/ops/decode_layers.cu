@@ -661,17 +661,23 @@ __device__ __forceinline__ u32 make_room(Shared& sh, Fetching& f, int step, int 
   return at;
 }
 
-#if BATCH == 1
-// A chunk's copies, all by one lane: rows, and what lies behind them.
-__device__ __forceinline__ void fetch_chunk(const Pointers& p, Shared& sh, u32 memory, Fetching& f, int product,
-                                            int chunk) {
-  const bool deep = product == FC2, norm = from_stream(product);
+// The output features of a chunk.
+__device__ __forceinline__ Span rows_of_chunk(int product, int chunk) {
   int first = program() * (product == FC1 ? ROWS_FFN : ROWS), count = (product == FC1 ? FFN : WIDTH) - first;
   if (product == FC1) {
     count = least(count, ROWS_FFN) - chunk * ROWS;
     first += chunk * ROWS;
   }
-  count = most(least(count, ROWS), 0);
+  return {first, most(least(count, ROWS), 0)};
+}
+
+#if BATCH == 1
+// A chunk's copies, all by one lane: rows, and what lies behind them.
+__device__ __forceinline__ void fetch_chunk(const Pointers& p, Shared& sh, u32 memory, Fetching& f, int product,
+                                            int chunk) {
+  const bool deep = product == FC2, norm = from_stream(product);
+  const Span span = rows_of_chunk(product, chunk);
+  const int first = span.first, count = span.count;
   const int matrix = weight_of(product) + (product == QKV ? chunk : 0);
   const int row = deep ? row_bytes(FFN) : row_bytes(WIDTH), part = deep ? part_bytes(FFN) : part_bytes(WIDTH);
   const int begin = deep ? chunk * part : 0, size = least(part, row - begin), apart = deep ? stride(FFN) : stride(WIDTH);
@@ -1199,16 +1205,13 @@ __device__ __forceinline__ void multiply_eight(int& sum, const u32 (&q)[2], cons
 // one after another, turn by turn, or if there are `TURNS` of them each with all turns.
 template <int BLOCKS, int OWN_OF, int EACH, int TURNS>
 struct Units {
-  static constexpr int OF_UNIT = EACH, OWN_UNITS = OWN_OF / EACH, COUNT = OWN_UNITS + BLOCKS - OWN_OF;
+  static constexpr int OWN_UNITS = OWN_OF / EACH, COUNT = OWN_UNITS + BLOCKS - OWN_OF;
   static constexpr int unit_of(int b) { return b < OWN_OF ? b / EACH : b - OWN_OF + OWN_UNITS; }
   // The first block of a unit.
   static constexpr int first_of(int unit) { return unit < OWN_UNITS ? unit * EACH : unit - OWN_UNITS + OWN_OF; }
   // Of the first blocks' units.
   static constexpr int digit_of(int unit) { return TURNS ? unit / most(TURNS, 1) : unit % DIGITS; }
   static constexpr int turn_of(int unit) { return TURNS ? unit % most(TURNS, 1) : unit / DIGITS; }
-  static constexpr int block_of(int digit, int turn, int in) {
-    return (TURNS ? digit * TURNS + turn : turn * DIGITS + digit) * EACH + in;
-  }
   struct Place {
     int digit, turn;
   };

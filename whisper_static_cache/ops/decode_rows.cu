@@ -51,12 +51,9 @@ __device__ __forceinline__ void fetch_chunk(const Pointers& p, Shared& sh, u32 m
                                             int chunk) {
   const int lane = thread() % 32;
   const bool deep = product == FC2;
-  int first = program() * (product == FC1 ? ROWS_FFN : ROWS), count = (product == FC1 ? FFN : WIDTH) - first;
-  if (product == FC1) {
-    count = least(count, ROWS_FFN) - chunk * ROWS;
-    first += chunk * ROWS;
-  }
-  count = most(least(count, ROWS), 0);
+  const Span span = rows_of_chunk(product, chunk);
+  int first = span.first;
+  const int count = span.count;
   const int matrix = weight_of(product) + (product == QKV ? chunk : 0);
   u32 at = 0, size = 0;
   int index = 0;
