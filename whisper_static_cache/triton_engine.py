@@ -57,6 +57,17 @@ class _Layer(NamedTuple):
     fc2: _Product
 
 
+class _Whole(NamedTuple):
+    """The arguments of `decode_layers`: those in front of the finished flag, and the head's behind it."""
+
+    layers: tuple
+    head: tuple
+
+    @property
+    def has_head(self):
+        return self.head[0] is not None
+
+
 class _Calls(NamedTuple):
     """What is captured for a number of rows: functions of no arguments."""
 
@@ -370,7 +381,7 @@ class TritonEngine(EagerEngine):
         return logits
 
     def _whole(self, rows, buffers):
-        """The arguments of `decode_layers` for these rows, or None where the layers go kernel by kernel."""
+        """A `_Whole` for these rows, or None where the layers go kernel by kernel."""
         if not self._on_gpu or self._whole_failed:
             return None
         if rows.count not in buffers.whole:
@@ -388,7 +399,8 @@ class TritonEngine(EagerEngine):
         halves += [bias for layer in self._layers for product in layer for bias in product.biases]
         if len(formats) > 1 or dtype == torch.float32 or any(t is not None and t.dtype != dtype for t in halves):
             return None
-        shape = decode_layers.shape_for(self._config, rows.buffers[0], weights[0], device)
+        vocab = self.proj_out.out_features if self._head_joins(rows, dtype) else 0
+        shape = decode_layers.shape_for(self._config, rows.buffers[0], weights[0], device, vocab)
         if decode_layers.why_not(shape, torch.cuda.get_device_capability(device)) is not None:
             return None
         if rows.count > 1 and not decode_layers.scales_fit(weights):
@@ -400,8 +412,13 @@ class TritonEngine(EagerEngine):
             self._whole_failed = True
             logger.warning("The kernel of all layers cannot be used (%s): they go kernel by kernel.", error)
 
+    def _head_joins(self, rows, dtype):
+        """Whether the kernel of all layers can have the head as well."""
+        weight = self._head.weights[0]
+        return rows.count == 1 and weight.values.dtype == dtype and weight.values.data_ptr() % 16 == 0
+
     def _whole_arguments(self, rows, buffers, shape):
-        """The arguments of `decode_layers` for these rows and a kernel of `shape`."""
+        """The `_Whole` of these rows and a kernel of `shape`."""
         from .ops import decode_layers
 
         device = rows.session.device
@@ -414,7 +431,11 @@ class TritonEngine(EagerEngine):
             for layer, norm, caches in zip(self._layers, following, rows.buffers)
         ]
         eps = [[layer.qkv.eps, layer.query.eps, layer.fc1.eps] for layer in self._layers]
-        return (
+        head, joined = self._head, (None, None, None, None, None, 0.0)
+        if shape.vocab:
+            vectors = head.norm.weight, head.constant, head.folded
+            joined = buffers.logits[: rows.count], head.weights[0].values, *vectors, head.eps
+        layers = (
             buffers.gained[: rows.count],
             torch.zeros(2, rows.count, shape.givers, device=device),
             decode_layers.work_space(shape, device),
@@ -433,19 +454,22 @@ class TritonEngine(EagerEngine):
             float(shape.bits),
             shape.group_size,
         )
+        return _Whole(layers, joined)
 
     def _logits(self, rows, buffers, finished):
         """Logits of the newest tokens, or what they were where `finished` is set."""
         from .ops.decode_layers import decode_layers
         from .ops.decode_linear import STORE, decode_linear
 
-        whole = self._whole(rows, buffers)
+        whole, logits = self._whole(rows, buffers), buffers.logits[: rows.count]
         if whole is None:
             stats = self._layers_by_kernels(rows, buffers)
         else:
-            decode_layers(*whole, finished)
-            stats = whole[1]
-        gained, logits, head = buffers.gained[: rows.count], buffers.logits[: rows.count], self._head
+            decode_layers(*whole.layers, finished, *whole.head)
+            if whole.has_head:
+                return logits
+            stats = whole.layers[1]
+        gained, head = buffers.gained[: rows.count], self._head
         decode_linear(logits, gained, *head.arguments, head.constant, STORE, 1.0, head.folded, stats, head.eps)
         return logits
 

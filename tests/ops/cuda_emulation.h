@@ -159,7 +159,7 @@ static inline u32 chance(u32 below) {
 // meet. The compiler calls the hooks behind the namespace; nothing here may be instrumented itself, and so it calls nobody.
 #define EMULATED_UNSEEN __attribute__((no_sanitize("thread")))
 namespace races {
-constexpr u32 most_warps = 32, most_barriers = 64, all = most_warps + most_barriers;
+constexpr u32 most_warps = 32, most_barriers = 96, all = most_warps + most_barriers;
 struct Clocks { u32 of[all]; };
 struct Mbarrier { u32 at; Clocks arriving, done; };
 struct Known {
@@ -841,7 +841,7 @@ static inline bool barrier_try(u32 at, u32 parity, EMULATED_LINE) {
     return true;
 }
 static inline void barrier_fence() {}
-static inline void copy_async(u32 to, const void* from, u32 bytes, u32 barrier, EMULATED_LINE) {
+static inline void copy_async(u32 to, const void* from, u32 bytes, u32 barrier, bool kept = false, EMULATED_LINE) {
     using namespace emulation;
     if (to % 16 || uintptr_t(from) % 16 || bytes % 16 || !bytes)
         fail(false, "copy_async, line %d: %u bytes from %p to 0x%x are not whole 16s", line, bytes, from, to);

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.ops import EMULATION, compile_emulated
 from whisper_static_cache import int8_states
@@ -90,6 +91,12 @@ class Model:
         self.finished = torch.zeros(1, dtype=torch.uint8, device=device)
         self.gained = torch.full((shape.batch, width), torch.nan, device=device)
         self.stats = torch.full((2, shape.batch, shape.givers), torch.nan, device=device)
+        self.head = [None] * 5
+        if shape.vocab:
+            logits = torch.full((1, shape.vocab + 1), torch.nan, dtype=dtype, device=device)
+            weight, self.last_bias = random(shape.vocab, width, scale=width**-0.5), random(width, scale=0.1)
+            constant, folded = (weight.double() @ v.double() for v in (self.last_bias, self.last_norm))
+            self.head = [logits, weight, self.last_norm, constant.float(), folded.float()]
         self.valid = torch.ones(shape.batch, shape.slots, dtype=torch.bool, device=device)
         self.tokens = torch.randint(0, ROWS, (shape.batch, shape.slots + 1), generator=generator, device=device)
 
@@ -120,6 +127,8 @@ class Model:
             self.eps,
             0.125,
             self.finished,
+            *self.head,
+            EPS,
         )
 
     def expected(self, slot, offset):
@@ -162,13 +171,25 @@ def compare(model, slot, offset, run):
     x, caches = model.expected(slot, offset)
     model.gained.fill_(torch.nan)
     model.stats.fill_(torch.nan)
+    logits = model.head[0]
+    if logits is not None:
+        logits.fill_(torch.nan)
     run(model, slot, offset)
     bound = {torch.float16: 4e-3, torch.bfloat16: 3e-2}[model.dtype]
-    error = (model.gained.double() - x * model.last_norm.double()).norm() / (x * model.last_norm.double()).norm()
-    assert error < bound, error
-    sums = model.stats.double().sum(-1)
-    assert torch.allclose(sums[0], x.sum(-1), atol=bound * x.norm().item() * 10)
-    assert torch.allclose(sums[1], x.square().sum(-1), rtol=4 * bound)
+    if logits is not None:
+        normed = F.layer_norm(x, x.shape[-1:], model.last_norm.double(), model.last_bias.double(), EPS)
+        wanted = normed @ model.head[1].double().T
+        error = (logits[:, :-1].double() - wanted).norm() / wanted.norm()
+        assert error < bound, error
+        # Nothing behind the vocabulary was written.
+        assert logits[:, -1].isnan().all()
+    else:
+        wanted = x * model.last_norm.double()
+        error = (model.gained.double() - wanted).norm() / wanted.norm()
+        assert error < bound, error
+        sums = model.stats.double().sum(-1)
+        assert torch.allclose(sums[0], x.sum(-1), atol=bound * x.norm().item() * 10)
+        assert torch.allclose(sums[1], x.square().sum(-1), rtol=4 * bound)
     for mine, theirs in zip(model.caches, caches):
         for cache, wanted in zip(mine[:2], theirs[:2]):
             wrong = (cache.double() - wanted).norm() / wanted.norm()
@@ -203,6 +224,11 @@ SMALL = ops.Shape(128, 512, 2, 300, 50, False, 16, 0, 12, 120_000)
         {"bits": 3, "group_size": 64, "programs": 16, "memory": 60_000},
         # Runs of one group in one warp.
         {"bits": 4, "group_size": 64, "width": 1024, "ffn": 1024, "programs": 66, "memory": 200_000},
+        # The head in the kernel: all of it fits into shared memory at once, does not, or follows a ring.
+        {"vocab": 120},
+        {"bits": 4, "group_size": 64, "vocab": 3001},
+        {"memory": 72_000, "vocab": 2999, "bfloat16": True},
+        {"bits": 3, "group_size": 64, "programs": 16, "memory": 60_000, "vocab": 1500},
         # Programs that have none of the hidden layer.
         {"ffn": 192, "programs": 16, "layers": 4},
         {"batch": 3, "ffn": 192, "programs": 16, "layers": 4},
@@ -252,8 +278,10 @@ def test_emulated_on_all_of_a_gpu(rows):
 @pytest.mark.parametrize("width", [384, 512, 768, 1024, 1280])
 def test_every_whisper_shape_fits(width, batch, cross_int8):
     """What the source asserts of itself holds for the family, on an H100's multiprocessors and shared memory."""
+    vocab = 51866 if batch == 1 else 0
     for bits, group_size in ((16, 0), (8, 64), (4, 64), (3, 32), (2, 16), (1.58, 16)):
-        shape = ops.Shape(width, 4 * width, 4, 448, 1500, False, bits, group_size, 132, 232448, batch, cross_int8)
+        size = width, 4 * width, 4, 448, 1500
+        shape = ops.Shape(*size, False, bits, group_size, 132, 232448, batch, cross_int8, vocab=vocab)
         if ops.why_not(shape) is not None:
             assert bits == 1.58
             continue
@@ -269,8 +297,8 @@ def run(model, slot, offset):
     outputs, inputs = model.operands(slot, offset)
     shape = model.shape
     caches = [buffer for layer in model.buffers for buffer in layer]
-    *inputs, finished = inputs
-    ops.decode_layers(*outputs, caches, *inputs, shape.ffn, float(shape.bits), shape.group_size, finished)
+    inputs, head = inputs[:-7], inputs[-7:]
+    ops.decode_layers(*outputs, caches, *inputs, shape.ffn, float(shape.bits), shape.group_size, *head)
     torch.cuda.synchronize()
 
 

@@ -16,7 +16,7 @@
 //
 // Built by NVRTC without headers. Constants that the launcher defines:
 //   WIDTH, FFN, HEADS (of 64), LAYERS, SLOTS, SOURCE (keys of cross-attention), BATCH (rows), BEAMS (of these that share
-//   an input's cross-attention), CROSS8 (1 if its keys and values are int8), CROSS_SPLITS (programs to a head where
+//   an input's cross-attention), VOCAB (rows of the head's weight, or 0 where the head is another kernel's), CROSS8 (1 if its keys and values are int8), CROSS_SPLITS (programs to a head where
 //   there is one row, at most 8), BF16 (0 or 1), BITS (16, 8, 4, 3, 2, or 158 for 1.58), GROUP (of the quantisation),
 //   PROGRAMS, MEMORY (bytes of shared memory).
 //
@@ -97,10 +97,14 @@ __device__ __forceinline__ bool barrier_try(u32 at, u32 parity) {
                : "=r"(done) : "r"(at), "r"(parity) : "memory");
   return done;
 }
-__device__ __forceinline__ void copy_async(u32 to, const void* from, u32 bytes, u32 barrier) {
-  // Weights are read once a step, and are more than the L2 cache holds: what else is in there should stay.
+// What is read once a step is more than the L2 cache holds, and should leave it to all else; some of it, `kept`, is to stay
+// there until the next step.
+__device__ __forceinline__ void copy_async(u32 to, const void* from, u32 bytes, u32 barrier, bool kept = false) {
   u64 policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0,1.0;" : "=l"(policy));
+  if (kept)
+    asm("createpolicy.fractional.L2::evict_last.b64 %0,1.0;" : "=l"(policy));
+  else
+    asm("createpolicy.fractional.L2::evict_first.b64 %0,1.0;" : "=l"(policy));
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0],[%1],%2,[%3],%4;"
                ::"r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
 }
@@ -438,6 +442,8 @@ __device__ __forceinline__ bool gives(int step) {
 #if BATCH == 1
 static_assert(HEADS * SELF_SPLITS <= GIVERS && SELF_SPLITS <= 8 && (CROSS_SPLITS - 1) * CROSS_RUN < SOURCE, "");
 #endif
+// Pieces of the head's weight that shared memory has room for at a time, at most.
+constexpr int MOST_PIECES = VOCAB ? 12 : 0;
 
 constexpr int RINGS = 32;  // Chunks in shared memory, at most.
 constexpr int PACE = 20;   // Bytes a cycle that are asked for at home, where six are needed.
@@ -446,8 +452,8 @@ constexpr bool SOME_ROWS = BATCH > 1 && BATCH <= 4 && BITS == 16;
 constexpr int FLIGHT_BYTES = (SOME_ROWS ? 28 : BITS == 8 || BITS == 16 ? 56 : 42) * 1024;
 static_assert(BATCH > 1 || finishers(QKV) <= FINISHERS && finishers(FC1) <= FINISHERS, "");
 // Named barriers: one for each product and attention, of those that multiply with those that finish; one for the way
-// back; and, for one row, one for each layer norm's moments.
-enum { TABLES = 1, STEP_DONE = 2, PUBLISHED = STEP_DONE + STEPS, MOMENTS };
+// back; and, for one row, one for each layer norm's moments and one for the last layer's result.
+enum { TABLES = 1, STEP_DONE = 2, PUBLISHED = STEP_DONE + STEPS, MOMENTS, RESULT = MOMENTS + 3 };
 // Of a product with `WIDTH` elements a warp takes `OWN` runs. Those that are left over, fewer than there are warps, are
 // shared: packed ones, and those of several rows, by their blocks, which are dealt to the warps one after another; in 16
 // bits and for one row each by `SHARERS` warps, of which one takes the first eight rows, the next the second, and so on
@@ -493,6 +499,7 @@ struct Shared {
     // of attention's result each block's halves and their remainders. For packed weights they are integers.
     alignas(16) u16 hidden[WARPS][HIDDEN_BLOCKS][32];
     alignas(16) u16 staged[WARPS][OF_WARP][BITS == 16 ? 2 : 1][32];
+    alignas(16) float4 result[VOCAB ? WIDTH / 4 : 1];  // Of the last layer.
   };
   alignas(16) float tops[WARPS], totals[WARPS];
   alignas(16) float2 moments[WARPS][32];  // Of what each lane has of the stream.
@@ -503,7 +510,7 @@ struct Shared {
   u64 caches[LAYERS][2], gains[LAYERS][3];
   float eps[LAYERS][3];
   u8 valid[SLOTS];
-  alignas(8) u64 full[RINGS], empty[RINGS];
+  alignas(8) u64 full[RINGS + MOST_PIECES], empty[RINGS + MOST_PIECES];
 };
 #endif
 constexpr int IN_RING = least((MEMORY - (int)sizeof(Shared)) / CHUNK, RINGS);
@@ -526,13 +533,17 @@ struct Arguments {
   u16 *own_runs, *cross_runs;     // [COPIES][HEADS][8][64]
   float *own_logs, *cross_logs;   // [COPIES][HEADS][LOGS]: the logarithms (of base 2) of 8 sums of exponentials.
   u16* hidden;           // [COPIES][FFN]
+  float* result;         // [COPIES][WIDTH], of one row: the last layer's.
   const long long *tokens, *length, *offset;
   const u8* valid;
   const u16 *embedding, *positions, *first_gain;
   float *gained, *last_stats;
   const float* eps;  // [LAYERS][3]
   const u8* finished;    // Where it is not 0, nothing is to be done.
-  float scale;
+  u16* logits;           // [VOCAB]
+  const u16 *head, *last_gain;
+  const float *head_constant, *head_folded;
+  float scale, head_eps;
 #if BATCH > 1
   int token_stride, valid_stride;  // From a row's to the next one's.
 #endif
@@ -626,6 +637,12 @@ struct Fetching {
   int issued = 0, layer = 0;
   u32 due = 0;  // The clock when the next copies may be made.
 };
+// All programs find room at the same moments, and what they ask for stands in front of the words: no more than `PACE`
+// bytes a cycle. It is looks that end this, too, as a process that shares the GPU may go on with another clock.
+__device__ __forceinline__ void keep_pace(Fetching& f, u32 bytes) {
+  for (u32 looks = 0; looks < bytes / 64 && (int)(cycles() - f.due) < 0; looks++) continue;
+  f.due = cycles() + bytes / PACE;
+}
 // Room for a chunk of a step, when few enough are on their way; its barrier expects `bytes`. Where the chunk goes.
 template <class Prefetch>
 __device__ __forceinline__ u32 make_room(Shared& sh, Fetching& f, int step, int chunk, u32 bytes, u32& barrier,
@@ -650,12 +667,7 @@ __device__ __forceinline__ u32 make_room(Shared& sh, Fetching& f, int step, int 
   // room goes as far as the L2 cache meanwhile.
   if (BITS == 16 && first && !barrier_try(empty, phase ^ 1)) prefetch_it();
   if (first) await(empty, phase ^ 1);
-  if (AT_HOME) {
-    // All programs find room at the same moments, and what they ask for stands in front of the words: no more than `PACE`
-    // bytes a cycle. It is looks that end this, too, as a process that shares the GPU may go on with another clock.
-    for (u32 looks = 0; looks < bytes / 64 && (int)(cycles() - f.due) < 0; looks++) continue;
-    f.due = cycles() + bytes / PACE;
-  }
+  if (AT_HOME) keep_pace(f, bytes);
   if (elected()) barrier_expect(barrier, bytes);
   __syncwarp();
   return at;
@@ -750,6 +762,67 @@ __device__ __forceinline__ void fetch_keys(const Pointers& p, Shared& sh, u32 me
   __syncwarp();
 }
 
+#if VOCAB
+// The head is one more product, whose weight streams through all of the shared memory in pieces of some rows for each warp
+// that multiplies. Programs have pieces in turn. The first ones come while the last layers are computed.
+constexpr int HEAD_ROW = 2 * WIDTH, HEAD_EACH = ratio(SHARED_AT, MOST_PIECES * WARPS * HEAD_ROW);
+constexpr int PIECE_ROWS = WARPS * HEAD_EACH, PIECE = PIECE_ROWS * HEAD_ROW, PIECES = SHARED_AT / PIECE;
+static_assert(PIECES > 1 && PIECES <= MOST_PIECES, "");
+// Of those that come when the layers are done, one in so many stays in the L2 cache until the next step, some 16 MB.
+constexpr int KEPT_EVERY = ratio(VOCAB * HEAD_ROW, 16 << 20);
+
+__device__ __forceinline__ int pieces_of_program() { return ratio(ratio(VOCAB, PIECE_ROWS) - program(), GIVERS); }
+// Where pieces go first: in a ring, to what was filled first. And one place further.
+__device__ __forceinline__ int first_piece(const Cursor& cursor) {
+  return AT_HOME ? 0 : ratio(cursor.place * CHUNK, PIECE) % PIECES;
+}
+__device__ __forceinline__ int next_piece(int piece) { return piece + 1 < PIECES ? piece + 1 : 0; }
+
+constexpr int end_of(int step) {
+  return home_of(step) + (step == CROSS_ATTENTION ? KEYS_HOME : step == FC2 ? HIDDEN_HOME :
+                          step == OWN_ATTENTION ? OWN_KEYS * 256 : chunks_of(step) * HOME);
+}
+// Nobody reads any longer what the layers had where a piece is to go.
+__device__ __forceinline__ void await_layers(Shared& sh, const Cursor& cursor, int piece, int slot) {
+  const int begin = piece * PIECE, end = begin + PIECE;
+  if (AT_HOME) {
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+      const bool own = step == OWN_ATTENTION;
+      if (is_attention(step) && !(attends(own, slot) && chunks_of_keys(own, slot))) continue;
+      if (begin < end_of(step) && home_of(step) < end) await(shared_address(&sh.empty[step]), (LAYERS - 1) & 1);
+    }
+  } else {
+    for (int place = begin / CHUNK; place < IN_RING && place * CHUNK < end; place++)
+      await(shared_address(&sh.empty[place]), place < cursor.place ? cursor.phase : cursor.phase ^ 1);
+  }
+}
+
+__device__ __forceinline__ void fetch_head(const Arguments& a, Shared& sh, u32 memory, Fetching& f, int slot) {
+  const int count = pieces_of_program();
+  int place = first_piece(f.cursor), round = 0;
+#pragma unroll 1
+  for (int i = 0; i < count; i++) {
+    const int first = (program() + i * GIVERS) * PIECE_ROWS, bytes = least(PIECE_ROWS, VOCAB - first) * HEAD_ROW;
+    const u32 full = shared_address(&sh.full[RINGS + place]);
+    if (i < PIECES) {
+      await_layers(sh, f.cursor, place, slot);
+      if (AT_HOME) keep_pace(f, bytes);
+    } else {
+      await(shared_address(&sh.empty[RINGS + place]), round & 1 ^ 1);
+    }
+    if (elected()) {
+      barrier_expect(full, bytes);
+      copy_async(memory + place * PIECE, (const u8*)a.head + (long long)first * HEAD_ROW, bytes, full,
+                 i >= PIECES && i % KEPT_EVERY == 0);
+    }
+    __syncwarp();
+    place = next_piece(place);
+    if ((i + 1) % PIECES == 0) round++;
+  }
+}
+#endif
+
 // The fetching warp: every chunk of every layer, as soon as there is room for it.
 __device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory, int slot) {
   Fetching f;
@@ -764,21 +837,22 @@ __device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory
     // At home half of cross-attention's keys comes behind the next weights: all together would be in the way of the words
     // that are waited for.
     constexpr int FIRST_KEYS = AT_HOME ? least(2, KEY_CHUNKS) : KEY_CHUNKS;
-    auto fetch_some = [&](bool own, int from, int to) {
-      if (!attends(own, slot)) return;
-#pragma unroll 1
-      for (int chunk = from; chunk < to; chunk++) fetch_keys(p, sh, memory, f, slot, own, chunk);
-    };
 #pragma unroll 1
     for (int step = 0; step < STEPS; step++) {
-      if (step == OWN_ATTENTION) fetch_some(true, 0, chunks_of_keys(true, slot));
-      if (step == CROSS_ATTENTION) fetch_some(false, 0, FIRST_KEYS);
+      const bool own = step == OWN_ATTENTION;
+      int from = 0, to = own ? chunks_of_keys(true, slot) : step == CROSS_ATTENTION ? FIRST_KEYS : 0;
+      if (step == FC1) from = FIRST_KEYS, to = KEY_CHUNKS;
+      if (from < to && attends(own, slot))
+#pragma unroll 1
+        for (int chunk = from; chunk < to; chunk++) fetch_keys(p, sh, memory, f, slot, own, chunk);
       if (!is_attention(step))
 #pragma unroll 1
         for (int chunk = 0; chunk < chunks_of(step); chunk++) fetch_chunk(p, sh, memory, f, step, chunk);
-      if (step == CROSS_OUT) fetch_some(false, FIRST_KEYS, KEY_CHUNKS);
     }
   }
+#if VOCAB
+  fetch_head(a, sh, memory, f, slot);
+#endif
 }
 
 #endif
@@ -855,6 +929,24 @@ __device__ __forceinline__ void load_packed(Packed& packed, u32 at, int in_plane
   }
 }
 
+// The same of twice as much.
+template <int DEPTH>
+__device__ __forceinline__ void load_packed_pair(Packed (&packed)[2], u32 at, int in_plane) {
+  const u8* memory = dynamic_shared() + at;
+  u32 raw[4];
+  load16(raw, memory);
+#pragma unroll
+  for (int i = 0; i < 4; i++) packed[i / 2].raw[i % 2] = raw[i];
+  if (BITS == 3) {
+    constexpr int PLANE = plane(DEPTH), HIGH = most(high_plane(DEPTH), 1);
+    const int upper = in_plane >= HIGH;
+    u32 high[4];
+    load16(high, memory + PLANE - upper * HIGH);
+#pragma unroll
+    for (int i = 0; i < 4; i++) packed[i / 2].high[i % 2][1] = high[i] >> upper;
+  }
+}
+
 // Where a warp's block of `WIDTH` elements is: the run, the digit, and whether there is such a block.
 struct Block {
   int run, digit;
@@ -894,6 +986,7 @@ struct State {
   Cursor cursor;
   int slot;
   u32 stream_tag, tag;  // Of the next reading of `stream`, and of this layer's other buffers.
+  u32 result_tag;       // The one that no word of `result` has before this launch.
   float residual[2];    // Of the features that this thread finishes.
   uint4 gains;          // Of the layer norm behind the last product, for the elements that this thread multiplies.
 };
@@ -930,7 +1023,7 @@ __device__ __forceinline__ Split split(float first, float second, u32 tag) {
 
 // The residual stream, published: four lanes have the same two features, and each publishes a copy. Who multiplies applies
 // the gain of the layer norm and adds up its moments. Packed weights take the stream as float16, of which their integers
-// leave little more. Of the last layer it is for the head, which is a kernel of its own.
+// leave little more. The last layer's result goes to the head: in float32, or to a kernel of its own.
 static_assert(BATCH > 1 || COPIES == 4, "");
 __device__ __forceinline__ u16* stream_place(const Arguments& a, int n, int lane) {
   return a.stream + lane % 4 * (2 * WIDTH) + n;
@@ -949,6 +1042,11 @@ __device__ __forceinline__ void publish_stream(const State& s, u16* to, bool the
 __device__ __forceinline__ void leave_result(const Arguments& a, const State& s, int n, int lane, const float (&gain)[2],
                                              bool there) {
   const float x = s.residual[0], y = s.residual[1];
+#if VOCAB
+  if (there)
+    poke8(a.result + lane % 4 * WIDTH + n, {tagged(__float_as_uint(x), s.result_tag), tagged(__float_as_uint(y), s.result_tag)});
+  return;
+#endif
   // Of the lanes of a pair, one adds up the values and one their squares.
   float sum = !there ? 0 : lane % 2 ? x * x + y * y : x + y;
 #pragma unroll
@@ -1834,7 +1932,15 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, const Lane
   constexpr int FUSE = fuses(FFN) && runs(FFN) % WARPS == 0 ? 2 : 1, TURNS = turns(FFN) / FUSE;
   constexpr int BLOCKS = HIDDEN_BLOCKS, ASKED = ratio(BLOCKS * 4, 32);
   using Of = Units<BLOCKS, BLOCKS, FUSE, BITS == 158 ? TURNS : 0>;
-  constexpr int SUBS = 4, OF_LANE = ratio(Of::COUNT, SUBS), EACH = ratio(ROWS, 2);
+  constexpr int SUBS = 4, EACH = ratio(ROWS, 2);
+  // Where all warps have as many runs, what a lane loads lies at the same distances for all. A warp's runs follow each other
+  // if not for groups; and where its lanes have as many digits, a lane has sixteen elements of two runs, its digit's, and eight
+  // of a last run: half as many scales.
+  constexpr bool FULL = runs(FFN) % (WARPS * FUSE) == 0 && even(FFN) && parts(FFN) == 1, CLOSE = FULL && FUSE == 1;
+  constexpr bool SIXTEENS = CLOSE && DIGITS == SUBS;
+  constexpr int PAIRS = SIXTEENS ? TURNS / 2 : 0, OF_LANE = SIXTEENS ? ratio(TURNS, 2) : ratio(Of::COUNT, SUBS);
+  // Of a lane's unit, of eight elements each.
+  constexpr auto eights_of = [](int i) { return SIXTEENS ? 1 + (i < PAIRS) : FUSE; };
   const u32 id = thread();
   const int warp = id / 32, lane = id % 32, t = id % 4, sub = lane / 4 % SUBS, first = lane / 16 * EACH;
   const int place = take(sh, s, FC2, chunks_of(FC2));
@@ -1844,7 +1950,8 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, const Lane
   u32 missing = 0;
 #pragma unroll
   for (int i = 0; i < ASKED; i++) {
-    const int b = (i * 32 + lane) / 4, unit = b / FUSE, run = (Of::turn_of(unit) * WARPS + warp) * FUSE + b % FUSE;
+    const int b = (i * 32 + lane) / 4, unit = b / FUSE, turn = Of::turn_of(unit);
+    const int run = CLOSE ? warp * TURNS + turn : (turn * WARPS + warp) * FUSE + b % FUSE;
     const int element = Of::digit_of(unit) * plane(FFN) + run * 32 + t * 8;
     units[i] = {}, from[i] = a.hidden + program() % COPIES * FFN + element;
     if (b < BLOCKS && run < runs(FFN) && run * 32 + t * 8 < plane(FFN) && element < FFN) missing |= 1u << i;
@@ -1854,12 +1961,11 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, const Lane
     for (int i = 0; i < ASKED; i++)
       if (missing >> i & 1) units[i] = peek16(from[i]);
   };
-  // Where all warps have as many runs, what a lane loads lies at the same distances for all.
-  constexpr bool FULL = runs(FFN) % (WARPS * FUSE) == 0 && even(FFN);
-  const int in_lane = warp * (FUSE * 32) + t * 8;
+  constexpr int FROM_WARP = CLOSE ? TURNS : FUSE, FROM_TURN = CLOSE ? 1 : WARPS * FUSE;  // Runs, to the next one.
+  const int in_lane = warp * (FROM_WARP * 32) + t * 8;
   auto load = [&](Packed& packed, int row, int turn, int i) {
-    int run = turn * (WARPS * FUSE) + i;
-    if (FULL && parts(FFN) == 1) {
+    int run = turn * FROM_TURN + i;
+    if (FULL) {
       load_packed<FFN>(packed, base_of(place, 0) + row * stride(FFN) + in_lane + run * 32, run * 32 + in_lane);
       return;
     }
@@ -1873,16 +1979,18 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, const Lane
   // Units' first blocks are staged, and then their second ones.
   auto stage_of = [](int b) { return b % FUSE * Of::COUNT + b / FUSE; };
   auto load_steps_of = [&](int row, typename Of::Place unit) {
-    constexpr int TURN = WARPS * FUSE * 32;  // Elements from a turn to the next.
-    const int element = unit.digit * plane(FFN) + warp * (FUSE * 32);
+    constexpr int TURN = FROM_TURN * 32;  // Elements from a turn to the next.
+    const int element = unit.digit * plane(FFN) + warp * (FROM_WARP * 32);
     int at = scale_of<FFN>(element + unit.turn * TURN);
     if (FULL && TURN % most(GROUP, 1) == 0)
       at = (element + t / 2 * 16) / most(GROUP, 1) * 2 + unit.turn * (TURN / most(GROUP, 1) * 2);
     return load_steps<meta_bytes(FFN)>(metas + row * meta_stride(FFN) + at);
   };
+  // Eights of every other turn are staged in another order, or lanes with sixteens would meet the same banks.
+  auto eight_at = [](int eight, int turn) { return SIXTEENS ? eight ^ (turn & 1) : eight; };
   // Lanes with other turns take the runs of a unit in another order: they would meet the same banks.
   auto in_unit = [&](int i) { return FUSE > 1 ? i ^ sub / most(SUBS / 2, 1) : i; };
-  u32 kept[EACH][OF_LANE][FUSE][2], raw[EACH][OF_LANE];
+  u32 kept[EACH][OF_LANE][SIXTEENS ? 2 : FUSE][2], raw[EACH][OF_LANE];
 #pragma unroll
   for (int j = 0; j < EACH; j++) {
     if (j == EACH / 2) {
@@ -1893,6 +2001,23 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, const Lane
     const int row = least(first + j, ROWS - 1);
 #pragma unroll
     for (int i = 0; i < OF_LANE; i++) {
+      if (SIXTEENS) {
+        const bool pair = i < PAIRS;
+        const int begin = warp * (TURNS * 32) + t * (pair ? 16 : 8), in = begin + i * 64;
+        const u32 at = base_of(place, 0) + row * stride(FFN) + in;
+        Packed packed[2];
+        if (pair)
+          load_packed_pair<FFN>(packed, at, in);
+        else
+          load_packed<FFN>(packed[0], at, in);
+#pragma unroll
+        for (int k = 0; k < eights_of(i); k++) bytes_of_digit(kept[j][i][k], packed[k], sub, 0, DIGITS - 1);
+        const int element = sub * plane(FFN) + begin / 16 * 16;
+        constexpr int G = most(GROUP, 1);
+        const int scale = 64 % G ? (element + i * 64) / G : element / G + i * (64 / G);
+        raw[j][i] = load_steps<meta_bytes(FFN)>(metas + row * meta_stride(FFN) + scale * 2);
+        continue;
+      }
       const typename Of::Place unit = Of::place_of(i * SUBS, sub, SUBS - 1);
       // Few digits are possible.
       const int one = Of::place_of(i * SUBS, 0, SUBS - 1).digit, other = Of::place_of(i * SUBS, SUBS - 1, SUBS - 1).digit;
@@ -1934,8 +2059,9 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, const Lane
     const int b = (i * 32 + lane) / 4;
     const uint4& u = units[i];
     if (b < BLOCKS)
-      stage_integers(sh, &sh.hidden[warp][stage_of(b)][t * 8], b, {low_of(u.x), high_of(u.x), low_of(u.y), high_of(u.y), low_of(u.z),
-                                                         high_of(u.z), low_of(u.w), high_of(u.w)}, grain);
+      stage_integers(sh, &sh.hidden[warp][stage_of(b)][eight_at(t, Of::turn_of(b / FUSE)) * 8], b,
+                     {low_of(u.x), high_of(u.x), low_of(u.y), high_of(u.y), low_of(u.z), high_of(u.z), low_of(u.w), high_of(u.w)},
+                     grain);
   }
   __syncwarp();
   int sums[EACH][OF_LANE] = {};
@@ -1944,10 +2070,14 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, const Lane
   for (int i = 0; i < OF_LANE; i++) {
     int total = 0;
 #pragma unroll
-    for (int k = 0; k < FUSE; k++) {
+    for (int k = 0; k < eights_of(i); k++) {
       const int unit = i * SUBS + sub;
       uint4 x = {};
-      if ((i + 1) * SUBS <= Of::COUNT || unit < Of::COUNT) {
+      if (SIXTEENS) {
+        const int turn = 2 * i + (i < PAIRS ? t / 2 : 0), eight = i < PAIRS ? t % 2 * 2 + k : t, b = turn * DIGITS + sub;
+        x = *(const uint4*)&sh.hidden[warp][b][eight_at(eight, turn) * 8];
+        total += sh.totals_of[warp][eight][b];
+      } else if ((i + 1) * SUBS <= Of::COUNT || unit < Of::COUNT) {
         x = *(const uint4*)&sh.hidden[warp][in_unit(k) * Of::COUNT + unit][t * 8];
         total += sh.totals_of[warp][t][unit * FUSE + k];
       }
@@ -2158,6 +2288,112 @@ __device__ __forceinline__ void finish_attention(const Arguments& a, State& s, S
   bar_arrive(PUBLISHED, 32 * (WARPS + 1));
 }
 
+#if VOCAB
+// -- The head ------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void multiply_head(const Arguments& a, State& s, Shared& sh) {
+  // Of every 256 elements a lane has eight.
+  constexpr int TILES = ratio(WIDTH, 256), UNITS = ratio(WIDTH / 4, 32 * WARPS);
+  const u32 id = thread();
+  const int warp = id / 32, lane = id % 32;
+  uint4 gains[TILES] = {};
+#pragma unroll
+  for (int i = 0; i < TILES; i++)
+    if (i * 256 + lane * 8 < WIDTH) gains[i] = fetch16(a.last_gain + i * 256 + lane * 8);
+  // Layer norm's vectors of the rows of a piece: a lane has those of one row.
+  auto ask_for_vectors = [&](int i) {
+    const int row = (program() + i * GIVERS) * PIECE_ROWS + lane * WARPS + warp;
+    float2 vectors = {};
+    if (lane < HEAD_EACH && row < VOCAB) vectors = {a.head_folded[row], a.head_constant[row]};
+    return vectors;
+  };
+  float2 next = ask_for_vectors(0);
+
+  // All warps want all of the result: each thread asks for some of it.
+  const float* from = a.result + program() % COPIES * WIDTH;
+  uint4 units[UNITS] = {};
+  u32 missing = 0;
+#pragma unroll
+  for (int i = 0; i < UNITS; i++)
+    if (i * 32 * WARPS + (int)id < WIDTH / 4) missing |= 1u << i;
+  Patience patience;
+  while (__any_sync(~0u, missing)) {
+#pragma unroll
+    for (int i = 0; i < UNITS; i++)
+      if (missing >> i & 1) units[i] = peek16(from + (i * 32 * WARPS + id) * 4);
+#pragma unroll
+    for (int i = 0; i < UNITS; i++)
+      if ((missing >> i & 1) && all_fresh(units[i], s.result_tag)) missing &= ~(1u << i);
+    patience.spend();
+  }
+#pragma unroll
+  for (int i = 0; i < UNITS; i++)
+    if (i * 32 * WARPS + (int)id < WIDTH / 4)
+      sh.result[i * 32 * WARPS + id] = {__uint_as_float(units[i].x), __uint_as_float(units[i].y), __uint_as_float(units[i].z),
+                                        __uint_as_float(units[i].w)};
+  bar_sync(RESULT, 32 * WARPS);
+  float x[TILES][8], sum = 0, squares = 0;
+#pragma unroll
+  for (int i = 0; i < TILES; i++) {
+    const bool there = i * 256 + lane * 8 < WIDTH;
+    float4 two[2] = {};
+    if (there) two[0] = sh.result[i * 64 + lane * 2], two[1] = sh.result[i * 64 + lane * 2 + 1];
+    const u32 gain[4] = {gains[i].x, gains[i].y, gains[i].z, gains[i].w};
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      const float4& four = two[j / 4];
+      const float value = j % 4 == 0 ? four.x : j % 4 == 1 ? four.y : j % 4 == 2 ? four.z : four.w;
+      sum += value, squares += value * value;
+      x[i][j] = value * (j % 2 ? high_of(gain[j / 2]) : low_of(gain[j / 2]));
+    }
+  }
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2)
+    sum += __shfl_xor_sync(~0u, sum, step), squares += __shfl_xor_sync(~0u, squares, step);
+  const float mean = sum / WIDTH, inverse = rsqrt_fast(fmaxf(squares / WIDTH - mean * mean, 0.0f) + a.head_eps);
+
+  const int count = pieces_of_program();
+  int place = first_piece(s.cursor), round = 0;
+#pragma unroll 1
+  for (int i = 0; i < count; i++) {
+    const float2 vectors = next;
+    next = ask_for_vectors(i + 1);
+    await(shared_address(&sh.full[RINGS + place]), round & 1);
+    float dots[HEAD_EACH];
+#pragma unroll
+    for (int e = 0; e < HEAD_EACH; e++) {
+      const u8* at = dynamic_shared() + place * PIECE + (e * WARPS + warp) * HEAD_ROW + lane * 16;
+      float parts[4] = {};
+#pragma unroll
+      for (int k = 0; k < TILES; k++) {
+        u32 w[4] = {};
+        if (k * 256 + lane * 8 < WIDTH) load16(w, at + k * 512);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          parts[j] += low_of(w[j]) * x[k][2 * j];
+          parts[j] += high_of(w[j]) * x[k][2 * j + 1];
+        }
+      }
+      dots[e] = parts[0] + parts[1] + (parts[2] + parts[3]);
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(shared_address(&sh.empty[RINGS + place]));
+    float dot = 0;
+#pragma unroll
+    for (int e = 0; e < HEAD_EACH; e++) {
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) dots[e] += __shfl_xor_sync(~0u, dots[e], step);
+      if (lane == e) dot = dots[e];
+    }
+    const int row = (program() + i * GIVERS) * PIECE_ROWS + lane * WARPS + warp;
+    const float y = (dot - mean * vectors.x) * inverse + vectors.y;
+    if (lane < HEAD_EACH && row < VOCAB) a.logits[row] = (u16)pack(y, 0);
+    place = next_piece(place);
+    if ((i + 1) % PIECES == 0) round++;
+  }
+}
+#endif
+
 // -- The kernel ----------------------------------------------------------------------------------------------------
 
 // One place in the code for each kind of step: what all layers need must stay in the instruction cache.
@@ -2177,6 +2413,9 @@ __device__ __forceinline__ void multiply_layers(const Arguments& a, State& s, Sh
         case FC1: product_of_stream<FC1>(a, own, s, sh, layer); break;
         case FC2: product_of_hidden(a, own, s, sh, layer);
       }
+#if VOCAB
+  multiply_head(a, s, sh);
+#endif
 }
 
 __device__ __forceinline__ void finish_layers(const Arguments& a, State& s, Shared& sh) {
@@ -2209,9 +2448,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments
   Shared& sh = *(Shared*)(memory + SHARED_AT);
   // Who has nothing to give to others leaves.
   if (share(WIDTH, ROWS).count <= 0 && share(FFN, ROWS_FFN).count <= 0) return;
-  if (thread() < RINGS) {
-    barrier_init(shared_address(&sh.full[thread()]), AT_HOME && !is_attention(thread()) ? chunks_of(thread()) : 1);
-    barrier_init(shared_address(&sh.empty[thread()]), WARPS + FINISHERS);
+  if (thread() < RINGS + MOST_PIECES) {
+    const bool of_head = thread() >= RINGS;
+    const int products = AT_HOME && !of_head && !is_attention(thread()) ? chunks_of(thread()) : 1;
+    barrier_init(shared_address(&sh.full[thread()]), products);
+    barrier_init(shared_address(&sh.empty[thread()]), of_head ? WARPS : WARPS + FINISHERS);
     barrier_fence();
   }
   __syncthreads();
@@ -2236,6 +2477,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments
   s.slot = slot;
   // Tags alternate, an even number of times a launch: the first finds the buffers zeroed, or as the last one left them.
   s.stream_tag = s.tag = 1;
+#if VOCAB
+  // What is left in there is of the last launch, until all programs have got this far.
+  s.result_tag = peek4(a.result) & 1 ^ 1;
+#endif
   s.residual[0] = s.residual[1] = 0;
   if (__shfl_sync(~0u, thread() / 128, 0) == WARPS / 4) {
     few_registers();

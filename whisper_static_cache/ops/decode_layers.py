@@ -53,7 +53,8 @@ class Shape(NamedTuple):
 
     `bits` is 16 for weights in float16 or bfloat16, else the width of packed ones, all of one `group_size`;
     `programs` is the number of multiprocessors and `memory` a program's bytes of shared memory. Of the `batch` rows,
-    `beams` have one input's cross-attention in common.
+    `beams` have one input's cross-attention in common. `vocab` is the size of the vocabulary where the head is part of
+    the kernel, else 0.
     """
 
     width: int
@@ -69,6 +70,7 @@ class Shape(NamedTuple):
     batch: int = 1
     cross_int8: bool = False
     beams: int = 1
+    vocab: int = 0
 
     @property
     def heads(self):
@@ -93,7 +95,7 @@ class Shape(NamedTuple):
         return splits
 
 
-def shape_for(config, cache_layer, weight, device):
+def shape_for(config, cache_layer, weight, device, vocab=0):
     """The `Shape` of a model's step on `device`.
 
     Args:
@@ -101,6 +103,7 @@ def shape_for(config, cache_layer, weight, device):
         cache_layer: the buffers of a layer of the cache.
         weight: a `decode_linear.Weight` of the decoder.
         device: a CUDA device.
+        vocab: size of the vocabulary if the head is to be part of the kernel.
     """
     properties = torch.cuda.get_device_properties(device)
     return Shape(
@@ -117,6 +120,7 @@ def shape_for(config, cache_layer, weight, device):
         len(cache_layer[0]),
         cache_layer[2].dtype == torch.int8,
         len(cache_layer[0]) // len(cache_layer[2]),
+        vocab,
     )
 
 
@@ -215,6 +219,7 @@ def definitions(shape):
         "BATCH": shape.batch,
         "CROSS8": int(shape.cross_int8),
         "BEAMS": shape.beams,
+        "VOCAB": shape.vocab,
         "CROSS_SPLITS": shape.cross_splits,
         "BF16": int(shape.bfloat16),
         "BITS": 158 if shape.bits == 1.58 else int(shape.bits),
@@ -259,11 +264,12 @@ class Arguments(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("table", "stream", "heads", "query", "stats")),
-        *((name, ctypes.c_void_p) for name in ("own_runs", "cross_runs", "own_logs", "cross_logs", "hidden")),
+        *((name, ctypes.c_void_p) for name in ("own_runs", "cross_runs", "own_logs", "cross_logs", "hidden", "result")),
         *((name, ctypes.c_void_p) for name in ("tokens", "length", "offset", "valid")),
         *((name, ctypes.c_void_p) for name in ("embedding", "positions", "first_gain", "gained", "last_stats")),
-        *((name, ctypes.c_void_p) for name in ("eps", "finished")),
-        ("scale", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("eps", "finished", "logits")),
+        *((name, ctypes.c_void_p) for name in ("head", "last_gain", "head_constant", "head_folded")),
+        *((name, ctypes.c_float) for name in ("scale", "head_eps")),
         *((name, ctypes.c_int) for name in ("token_stride", "valid_stride")),
     ]
 
@@ -329,21 +335,26 @@ def work_space(shape, device):
     copied = 2 * shape.width, moments, runs, runs, logs, logs, shape.ffn
     copies = _COPIES if shape.batch == 1 else 1
     stream, stats, *others = (copies * size * shape.batch for size in copied)
-    sizes = stream, 6 * shape.width * shape.batch, 2 * shape.width * shape.batch, stats, *others
+    result = 2 * copies * shape.width if shape.vocab else 0
+    sizes = stream, 6 * shape.width * shape.batch, 2 * shape.width * shape.batch, stats, *others, result
     return [torch.zeros(size, dtype=torch.int16, device=device) for size in sizes]
 
 
 def arguments_for(gained, stats, work, table, tokens, length, position_offset, valid, embedding, positions,
-                  first_gain, eps, scale, finished):  # fmt: skip
+                  first_gain, eps, scale, finished, logits, head, last_gain, head_constant, head_folded,
+                  head_eps):  # fmt: skip
     """`Arguments` with the addresses of the tensors that `decode_layers` takes."""
-    tensors = (table, *work, tokens, length, position_offset, valid, embedding, positions, first_gain, gained, stats)
-    strides = tokens.stride(0), valid.stride(0)
-    return Arguments(*(tensor.data_ptr() for tensor in (*tensors, eps, finished)), scale, *strides)
+    tensors = (
+        *(table, *work, tokens, length, position_offset, valid, embedding, positions, first_gain, gained, stats, eps),
+        *(finished, logits, head, last_gain, head_constant, head_folded),
+    )
+    addresses = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+    return Arguments(*addresses, scale, head_eps, tokens.stride(0), valid.stride(0))
 
 
 @torch.library.custom_op(
     "whisper_static_cache::decode_layers",
-    mutates_args=("gained", "stats", "work", "caches"),
+    mutates_args=("gained", "stats", "work", "caches", "logits"),
     device_types="cuda",
 )
 def decode_layers(
@@ -365,13 +376,20 @@ def decode_layers(
     bits: float,
     group_size: int,
     finished: torch.Tensor,
+    logits: torch.Tensor | None,
+    head: torch.Tensor | None,
+    last_gain: torch.Tensor | None,
+    head_constant: torch.Tensor | None,
+    head_folded: torch.Tensor | None,
+    head_eps: float,
 ) -> None:
-    """The decoder from the newest token's embedding to the last layer norm.
+    """The decoder from the newest token's embedding to the last layer norm or, of one row, to the logits.
 
     Args:
-        gained: float32 ``(rows, d_model)``, written: the last layer's result times the last layer norm's gain.
-        stats: float32 ``(2, rows, programs)``, written: sums and sums of squares of the result, for `decode_linear`;
-            `Shape.givers` is the number of programs.
+        gained: float32 ``(rows, d_model)``, written if `head` is None: the last layer's result times the last layer
+            norm's gain.
+        stats: float32 ``(2, rows, programs)``, written if `head` is None: sums and sums of squares of the result, for
+            `decode_linear`; `Shape.givers` is the number of programs.
         work: what `work_space` gives; written.
         caches: keys, values, cross keys and cross values of every layer, ``(rows, heads, slots, 64)``; with the latter
             two in int8, their scales ``(rows, heads, slots)`` behind them. The newest key and value are written into
@@ -387,6 +405,10 @@ def decode_layers(
         ffn: width of the feed-forward layer.
         bits, group_size: of the weights, 16 and 0 where they are not quantised.
         finished: uint8 ``(1,)``: where it is not 0, nothing is done.
+        logits: ``(1, vocab_size or more)`` in the dtype of `embedding`, written if `head` is given.
+        head: ``(vocab_size, d_model)`` in that dtype, contiguous and aligned to 16 bytes, or None.
+        last_gain, head_constant, head_folded, head_eps: the last layer norm's weight, what `decode_linear.fold_norms`
+            makes of it for `head`, and its eps.
     """
     properties = torch.cuda.get_device_properties(gained.device)
     cross_int8 = caches[2].dtype == torch.int8
@@ -404,6 +426,7 @@ def decode_layers(
         len(gained),
         cross_int8,
         len(caches[0]) // len(caches[2]),
+        0 if head is None else len(head),
     )
     arguments = arguments_for(
         gained,
@@ -420,6 +443,12 @@ def decode_layers(
         eps,
         scale,
         finished,
+        logits,
+        head,
+        last_gain,
+        head_constant,
+        head_folded,
+        head_eps,
     )
     from .launch import compiling
 

@@ -17,7 +17,7 @@ from .launch import let_successor_start, options, start, wait_for_predecessor
 
 # Bits of a token's entry in the table of rules.
 SUPPRESSED, SUPPRESSED_EARLY = 1, 2
-_BLOCK = 4096
+_BLOCK = 1024
 
 
 class Rules(NamedTuple):
@@ -291,7 +291,7 @@ def choose_next(
         BLOCK=_BLOCK,
         BLOCKS=blocks,
         HISTORY=triton.next_power_of_2(tokens.shape[1]),
-        **options(logits.device, 8),
+        **options(logits.device, 4),
     )
     start(
         _choose_kernel,
