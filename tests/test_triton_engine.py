@@ -103,7 +103,7 @@ class Steps:
             def one(function, count):
                 return lambda: self.launches.append(count) or function()
 
-            return tuple(one(*pair) for pair in zip(steps(engine, rows), (1, engine.chained_steps)))
+            return tuple(one(*pair) for pair in zip(steps(engine, rows), (1, engine.chained(rows))))
 
         monkeypatch.setattr(TritonEngine, "_enter", enter)
         monkeypatch.setattr(TritonEngine, "_logits", logits)
@@ -142,7 +142,7 @@ def test_several_steps_a_launch_give_the_tokens_of_one(steps, monkeypatch, seed,
     arguments = {"language": "en", "return_segments": True, **arguments}
     expected, several, report = both(model, features, **arguments)
     assert CHAINED_STEPS in steps.launches
-    monkeypatch.setattr(TritonEngine, "chained_steps", 1000)
+    monkeypatch.setattr(TritonEngine, "chained", lambda engine, rows: 1000)
     _, single, alone = both(model, features, **arguments)
     assert torch.equal(several["sequences"], expected["sequences"])
     assert torch.equal(single["sequences"], expected["sequences"])
@@ -330,7 +330,8 @@ def test_cross_attention_in_8_bits_is_the_eager_engines(prompt_ids):
 
 @pytest.mark.skipif(DEVICE != "cpu" or shutil.which("g++") is None, reason="emulates CUDA threads, with g++")
 @pytest.mark.parametrize("bits", [16, 4])
-def test_all_layers_in_one_kernel_are_those_kernel_by_kernel(bits):
+@pytest.mark.parametrize("head", ["apart", "joined"])
+def test_all_layers_in_one_kernel_are_those_kernel_by_kernel(head, bits):
     # What the persistent kernel is told of a model's modules; a GPU runs it, emulated threads do here.
     from whisper_static_cache.ops import decode_layers as ops
 
@@ -342,21 +343,31 @@ def test_all_layers_in_one_kernel_are_those_kernel_by_kernel(bits):
         whisper_static_cache.quantize_decoder(model, bits, 64, method="rtn", backend="torch", progress=False)
     engine = TritonEngine(model)
     with torch.no_grad():
-        session = Session(EncoderDecoderStaticCache(model.config, 1, dtype=torch.float16, device="cpu"))
-        rows, buffers = session.rows(1), engine._buffers(session)
+        session = Session(EncoderDecoderStaticCache(model.config, 2, dtype=torch.float16, device="cpu"))
+        # Two rows, one by one.
+        rows, buffers = session.rows(2), engine._buffers(session)
         buffers.states.normal_()
         engine._enter(rows, buffers)
         group_size = 64 if bits < 16 else 0
         shape = ops.Shape(128, 512, 2, session.slots, session.source_length, False, bits, group_size, 12, 120_000)
+        if head == "joined":
+            assert engine._head_joins(rows.one_by_one()[1], torch.float16)
+            shape = shape._replace(vocab=model.config.vocab_size)
         assert ops.why_not(shape) is None
-        whole = engine._whole_arguments(rows, buffers, shape)
-        rows.tokens[0, :2] = torch.tensor([5, 17])
+        parts = [engine._whole_arguments(row, buffers, shape) for row in rows.one_by_one()]
+        rows.tokens[:, :2] = torch.tensor([[5, 17], [9, 3]])
         for fed in (1, 2):
             session.length.fill_(fed)
-            launch_emulated(shape, ops.arguments_for(*whole[:3], *whole[4:14], buffers.going_on))
-            gained, stats = buffers.gained[:1].clone(), whole[1].sum(-1)
-            engine._layers_by_kernels(rows, buffers)
-            torch.testing.assert_close(gained, buffers.gained[:1], rtol=1e-2, atol=1e-2 * gained.abs().max().item())
-            stream = buffers.stream[:1]
+            for layers, joined in parts:
+                arguments = ops.arguments_for(*layers[:3], *layers[4:14], buffers.going_on, *joined)
+                launch_emulated(shape, arguments)
+            gained, logits = buffers.gained[:2].clone(), buffers.logits[:2].clone()
+            stats = torch.cat([layers[1] for layers, _ in parts], 1).sum(-1)
+            expected = engine._logits(rows, buffers, buffers.going_on)
+            if head == "joined":
+                torch.testing.assert_close(logits, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
+                continue
+            torch.testing.assert_close(gained, buffers.gained[:2], rtol=1e-2, atol=1e-2 * gained.abs().max().item())
+            stream = buffers.stream[:2]
             torch.testing.assert_close(stats[0], stream.sum(-1), rtol=1e-2, atol=1e-2 * stream.norm().item())
             torch.testing.assert_close(stats[1], stream.square().sum(-1), rtol=1e-2, atol=0)

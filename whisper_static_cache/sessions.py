@@ -61,20 +61,26 @@ class Session:
 
 
 class Rows:
-    """Views of a session's first `count` rows, and of the cross-attention rows of their inputs."""
+    """Views of `count` of a session's rows, from the first one on, and of the cross-attention rows of their inputs."""
 
-    def __init__(self, session, count, beams):
+    def __init__(self, session, count, beams, first=0):
         self.session = session
         self.count = count
-        inputs = count // beams
+        self.beams = beams
+        self.span = slice(first, first + count)
+        inputs = slice(first // beams, -(-(first + count) // beams))
         self.buffers = [
-            (*(buffer[:count] for buffer in layer[:2]), *(buffer[:inputs] for buffer in layer[2:]))
+            (*(buffer[self.span] for buffer in layer[:2]), *(buffer[inputs] for buffer in layer[2:]))
             for layer in session.buffers
         ]
-        self.tokens = session.tokens[:count]
-        self.position_offset = session.position_offset[:count]
-        self.valid = session.valid[:count]
-        self.token_logprobs = session.token_logprobs[:count]
+        self.tokens = session.tokens[self.span]
+        self.position_offset = session.position_offset[self.span]
+        self.valid = session.valid[self.span]
+        self.token_logprobs = session.token_logprobs[self.span]
+
+    def one_by_one(self):
+        """Each of these rows by itself."""
+        return [Rows(self.session, 1, self.beams, row) for row in range(self.span.start, self.span.stop)]
 
 
 class ModelState:

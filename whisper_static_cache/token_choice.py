@@ -174,7 +174,7 @@ class RuledChoice(DeviceChoice):
         self._state.unfinished[: self.job.batch_size].copy_(self.unfinished)
         self._state.finished.copy_(~self.unfinished.any())
         self._one, self._several = engine.choosing_steps(padded)
-        self._chained = engine.chained_steps
+        self._chained = engine.chained(padded)
         self._wait = self._state.counter.wait
 
     def advance(self, engine, padded, slot):

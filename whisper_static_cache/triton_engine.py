@@ -28,7 +28,8 @@ MAX_STEPPED_PROMPT = 8
 SELF_SPLIT, CROSS_SPLIT = 256, 512
 # What `ops.decode_tokens` can hold of tokens that end a row.
 MAX_ENDS = 16
-# Steps in one graph: some 26 us pass between two graphs. Those behind the last row's end take no layers.
+# Steps in one graph: some 26 us pass between two graphs. Twice as many where those behind the last row's end, without
+# layers and head, are next to nothing.
 CHAINED_STEPS = 8
 
 
@@ -148,7 +149,6 @@ class TritonEngine(EagerEngine):
     name = "triton"
     fallback = "compile"
     max_ends = MAX_ENDS
-    chained_steps = CHAINED_STEPS
     max_batch_size = 32
 
     def __init__(self, model):
@@ -236,7 +236,7 @@ class TritonEngine(EagerEngine):
         ]
 
         def several():
-            return [self._choose(rows, buffers) for _ in range(CHAINED_STEPS)][-1]
+            return [self._choose(rows, buffers) for _ in range(self._in_graph(rows, buffers))][-1]
 
         if self._on_gpu:
             from .ops.launch import compiled_together
@@ -315,12 +315,20 @@ class TritonEngine(EagerEngine):
         return logits[:, : self.proj_out.out_features].float()
 
     def choosing_steps(self, rows):
-        """Functions that queue a step, or `chained_steps` of them, with the choice of each row's token.
+        """Functions that queue a step, or `chained` of them, with the choice of each row's token.
 
         The choice is as the rules that `set_rules` was given have it.
         """
         calls = self._calls(rows, self._buffers(rows.session))
         return calls.choose, calls.choose_several
+
+    def chained(self, rows):
+        """How many steps of these rows the second function of `choosing_steps` queues."""
+        return self._in_graph(rows, self._buffers(rows.session))
+
+    def _in_graph(self, rows, buffers):
+        whole = self._whole(rows, buffers)
+        return CHAINED_STEPS * (2 if whole is not None and whole[0].has_head else 1)
 
     def set_rules(self, rows, rules, forbidden, early, ends, pad):
         """Make ready for the steps of `choosing_steps`.
@@ -381,7 +389,7 @@ class TritonEngine(EagerEngine):
         return logits
 
     def _whole(self, rows, buffers):
-        """A `_Whole` for these rows, or None where the layers go kernel by kernel."""
+        """A `_Whole` for these rows, or one for each of them; None where the layers go kernel by kernel."""
         if not self._on_gpu or self._whole_failed:
             return None
         if rows.count not in buffers.whole:
@@ -399,15 +407,24 @@ class TritonEngine(EagerEngine):
         halves += [bias for layer in self._layers for product in layer for bias in product.biases]
         if len(formats) > 1 or dtype == torch.float32 or any(t is not None and t.dtype != dtype for t in halves):
             return None
-        vocab = self.proj_out.out_features if self._head_joins(rows, dtype) else 0
-        shape = decode_layers.shape_for(self._config, rows.buffers[0], weights[0], device, vocab)
-        if decode_layers.why_not(shape, torch.cuda.get_device_capability(device)) is not None:
-            return None
-        if rows.count > 1 and not decode_layers.scales_fit(weights):
+
+        def served(rows):
+            vocab = self.proj_out.out_features if self._head_joins(rows, dtype) else 0
+            shape = decode_layers.shape_for(self._config, rows.buffers[0], weights[0], device, vocab)
+            return shape, decode_layers.why_not(shape, torch.cuda.get_device_capability(device)) is None
+
+        parts = [rows]
+        if rows.count == 2 and weights[0].bits != 16:
+            # Packed weights are multiplied in half of the time for one row, without the tensor cores.
+            each = rows.one_by_one()
+            if self._head_joins(each[0], dtype) and served(each[0])[1]:
+                parts = each
+        shape, can = served(parts[0])
+        if not can or (parts[0].count > 1 and not decode_layers.scales_fit(weights)):
             return None
         try:
             decode_layers.kernel_for(shape, self._head.constant.device.index)
-            return self._whole_arguments(rows, buffers, shape)
+            return [self._whole_arguments(part, buffers, shape) for part in parts]
         except (RuntimeError, ValueError, OSError) as error:
             self._whole_failed = True
             logger.warning("The kernel of all layers cannot be used (%s): they go kernel by kernel.", error)
@@ -434,9 +451,9 @@ class TritonEngine(EagerEngine):
         head, joined = self._head, (None, None, None, None, None, 0.0)
         if shape.vocab:
             vectors = head.norm.weight, head.constant, head.folded
-            joined = buffers.logits[: rows.count], head.weights[0].values, *vectors, head.eps
+            joined = buffers.logits[rows.span], head.weights[0].values, *vectors, head.eps
         layers = (
-            buffers.gained[: rows.count],
+            buffers.gained[rows.span],
             torch.zeros(2, rows.count, shape.givers, device=device),
             decode_layers.work_space(shape, device),
             [tensor for tensors in rows.buffers for tensor in tensors],
@@ -444,7 +461,7 @@ class TritonEngine(EagerEngine):
             rows.tokens,
             rows.session.length,
             rows.position_offset,
-            rows.session.valid[: rows.count],
+            rows.valid,
             self.decoder.embed_tokens.weight,
             self.decoder.embed_positions.weight,
             self._layers[0].qkv.norm.weight,
@@ -465,10 +482,11 @@ class TritonEngine(EagerEngine):
         if whole is None:
             stats = self._layers_by_kernels(rows, buffers)
         else:
-            decode_layers(*whole.layers, finished, *whole.head)
-            if whole.has_head:
+            for part in whole:
+                decode_layers(*part.layers, finished, *part.head)
+            if whole[0].has_head:
                 return logits
-            stats = whole.layers[1]
+            stats = whole[0].layers[1]
         gained, head = buffers.gained[: rows.count], self._head
         decode_linear(logits, gained, *head.arguments, head.constant, STORE, 1.0, head.folded, stats, head.eps)
         return logits

@@ -116,7 +116,7 @@ def test_several_steps_a_launch_give_the_tokens_of_one(model, monkeypatch, argum
             several = model.generate(features, language="en", max_new_tokens=tokens, **arguments)
             steps = whisper_static_cache.last_run(model).steps
             with monkeypatch.context() as patch:
-                patch.setattr(triton_engine.TritonEngine, "chained_steps", 1000)
+                patch.setattr(triton_engine.TritonEngine, "chained", lambda engine, rows: 1000)
                 single = model.generate(features, language="en", max_new_tokens=tokens, **arguments)
             assert torch.equal(several, single)
             assert whisper_static_cache.last_run(model).steps == steps

@@ -572,6 +572,12 @@ __device__ __forceinline__ bool all_fresh(const uint4& u, u32 tag) {
 }
 __device__ __forceinline__ bool fresh(u32 word, u32 tag) { return ((word ^ tag) & 1) == 0; }
 
+// The newest token's slot, or -1 where nothing is to be done.
+__device__ __forceinline__ int newest_slot(const Arguments& a) {
+  const int length = (int)*a.length;
+  return *a.finished ? -1 : length - 1;
+}
+
 // -- The ring ------------------------------------------------------------------------------------------------------
 
 struct Span {
@@ -671,6 +677,12 @@ __device__ __forceinline__ u32 make_room(Shared& sh, Fetching& f, int step, int 
   if (elected()) barrier_expect(barrier, bytes);
   __syncwarp();
   return at;
+}
+
+// What was asked for before it was known that there is nothing to do has landed: copies end before their program does.
+__device__ __forceinline__ void await_first(Shared& sh) {
+  for (int chunk = 0; chunk < (AT_HOME ? 1 : chunks_of(QKV)); chunk++)
+    await(AT_HOME ? home_barrier(sh, QKV, chunk) : shared_address(&sh.full[chunk]), 0);
 }
 
 // The output features of a chunk.
@@ -824,9 +836,10 @@ __device__ __forceinline__ void fetch_head(const Arguments& a, Shared& sh, u32 m
 #endif
 
 // The fetching warp: every chunk of every layer, as soon as there is room for it.
-__device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory, int slot) {
+__device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory) {
   Fetching f;
   f.due = cycles();
+  int slot = 0;
   Pointers p, ahead;
   ahead.load(a.table, 0);
 #pragma unroll 1
@@ -848,6 +861,10 @@ __device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory
       if (!is_attention(step))
 #pragma unroll 1
         for (int chunk = 0; chunk < chunks_of(step); chunk++) fetch_chunk(p, sh, memory, f, step, chunk);
+      if (layer == 0 && step == QKV) {
+        slot = newest_slot(a);
+        if (slot < 0) return await_first(sh);
+      }
     }
   }
 #if VOCAB
@@ -2418,21 +2435,38 @@ __device__ __forceinline__ void multiply_layers(const Arguments& a, State& s, Sh
 #endif
 }
 
-__device__ __forceinline__ void finish_layers(const Arguments& a, State& s, Shared& sh) {
-  if (thread() / 32 == FIRST_FINISHER) {
-    const Span width = share(WIDTH, ROWS);
-    const int lane = thread() % 32, row = lane / 4 * 2, n = width.first + row;
-    const bool finishes = row < width.count;
-    if (finishes) {
-      const long long token = a.tokens[s.slot];
-      // A row that only pads the batch may hold anything.
-      const int position = most(s.slot - (int)*a.offset, 0);
-#pragma unroll
-      for (int i = 0; i < 2; i++)
-        s.residual[i] = widen(a.embedding[token * WIDTH + n + i]) + widen(a.positions[position * WIDTH + n + i]);
-    }
-    publish_stream(s, stream_place(a, n, lane), finishes);
+// What is needed of cold memory on the way, copied while the first weights come.
+__device__ __forceinline__ void fill_tables(const Arguments& a, Shared& sh) {
+  for (int i = thread(); i < LAYERS * 2; i += 32 * WARPS) sh.caches[i / 2][i % 2] = a.table[i / 2 * POINTERS + KEYS + i % 2];
+  for (int i = thread(); i < LAYERS * 3; i += 32 * WARPS) {
+    // The table has a layer norm's gain with the product in front of it.
+    sh.gains[i / 3][i % 3] = i ? a.table[(i - 1) / 3 * POINTERS + GAIN + (i - 1) % 3] : (u64)a.first_gain;
+    sh.eps[i / 3][i % 3] = a.eps[i];
   }
+  for (int i = thread(); i < SLOTS; i += 32 * WARPS) sh.valid[i] = a.valid[i];
+}
+#if VOCAB
+// The tag that no word of `result` has: what is in there is of the last launch, until all programs have got this far.
+__device__ __forceinline__ u32 next_result_tag(const Arguments& a) { return peek4(a.result) & 1 ^ 1; }
+#endif
+
+// The newest token's embedding, by the first finishing warp.
+__device__ __forceinline__ void embed(const Arguments& a, State& s) {
+  const Span width = share(WIDTH, ROWS);
+  const int lane = thread() % 32, row = lane / 4 * 2, n = width.first + row;
+  const bool finishes = row < width.count;
+  if (finishes) {
+    const long long token = a.tokens[s.slot];
+    // A row that only pads the batch may hold anything.
+    const int position = most(s.slot - (int)*a.offset, 0);
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+      s.residual[i] = widen(a.embedding[token * WIDTH + n + i]) + widen(a.positions[position * WIDTH + n + i]);
+  }
+  publish_stream(s, stream_place(a, n, lane), finishes);
+}
+
+__device__ __forceinline__ void finish_layers(const Arguments& a, State& s, Shared& sh) {
 #pragma unroll 1
   for (int layer = 0; layer < LAYERS; layer++, s.tag ^= 1)
 #pragma unroll 1
@@ -2456,42 +2490,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments
     barrier_fence();
   }
   __syncthreads();
-  const int slot = (int)*a.length - 1;
-  if (*a.finished) return;
-  // What is needed of cold memory on the way, copied while the first weights come.
-  const int other = thread() < 32 * FETCHER ? thread() : thread() - 32;
-  if (thread() / 32 < WARPS) {
-    if (LINES) fill_lines(sh);
-  }
-  if (thread() / 32 != FETCHER) {
-    constexpr int OTHERS = THREADS - 32;
-    for (int i = other; i < LAYERS * 2; i += OTHERS) sh.caches[i / 2][i % 2] = a.table[i / 2 * POINTERS + KEYS + i % 2];
-    for (int i = other; i < LAYERS * 3; i += OTHERS) {
-      // The table has a layer norm's gain with the product in front of it.
-      sh.gains[i / 3][i % 3] = i ? a.table[(i - 1) / 3 * POINTERS + GAIN + (i - 1) % 3] : (u64)a.first_gain;
-      sh.eps[i / 3][i % 3] = a.eps[i];
-    }
-    for (int i = other; i < SLOTS; i += OTHERS) sh.valid[i] = a.valid[i];
-  }
   State s;
-  s.slot = slot;
   // Tags alternate, an even number of times a launch: the first finds the buffers zeroed, or as the last one left them.
   s.stream_tag = s.tag = 1;
-#if VOCAB
-  // What is left in there is of the last launch, until all programs have got this far.
-  s.result_tag = peek4(a.result) & 1 ^ 1;
-#endif
   s.residual[0] = s.residual[1] = 0;
+  // Each warp goes its own way from here, and looks by itself whether there is anything to do.
   if (__shfl_sync(~0u, thread() / 128, 0) == WARPS / 4) {
     few_registers();
     if (thread() / 32 == FETCHER) {
-      fetch(a, sh, shared_address(memory), slot);
+      fetch(a, sh, shared_address(memory));
     } else {
+      s.slot = newest_slot(a);
+      if (s.slot < 0) return;
+#if VOCAB
+      s.result_tag = next_result_tag(a);
+#endif
+      if (thread() / 32 == FIRST_FINISHER) embed(a, s);
       bar_sync(TABLES, THREADS - 32);
       finish_layers(a, s, sh);
     }
   } else {
     many_registers();
+    if (LINES) fill_lines(sh);
+    fill_tables(a, sh);
+    s.slot = newest_slot(a);
+    if (s.slot < 0) return;
+#if VOCAB
+    s.result_tag = next_result_tag(a);
+#endif
     bar_sync(TABLES, THREADS - 32);
     multiply_layers(a, s, sh);
   }

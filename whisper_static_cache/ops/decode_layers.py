@@ -264,8 +264,8 @@ class Arguments(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("table", "stream", "heads", "query", "stats")),
-        *((name, ctypes.c_void_p) for name in ("own_runs", "cross_runs", "own_logs", "cross_logs", "hidden", "result")),
-        *((name, ctypes.c_void_p) for name in ("tokens", "length", "offset", "valid")),
+        *((name, ctypes.c_void_p) for name in ("own_runs", "cross_runs", "own_logs", "cross_logs", "hidden")),
+        *((name, ctypes.c_void_p) for name in ("result", "tokens", "length", "offset", "valid")),
         *((name, ctypes.c_void_p) for name in ("embedding", "positions", "first_gain", "gained", "last_stats")),
         *((name, ctypes.c_void_p) for name in ("eps", "finished", "logits")),
         *((name, ctypes.c_void_p) for name in ("head", "last_gain", "head_constant", "head_folded")),

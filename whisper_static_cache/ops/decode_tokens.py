@@ -119,35 +119,34 @@ def _(*args, **kwargs):
 def _best_kernel(
     scores_ptr, ids_ptr, tokens_ptr, length_ptr, logits_ptr, table_ptr, rules_ptr, stride,
     ROWS: tl.constexpr, VOCAB: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-    HISTORY: tl.constexpr, OVERLAP: tl.constexpr,
+    TOKENS: tl.constexpr, HISTORY: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     let_successor_start(OVERLAP)
     row = tl.program_id(0)
     block = tl.program_id(1)
+    # All that is read is asked for at once: nothing waits for an address that another load gives.
+    ids = block * BLOCK + tl.arange(0, BLOCK)
+    inside = ids < VOCAB
+    rule = tl.load(table_ptr + ids, mask=inside, other=1).to(tl.int32)
     length = tl.load(length_ptr).to(tl.int32)
     min_length = tl.load(rules_ptr)
     begin_index = tl.load(rules_ptr + 4)
     begin = tl.load(rules_ptr + 5)
     no_timestamps = tl.load(rules_ptr + 6)
     text_end = tl.load(rules_ptr + 7)
-    ids = block * BLOCK + tl.arange(0, BLOCK)
-    inside = ids < VOCAB
-    rule = tl.load(table_ptr + ids, mask=inside, other=1).to(tl.int32)
-
-    # Where the timestamps stand. They come in pairs, and never decrease.
-    generated = length - begin_index
-    last = tl.load(tokens_ptr + row * stride + tl.maximum(length - 1, 0)) >= begin
-    before = tl.load(tokens_ptr + row * stride + tl.maximum(length - 2, 0)) >= begin
-    last = last & (generated >= 1)
-    before = before | (generated < 2)
-    pair_open = last & (before == 0)
-    pair_closed = last & before
     position = tl.arange(0, HISTORY)
-    in_history = (position >= begin_index) & (position < length)
-    token = tl.load(tokens_ptr + row * stride + position, mask=in_history, other=0).to(tl.int32)
-    newest = tl.max(tl.where(in_history & (token >= begin), position, -1), axis=0)
-    stamp = tl.load(tokens_ptr + row * stride + tl.maximum(newest, 0)).to(tl.int32)
-    earliest = tl.where(newest >= 0, stamp + tl.where(pair_open, 0, 1), begin)
+    token = tl.load(tokens_ptr + row * stride + position, mask=position < TOKENS, other=0).to(tl.int32)
+    wait_for_predecessor(OVERLAP)
+    score = tl.load(logits_ptr + row * WIDE + ids, mask=inside, other=-float("inf")).to(tl.float32)
+
+    # Where the timestamps stand. They come in pairs, and never decrease. The newest one, with its position in front:
+    stamped = (token >= begin) & (position >= begin_index) & (position < length)
+    newest = tl.max(tl.where(stamped, position * VOCAB + token, -1), axis=0)
+    before = tl.max(tl.where(stamped & (position == length - 2), 1, 0), axis=0) | (length - begin_index < 2)
+    last = (newest >= 0) & (newest // VOCAB == length - 1)
+    pair_open = last & (before == 0)
+    pair_closed = last & (before != 0)
+    earliest = tl.where(newest >= 0, newest % VOCAB + tl.where(pair_open, 0, 1), begin)
     earliest = tl.where(pair_closed, VOCAB, earliest)
     text_begin = tl.where(pair_open, text_end, 0)
     forbidden = tl.where(length < min_length, 3, 1)
@@ -155,8 +154,6 @@ def _best_kernel(
     is_text = allowed & (ids < begin) & (ids >= text_begin)
     is_stamp = allowed & (ids >= begin) & (ids >= earliest)
 
-    wait_for_predecessor(OVERLAP)
-    score = tl.load(logits_ptr + row * WIDE + ids, mask=inside, other=-float("inf")).to(tl.float32)
     at = row * BLOCKS + block
     plane: tl.constexpr = ROWS * BLOCKS
     # Text first, then timestamps: the best score, the sum of exponentials beside it, the first token that has it.
@@ -290,6 +287,7 @@ def choose_next(
         WIDE=logits.shape[1],
         BLOCK=_BLOCK,
         BLOCKS=blocks,
+        TOKENS=tokens.shape[1],
         HISTORY=triton.next_power_of_2(tokens.shape[1]),
         **options(logits.device, 4),
     )
