@@ -633,6 +633,23 @@ struct Pointers {
   }
 };
 
+// Some barriers to a warp, by one lane: 32 lanes at once would take their turns, a hundred cycles each.
+__device__ __forceinline__ void init_barriers(Shared& sh, int readers) {
+  constexpr int USED = AT_HOME ? STEPS + KEY_CHUNKS : IN_RING;
+  if (elected()) {
+#pragma unroll 1
+    for (int i = thread() / 32; i < USED + MOST_PIECES; i += THREADS / 32) {
+      const bool of_head = i >= USED;
+      const int at = of_head ? RINGS + i - USED : i;
+      const int chunks = AT_HOME && !of_head && i < STEPS && !is_attention(i) ? chunks_of(i) : 1;
+      barrier_init(shared_address(&sh.full[at]), chunks);
+      barrier_init(shared_address(&sh.empty[at]), of_head ? WARPS : readers);
+    }
+    barrier_fence();
+  }
+  __syncwarp();
+}
+
 // At home a step's chunks have a barrier in common, but for pieces of keys.
 __device__ __forceinline__ u32 home_barrier(Shared& sh, int step, int chunk) {
   return shared_address(&sh.full[step == CROSS_ATTENTION ? STEPS + chunk : step]);
@@ -836,12 +853,11 @@ __device__ __forceinline__ void fetch_head(const Arguments& a, Shared& sh, u32 m
 #endif
 
 // The fetching warp: every chunk of every layer, as soon as there is room for it.
-__device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory) {
+__device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory, Pointers ahead) {
   Fetching f;
   f.due = cycles();
   int slot = 0;
-  Pointers p, ahead;
-  ahead.load(a.table, 0);
+  Pointers p;
 #pragma unroll 1
   for (int layer = 0; layer < LAYERS; layer++) {
     f.layer = layer;
@@ -2482,13 +2498,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments
   Shared& sh = *(Shared*)(memory + SHARED_AT);
   // Who has nothing to give to others leaves.
   if (share(WIDTH, ROWS).count <= 0 && share(FFN, ROWS_FFN).count <= 0) return;
-  if (thread() < RINGS + MOST_PIECES) {
-    const bool of_head = thread() >= RINGS;
-    const int products = AT_HOME && !of_head && !is_attention(thread()) ? chunks_of(thread()) : 1;
-    barrier_init(shared_address(&sh.full[thread()]), products);
-    barrier_init(shared_address(&sh.empty[thread()]), of_head ? WARPS : WARPS + FINISHERS);
-    barrier_fence();
-  }
+  init_barriers(sh, WARPS + FINISHERS);
+  Pointers ahead;
+  if (thread() / 32 == FETCHER) ahead.load(a.table, 0);
   __syncthreads();
   State s;
   // Tags alternate, an even number of times a launch: the first finds the buffers zeroed, or as the last one left them.
@@ -2498,7 +2510,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments
   if (__shfl_sync(~0u, thread() / 128, 0) == WARPS / 4) {
     few_registers();
     if (thread() / 32 == FETCHER) {
-      fetch(a, sh, shared_address(memory));
+      fetch(a, sh, shared_address(memory), ahead);
     } else {
       s.slot = newest_slot(a);
       if (s.slot < 0) return;

@@ -1024,11 +1024,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments
   Shared& sh = *(Shared*)(memory + IN_RING * CHUNK);
   // Who has nothing to give to others leaves.
   if (share(WIDTH, ROWS).count <= 0 && share(FFN, ROWS_FFN).count <= 0) return;
-  if (thread() < RINGS) {
-    barrier_init(shared_address(&sh.full[thread()]), 1);
-    barrier_init(shared_address(&sh.empty[thread()]), WARPS);
-    barrier_fence();
-  }
+  init_barriers(sh, WARPS);
   __syncthreads();
   State s;
   s.slot = (int)*a.length - 1;
