@@ -251,9 +251,9 @@ def test_emulated(changes):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed: the kernel cannot be emulated")
-@pytest.mark.parametrize("batch", [1, 3])
-def test_emulated_when_all_rows_have_finished(batch):
-    model = Model(SMALL._replace(batch=batch))
+@pytest.mark.parametrize("memory, batch", [(SMALL.memory, 1), (72_000, 1), (SMALL.memory, 3)])
+def test_emulated_when_all_rows_have_finished(memory, batch):
+    model = Model(SMALL._replace(batch=batch, memory=memory))
     compare(model, 5, 0, emulate)
     kept = [tensor.clone() for tensor in (model.gained, model.stats, *model.work, *model.caches[0])]
     model.finished.fill_(1)
@@ -265,11 +265,12 @@ def test_emulated_when_all_rows_have_finished(batch):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed: the kernel cannot be emulated")
-@pytest.mark.parametrize("rows", [(1, 16, 0), (1, 4, 64), (8, 16, 0), (4, 4, 64)], ids=str)
+@pytest.mark.parametrize("rows", [(1, 16, 0), (1, 4, 64), (1, 3, 32), (8, 16, 0), (4, 4, 64)], ids=str)
 def test_emulated_on_all_of_a_gpu(rows):
     """The kernel as it runs for large-v2 on an H100, two layers of it: what small shapes do not have, a full ring."""
     batch, bits, group_size = rows
-    shape = ops.Shape(1280, 5120, 2, 448, 1500, False, bits, group_size, 132, 232448, batch)
+    vocab = 20_000 if batch == 1 else 0
+    shape = ops.Shape(1280, 5120, 2, 448, 1500, False, bits, group_size, 132, 232448, batch, vocab=vocab)
     compare(Model(shape), 260, 3, emulate)
 
 
@@ -302,13 +303,13 @@ def run(model, slot, offset):
     torch.cuda.synchronize()
 
 
-def on_this_gpu(width, bits, group_size, dtype, *rows):
+def on_this_gpu(width, bits, group_size, dtype, *rows, vocab=0):
     if torch.cuda.get_device_capability() != ops.CAPABILITY:
         pytest.skip(f"the persistent kernel is made for compute capability {ops.CAPABILITY[0]}.{ops.CAPABILITY[1]}")
     properties = torch.cuda.get_device_properties(0)
     programs, memory = properties.multi_processor_count, properties.shared_memory_per_block_optin
     size = width, 4 * width, 2, 448, 1500
-    shape = ops.Shape(*size, dtype == "bfloat16", bits, group_size, programs, memory, *rows)
+    shape = ops.Shape(*size, dtype == "bfloat16", bits, group_size, programs, memory, *rows)._replace(vocab=vocab)
     reason = ops.why_not(shape)
     if reason is not None:
         assert bits == 1.58
@@ -321,23 +322,24 @@ def check_on_a_gpu(shape):
     model.valid[0, :3] = False
     for slot, offset in ((5, 3), (127, 0), (128, 0), (256, 0), (257, 3), (447, 3), (4, 3)):
         compare(model, slot, offset, run)
-    first = model.gained.clone()
+    result = model.gained if model.head[0] is None else model.head[0][:, :-1]
+    first = result.clone()
     model.finished.fill_(1)
-    model.gained.fill_(torch.nan)
+    result.fill_(torch.nan)
     run(model, 4, 3)
-    assert model.gained.isnan().all()
+    assert result.isnan().all()
     model.finished.zero_()
     for _ in range(20):
         run(model, 4, 3)
-        assert torch.equal(model.gained, first)
+        assert torch.equal(result, first)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("bits, group_size", [(16, 0), (8, 64), (4, 64), (3, 32), (2, 16), (1.58, 16)])
-@pytest.mark.parametrize("width", [384, 512, 1280])
-def test_on_a_gpu(width, bits, group_size, dtype):
-    check_on_a_gpu(on_this_gpu(width, bits, group_size, dtype))
+@pytest.mark.parametrize("width, vocab", [(384, 51865), (512, 0), (768, 51865), (1280, 0), (1280, 51866)])
+def test_on_a_gpu(width, vocab, bits, group_size, dtype):
+    check_on_a_gpu(on_this_gpu(width, bits, group_size, dtype, vocab=vocab))
 
 
 @pytest.mark.gpu
