@@ -2359,11 +2359,12 @@ __device__ __forceinline__ void multiply_head(const Arguments& a, State& s, Shar
       if ((missing >> i & 1) && all_fresh(units[i], s.result_tag)) missing &= ~(1u << i);
     patience.spend();
   }
+  // Without their tags, which are others in every other launch.
+  auto value_of = [](u32 word) { return __uint_as_float(word & ~1u); };
 #pragma unroll
   for (int i = 0; i < UNITS; i++)
     if (i * 32 * WARPS + (int)id < WIDTH / 4)
-      sh.result[i * 32 * WARPS + id] = {__uint_as_float(units[i].x), __uint_as_float(units[i].y), __uint_as_float(units[i].z),
-                                        __uint_as_float(units[i].w)};
+      sh.result[i * 32 * WARPS + id] = {value_of(units[i].x), value_of(units[i].y), value_of(units[i].z), value_of(units[i].w)};
   bar_sync(RESULT, 32 * WARPS);
   float x[TILES][8], sum = 0, squares = 0;
 #pragma unroll
