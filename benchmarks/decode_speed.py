@@ -294,12 +294,16 @@ def break_down(model, bandwidth, by_kernels=False, tokens=96):
     begins = "_embed", "_decode", "_best", "_choose", "decode_layers"
     kernels = [event for event in profiler.events() if event.name.startswith(begins)]
     kernels.sort(key=lambda event: event.time_range.start)
-    if any(event.name.startswith("decode_layers") for event in kernels):
-        # One kernel for the embedding and all layers.
-        kinds = [("embedding and layers", layers * sum(size for _, size in kinds))]
-        names = order = [0, *names[-3:]]
-        layers = 1
     starts = [i for i, event in enumerate(kernels) if event.name.startswith(("_embed", "decode_layers"))]
+    one, following = (kernels[starts[-2] + i].name for i in range(2))
+    if one.startswith("decode_layers"):
+        # One kernel for the embedding and all layers, and for the head if no kernel of its own comes next.
+        size = layers * sum(size for _, size in kinds)
+        if following.startswith("_best"):
+            kinds, names = [("embedding, layers, head", size + linears(model.proj_out))], [0, *names[-2:]]
+        else:
+            kinds, names = [("embedding and layers", size)], [0, *names[-3:]]
+        order, layers = names, 1
     # Whole steps with the choice of the token, the first ones aside.
     steps = [kernels[a:b] for a, b in itertools.pairwise(starts) if b - a == len(order)][8:]
     total = dict.fromkeys(names, 0.0)
