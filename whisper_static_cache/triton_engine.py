@@ -4,7 +4,8 @@ A step is eight kernels a layer, one for the embedding, one for the head and two
 other thing that a step does (layer norms, residual sums, the cache update, the merge of split attention) is part of
 one of them; `ops` says how. Up to 2 rows, of float32 8, are multiplied row by row, up to 32 on the tensor cores;
 larger batches go to the next engine. Up to 16 rows in half precision have their layers in one persistent kernel on a
-GPU of compute capability 9.0: `ops.decode_layers`.
+GPU of compute capability 9.0, a single one its head, too, and two rows of packed weights one after the other:
+`ops.decode_layers`.
 """
 
 import importlib.util

@@ -1,5 +1,5 @@
 // All decoder layers of a one-token step, as one persistent kernel: one program to a multiprocessor. What is here is for
-// one row, and what `decode_rows.cu` has of it for several.
+// one row, whose logits it can compute as well, and what `decode_rows.cu` has of it for several.
 //
 // A layer is six products and two attentions, each of which needs the whole result of the one before. As kernels of
 // their own they drain and fill the machine eight times a layer. Here the programs stay, and hand each other their
@@ -16,9 +16,10 @@
 //
 // Built by NVRTC without headers. Constants that the launcher defines:
 //   WIDTH, FFN, HEADS (of 64), LAYERS, SLOTS, SOURCE (keys of cross-attention), BATCH (rows), BEAMS (of these that share
-//   an input's cross-attention), VOCAB (rows of the head's weight, or 0 where the head is another kernel's), CROSS8 (1 if its keys and values are int8), CROSS_SPLITS (programs to a head where
-//   there is one row, at most 8), BF16 (0 or 1), BITS (16, 8, 4, 3, 2, or 158 for 1.58), GROUP (of the quantisation),
-//   PROGRAMS, MEMORY (bytes of shared memory).
+//   an input's cross-attention), VOCAB (rows of the head's weight, or 0 where the head is another kernel's, as it is for
+//   several rows), CROSS8 (1 if cross-attention's keys and values are int8), CROSS_SPLITS (programs to a head where there
+//   is one row, at most 8), BF16 (0 or 1), BITS (16, 8, 4, 3, 2, or 158 for 1.58), GROUP (of the quantisation), PROGRAMS,
+//   MEMORY (bytes of shared memory).
 //
 // Why every buffer can be used again without being cleared: a program that writes the next result into a buffer holds
 // values that depend on every reader's having read the last one; who gives nothing that others wait for reads nothing.
@@ -797,7 +798,8 @@ __device__ __forceinline__ void fetch_keys(const Pointers& p, Shared& sh, u32 me
 constexpr int HEAD_ROW = 2 * WIDTH, HEAD_EACH = ratio(SHARED_AT, MOST_PIECES * WARPS * HEAD_ROW);
 constexpr int PIECE_ROWS = WARPS * HEAD_EACH, PIECE = PIECE_ROWS * HEAD_ROW, PIECES = SHARED_AT / PIECE;
 static_assert(PIECES > 1 && PIECES <= MOST_PIECES, "");
-// Of those that come when the layers are done, one in so many stays in the L2 cache until the next step, some 16 MB.
+// Of those that come when the layers are done, one in so many stays in the L2 cache until the next step, up to 16 MB. Twice
+// as much would be in its own way.
 constexpr int KEPT_EVERY = ratio(VOCAB * HEAD_ROW, 16 << 20);
 
 __device__ __forceinline__ int pieces_of_program() { return ratio(ratio(VOCAB, PIECE_ROWS) - program(), GIVERS); }

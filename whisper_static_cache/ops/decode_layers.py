@@ -1,4 +1,4 @@
-"""All decoder layers of a one-token step as one persistent CUDA kernel: launcher and reference.
+"""All decoder layers of a one-token step, of one row the head too, as one persistent CUDA kernel: launcher, reference.
 
 Between two kernels of a step the machine drains and fills, and a step of eight kernels a layer does so hundreds of
 times. `decode_layers.cu` keeps one program on every multiprocessor for the whole step instead; it says how the
