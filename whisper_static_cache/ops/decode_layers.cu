@@ -964,7 +964,7 @@ __device__ __forceinline__ void load_packed(Packed& packed, u32 at, int in_plane
   }
 }
 
-// The same of twice as much.
+// The same of twice as much, for a digit that only the lane knows.
 template <int DEPTH>
 __device__ __forceinline__ void load_packed_pair(Packed (&packed)[2], u32 at, int in_plane) {
   const u8* memory = dynamic_shared() + at;
@@ -1968,10 +1968,10 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, const Lane
   constexpr int BLOCKS = HIDDEN_BLOCKS, ASKED = ratio(BLOCKS * 4, 32);
   using Of = Units<BLOCKS, BLOCKS, FUSE, BITS == 158 ? TURNS : 0>;
   constexpr int SUBS = 4, EACH = ratio(ROWS, 2);
-  // Where all warps have as many runs, what a lane loads lies at the same distances for all. A warp's runs follow each other
-  // if not for groups; and where its lanes have as many digits, a lane has sixteen elements of two runs, its digit's, and eight
-  // of a last run: half as many scales.
-  constexpr bool FULL = runs(FFN) % (WARPS * FUSE) == 0 && even(FFN) && parts(FFN) == 1, CLOSE = FULL && FUSE == 1;
+  // Where all warps have as many runs, what a lane loads lies at the same distances for all. In one part, and if not for
+  // groups, a warp's runs follow each other; and where its lanes have as many digits, a lane has sixteen elements of two runs,
+  // its digit's, and eight of a last run: half as many scales.
+  constexpr bool FULL = runs(FFN) % (WARPS * FUSE) == 0 && even(FFN), CLOSE = FULL && FUSE == 1 && parts(FFN) == 1;
   constexpr bool SIXTEENS = CLOSE && DIGITS == SUBS;
   constexpr int PAIRS = SIXTEENS ? TURNS / 2 : 0, OF_LANE = SIXTEENS ? ratio(TURNS, 2) : ratio(Of::COUNT, SUBS);
   // Of a lane's unit, of eight elements each.
@@ -2000,7 +2000,7 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, const Lane
   const int in_lane = warp * (FROM_WARP * 32) + t * 8;
   auto load = [&](Packed& packed, int row, int turn, int i) {
     int run = turn * FROM_TURN + i;
-    if (FULL) {
+    if (FULL && parts(FFN) == 1) {
       load_packed<FFN>(packed, base_of(place, 0) + row * stride(FFN) + in_lane + run * 32, run * 32 + in_lane);
       return;
     }
