@@ -328,6 +328,44 @@ def test_cross_attention_in_8_bits_is_the_eager_engines(prompt_ids):
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="stands in for the GPU's compiler")
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_kernel_that_does_not_compile_goes_without_the_head_and_then_kernel_by_kernel(monkeypatch, caplog, count):
+    from whisper_static_cache.ops import decode_layers as ops
+
+    heads = {"d_model": 128, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 512}
+    model = served_model(decoder_layers=2, **heads).half()
+    whisper_static_cache.quantize_decoder(model, 4, 64, method="rtn", backend="torch", progress=False)
+    engine = TritonEngine(model)
+    session = Session(EncoderDecoderStaticCache(model.config, 2, dtype=torch.float16, device="cpu"))
+    rows, buffers = session.rows(count), engine._buffers(session)
+    built = []
+
+    def shape_for(config, layer, weight, device, vocab=0):
+        size = 128, 512, 2, session.slots, session.source_length, False, 4, 64, 12, 120_000
+        return ops.Shape(*size, len(layer[0]), vocab=vocab)
+
+    def kernel_for(shape, device):
+        built.append((shape.batch, shape.vocab))
+        if shape.vocab in broken:
+            raise RuntimeError("no room")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: ops.CAPABILITY)
+    monkeypatch.setattr(ops, "shape_for", shape_for)
+    monkeypatch.setattr(ops, "kernel_for", kernel_for)
+    vocab = model.config.vocab_size
+    broken = []
+    assert [part.has_head for part in engine._made_whole(rows, buffers)] == [True] * count
+    broken = [vocab]
+    (part,) = engine._made_whole(rows, buffers)
+    # Without its head a row is not by itself.
+    assert not part.has_head and "cannot have the head (no room)" in caplog.text
+    broken = [vocab, 0]
+    assert engine._made_whole(rows, buffers) is None and "kernel by kernel" in caplog.text
+    assert built == [(1, vocab), (1, vocab), (count, 0), (count, 0)]
+    assert engine._whole_failed
+
+
 @pytest.mark.skipif(DEVICE != "cpu" or shutil.which("g++") is None, reason="emulates CUDA threads, with g++")
 @pytest.mark.parametrize("bits", [16, 4])
 @pytest.mark.parametrize("head", ["apart", "joined"])

@@ -161,7 +161,7 @@ class TritonEngine(EagerEngine):
         self._scaling = self.decoder.layers[0].self_attn.scaling
         self._layers = [self._layer(layer) for layer in self.decoder.layers]
         self._head = self._product([self.proj_out], self.decoder.layer_norm)
-        self._whole_failed = False
+        self._whole_failed = self._joined_failed = False
 
     @staticmethod
     def why_not(model, device):
@@ -427,13 +427,17 @@ class TritonEngine(EagerEngine):
             decode_layers.kernel_for(shape, self._head.constant.device.index)
             return [self._whole_arguments(part, buffers, shape) for part in parts]
         except (RuntimeError, ValueError, OSError) as error:
+            if shape.vocab:
+                self._joined_failed = True
+                logger.warning("The kernel of all layers cannot have the head (%s), which has one of its own.", error)
+                return self._made_whole(rows, buffers)
             self._whole_failed = True
             logger.warning("The kernel of all layers cannot be used (%s): they go kernel by kernel.", error)
 
     def _head_joins(self, rows, dtype):
         """Whether the kernel of all layers can have the head as well."""
-        weight = self._head.weights[0]
-        return rows.count == 1 and weight.values.dtype == dtype and weight.values.data_ptr() % 16 == 0
+        values = self._head.weights[0].values
+        return rows.count == 1 and not self._joined_failed and values.dtype == dtype and values.data_ptr() % 16 == 0
 
     def _whole_arguments(self, rows, buffers, shape):
         """The `_Whole` of these rows and a kernel of `shape`."""
