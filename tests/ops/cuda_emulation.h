@@ -841,7 +841,7 @@ static inline bool barrier_try(u32 at, u32 parity, EMULATED_LINE) {
     return true;
 }
 static inline void barrier_fence() {}
-static inline void copy_async(u32 to, const void* from, u32 bytes, u32 barrier, bool kept = false, EMULATED_LINE) {
+static inline void copy_async(u32 to, const void* from, u32 bytes, u32 barrier, bool /*kept*/ = false, EMULATED_LINE) {
     using namespace emulation;
     if (to % 16 || uintptr_t(from) % 16 || bytes % 16 || !bytes)
         fail(false, "copy_async, line %d: %u bytes from %p to 0x%x are not whole 16s", line, bytes, from, to);
