@@ -282,6 +282,8 @@ __device__ __forceinline__ void load8(u32 (&r)[2], const u8* at) {
   const uint2 v = *(const uint2*)at;
   r[0] = v.x, r[1] = v.y;
 }
+__device__ __forceinline__ void load_words(u32 (&r)[2], const u8* at) { load8(r, at); }
+__device__ __forceinline__ void load_words(u32 (&r)[4], const u8* at) { load16(r, at); }
 // Floats in the order of unsigned integers: of those with a sign all bits differ.
 __device__ __forceinline__ float largest_float_of_warp(float x) {
   const u32 bits = __float_as_uint(x), y = largest_of_warp(bits ^ ((int)bits < 0 ? ~0u : 0x80000000u));
@@ -945,41 +947,32 @@ __device__ __forceinline__ u32 base_of(u32 place, u32 chunk) {
   return (at < IN_RING ? at : at - IN_RING) * CHUNK;
 }
 
-// A lane's part of a run, from `at` on: the lane has the elements from `in_plane` on.
-template <int DEPTH>
-__device__ __forceinline__ void load_packed(Packed& packed, u32 at, int in_plane) {
+// A lane's part of a run, or of two runs side by side, from `at` on: the lane has the elements from `in_plane` on.
+template <int DEPTH, int EIGHTS>
+__device__ __forceinline__ void load_packed(Packed (&packed)[EIGHTS], u32 at, int in_plane) {
   const u8* memory = dynamic_shared() + at;
-  load8(packed.raw, memory);
+  u32 words[2 * EIGHTS];
+  load_words(words, memory);
+#pragma unroll
+  for (int i = 0; i < 2 * EIGHTS; i++) packed[i / 2].raw[i % 2] = words[i];
   if (BITS == 3) {
     // A high plane's byte holds the bits of two elements of each byte of the first plane, those of its second half
     // in the upper place.
     constexpr int PLANE = plane(DEPTH), HIGH = most(high_plane(DEPTH), 1);
     const int upper = in_plane >= HIGH;
-    u32 high[2];
-    load8(high, memory + PLANE - upper * HIGH);
+    load_words(words, memory + PLANE - upper * HIGH);
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-      packed.high[i][0] = high[i] << (2 - upper), packed.high[i][1] = high[i] >> (BATCH == 1 ? upper : 6 + upper);
+    for (int i = 0; i < 2 * EIGHTS; i++) {
+      u32(&high)[2] = packed[i / 2].high[i % 2];
+      high[0] = words[i] << (2 - upper), high[1] = words[i] >> (BATCH == 1 ? upper : 6 + upper);
     }
   }
 }
-
-// The same of twice as much, for a digit that only the lane knows.
 template <int DEPTH>
-__device__ __forceinline__ void load_packed_pair(Packed (&packed)[2], u32 at, int in_plane) {
-  const u8* memory = dynamic_shared() + at;
-  u32 raw[4];
-  load16(raw, memory);
-#pragma unroll
-  for (int i = 0; i < 4; i++) packed[i / 2].raw[i % 2] = raw[i];
-  if (BITS == 3) {
-    constexpr int PLANE = plane(DEPTH), HIGH = most(high_plane(DEPTH), 1);
-    const int upper = in_plane >= HIGH;
-    u32 high[4];
-    load16(high, memory + PLANE - upper * HIGH);
-#pragma unroll
-    for (int i = 0; i < 4; i++) packed[i / 2].high[i % 2][1] = high[i] >> upper;
-  }
+__device__ __forceinline__ void load_packed(Packed& packed, u32 at, int in_plane) {
+  Packed one[1];
+  load_packed<DEPTH>(one, at, in_plane);
+  packed = one[0];
 }
 
 // Where a warp's block of `WIDTH` elements is: the run, the digit, and whether there is such a block.
@@ -2042,7 +2035,7 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, const Lane
         const u32 at = base_of(place, 0) + row * stride(FFN) + in;
         Packed packed[2];
         if (pair)
-          load_packed_pair<FFN>(packed, at, in);
+          load_packed<FFN>(packed, at, in);
         else
           load_packed<FFN>(packed[0], at, in);
 #pragma unroll
