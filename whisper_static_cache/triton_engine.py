@@ -4,8 +4,8 @@ A step is eight kernels a layer, one for the embedding, one for the head and two
 other thing that a step does (layer norms, residual sums, the cache update, the merge of split attention) is part of
 one of them; `ops` says how. Up to 2 rows, of float32 8, are multiplied row by row, up to 32 on the tensor cores;
 larger batches go to the next engine. Up to 16 rows in half precision have their layers in one persistent kernel on a
-GPU of compute capability 9.0, a single one its head, too, and two rows of packed weights one after the other:
-`ops.decode_layers`.
+GPU of compute capability 9.0, a single one its head and the choice of the token, too, several steps to a launch, and
+two rows of packed weights one after the other: `ops.decode_layers`.
 """
 
 import importlib.util
@@ -60,10 +60,14 @@ class _Layer(NamedTuple):
 
 
 class _Whole(NamedTuple):
-    """The arguments of `decode_layers`: those in front of the finished flag, and the head's behind it."""
+    """The arguments of `decode_layers`: those in front of the finished flag, and the head's behind it.
+
+    `chooses` says whether it can have those of the choice as well.
+    """
 
     layers: tuple
     head: tuple
+    chooses: bool
 
     @property
     def has_head(self):
@@ -237,7 +241,7 @@ class TritonEngine(EagerEngine):
         ]
 
         def several():
-            return [self._choose(rows, buffers) for _ in range(self._in_graph(rows, buffers))][-1]
+            return self._choose(rows, buffers, self._in_graph(rows, buffers))
 
         if self._on_gpu:
             from .ops.launch import compiled_together
@@ -368,25 +372,31 @@ class TritonEngine(EagerEngine):
             state.zero_()
         return buffers
 
-    def _choose(self, rows, buffers):
+    def _choose(self, rows, buffers, steps=1):
+        """So many steps with the choice of the token; logits of the last one."""
+        from .ops.decode_layers import decode_layers
         from .ops.decode_tokens import choose_next
 
-        count, session = rows.count, rows.session
-        logits = self._logits(rows, buffers, buffers.finished)
-        choose_next(
-            rows.tokens,
-            rows.token_logprobs,
-            buffers.unfinished[:count],
-            session.length,
-            buffers.steps,
-            buffers.finished,
-            buffers.counter.tensor,
-            *buffers.best_for(count),
-            logits,
-            buffers.table,
-            buffers.rules,
-            buffers.ends,
-        )
+        count, session, whole = rows.count, rows.session, self._whole(rows, buffers)
+        unfinished, rules = buffers.unfinished[:count], (buffers.table, buffers.rules, buffers.ends)
+        if count == 1 and whole is not None and whole[0].chooses:
+            written = rows.token_logprobs, unfinished, buffers.steps, buffers.counter.tensor
+            decode_layers(*whole[0].layers, buffers.finished, *whole[0].head, *written, *rules, steps)
+            return buffers.logits[:count]
+        for _ in range(steps):
+            logits = self._logits(rows, buffers, buffers.finished)
+            choose_next(
+                rows.tokens,
+                rows.token_logprobs,
+                unfinished,
+                session.length,
+                buffers.steps,
+                buffers.finished,
+                buffers.counter.tensor,
+                *buffers.best_for(count),
+                logits,
+                *rules,
+            )
         return logits
 
     def _whole(self, rows, buffers):
@@ -435,9 +445,10 @@ class TritonEngine(EagerEngine):
             logger.warning("The kernel of all layers cannot be used (%s): they go kernel by kernel.", error)
 
     def _head_joins(self, rows, dtype):
-        """Whether the kernel of all layers can have the head as well."""
+        """Whether the kernel of all layers can have the head and the choice as well, where a token has 16 bits."""
         values = self._head.weights[0].values
-        return rows.count == 1 and not self._joined_failed and values.dtype == dtype and values.data_ptr() % 16 == 0
+        fits = values.dtype == dtype and values.data_ptr() % 16 == 0 and len(values) < 1 << 16
+        return rows.count == 1 and not self._joined_failed and fits
 
     def _whole_arguments(self, rows, buffers, shape):
         """The `_Whole` of these rows and a kernel of `shape`."""
@@ -476,7 +487,7 @@ class TritonEngine(EagerEngine):
             float(shape.bits),
             shape.group_size,
         )
-        return _Whole(layers, joined)
+        return _Whole(layers, joined, shape.chooses)
 
     def _logits(self, rows, buffers, finished):
         """Logits of the newest tokens, or what they were where `finished` is set."""
@@ -488,7 +499,7 @@ class TritonEngine(EagerEngine):
             stats = self._layers_by_kernels(rows, buffers)
         else:
             for part in whole:
-                decode_layers(*part.layers, finished, *part.head)
+                decode_layers(*part.layers, finished, *part.head, *[None] * 7, 0)
             if whole[0].has_head:
                 return logits
             stats = whole[0].layers[1]

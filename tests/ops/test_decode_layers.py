@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from tests.ops import EMULATION, compile_emulated
 from whisper_static_cache import int8_states
 from whisper_static_cache.ops import decode_layers as ops
+from whisper_static_cache.ops import decode_tokens
 from whisper_static_cache.ops.decode_linear import Weight
 from whisper_static_cache.ops.packing import LEVELS, pack
 
@@ -60,7 +61,7 @@ class Model:
             self.buffers.append(self.in_8_bits(caches) if shape.cross_int8 else caches)
             self.caches.append(caches)
         self.last_norm = random(width, scale=0.1, mean=1.0)
-        self.embedding, self.positions = random(ROWS, width), random(shape.slots, width, scale=0.3)
+        self.embedding, self.positions = random(max(ROWS, shape.vocab), width), random(shape.slots, width, scale=0.3)
         self.vectors = []
         for index, (weights, biases, norms) in enumerate(self.layers):
             constants, folded = [], []
@@ -91,7 +92,7 @@ class Model:
         self.finished = torch.zeros(1, dtype=torch.uint8, device=device)
         self.gained = torch.full((shape.batch, width), torch.nan, device=device)
         self.stats = torch.full((2, shape.batch, shape.givers), torch.nan, device=device)
-        self.head = [None] * 5
+        self.head, self.choice, self.count = [None] * 5, [None] * 7, 0
         if shape.vocab:
             logits = torch.full((1, shape.vocab + 1), torch.nan, dtype=dtype, device=device)
             weight, self.last_bias = random(shape.vocab, width, scale=width**-0.5), random(width, scale=0.1)
@@ -167,7 +168,7 @@ def launch_emulated(shape, arguments, seed=0):
 
 def emulate(model, slot, offset=0, seed=0):
     outputs, inputs = model.operands(slot, offset)
-    launch_emulated(model.shape, ops.arguments_for(*outputs, *inputs), seed)
+    launch_emulated(model.shape, ops.arguments_for(*outputs, *inputs, *model.choice, count=model.count), seed)
 
 
 def compare(model, slot, offset, run):
@@ -202,6 +203,116 @@ def compare(model, slot, offset, run):
             cache, wanted = cache.clone(), wanted.clone()
             cache[:, :, slot] = wanted[:, :, slot] = 0
             assert torch.equal(cache.double(), wanted)
+
+
+# What tokens are chosen by: marks of some, the rules of timestamps, ends.
+PLAIN = {}
+MARKED = {"marks": {1: range(0, 100, 3), 2: range(1, 100, 3)}, "min_length": 128}
+STAMPED = {"timestamp_begin": 80, "no_timestamps": 79, "text_end": 50, "begin_index": 123, "detect": 1}
+CHOICES = [PLAIN, MARKED, STAMPED, {**STAMPED, "detect": 0, "begin_index": 125}, {**STAMPED, "timestamp_begin": 30}]
+
+
+def give_choice(model, choice, count, ends=()):
+    """Have launches of `model` choose `count` tokens; the tensors that they write, by name."""
+    vocab, device = model.shape.vocab, model.device
+    given = {"timestamp_begin": vocab, "no_timestamps": -1, "prompt_length": 2, "eos_count": len(ends), "pad": 7}
+    rules = [{**given, **choice}.get(field, 0) for field in decode_tokens.Rules._fields]
+    marks = torch.zeros(vocab, dtype=torch.uint8, device=device)
+    for bit, tokens in choice.get("marks", {}).items():
+        marks[list(tokens)] |= bit
+    all_ends = torch.zeros(16, dtype=torch.int64, device=device)
+    all_ends[: len(ends)] = torch.tensor(ends, dtype=torch.int64)
+    written = {
+        "logprobs": torch.full(model.tokens.shape, torch.nan, device=device),
+        "unfinished": torch.ones(1, dtype=torch.uint8, device=device),
+        "steps": torch.full((1,), 5, device=device),
+        "seen": torch.zeros(1, dtype=torch.int64, device=device),
+    }
+    model.choice, model.count = [*written.values(), marks, torch.tensor(rules, device=device), all_ends], count
+    return written
+
+
+def chosen(logits, tokens, choice):
+    """The token that transformers' processors let be chosen behind `tokens`, and its log-probability, in float64."""
+    from transformers import GenerationConfig
+    from transformers.generation.logits_process import WhisperTimeStampLogitsProcessor
+
+    scores = logits.double().cpu()
+    for bit, marked in choice.get("marks", {}).items():
+        if bit == 1 or tokens.shape[1] < choice["min_length"]:
+            scores[:, list(marked)] = -torch.inf
+    if "timestamp_begin" in choice:
+        names = {"no_timestamps_token_id": choice["no_timestamps"], "eos_token_id": choice["text_end"]}
+        config = GenerationConfig(**names, bos_token_id=choice["text_end"])
+        processor = WhisperTimeStampLogitsProcessor(
+            config, choice["begin_index"], _detect_timestamp_from_logprob=bool(choice["detect"])
+        )
+        processor.timestamp_begin = choice["timestamp_begin"]
+        scores = processor(tokens.cpu(), scores)
+    token = scores.argmax(-1)
+    return int(token), float(scores.log_softmax(-1)[0, token])
+
+
+def counts(model, written):
+    return int(model.keep[0]), int(written["steps"]), int(written["seen"])
+
+
+def compare_choice(model, slot, steps, choice, run):
+    """`steps` tokens in one launch, and in two, against as many launches for logits and transformers' choice."""
+    begun = [[cache.clone() for cache in layer[:2]] for layer in model.caches], model.tokens.clone()
+
+    def restart():
+        for layer, caches in zip(model.caches, begun[0]):
+            for cache, kept in zip(layer, caches):
+                cache.copy_(kept)
+        model.tokens.copy_(begun[1])
+        model.finished.zero_()
+
+    model.count, logprobs = 0, []
+    for at in range(slot, slot + steps):
+        run(model, at, 3)
+        logits = model.result().float()
+        token, logprob = chosen(logits, model.tokens[:, : at + 1], choice)
+        model.tokens[:, at + 1] = token
+        logprobs.append(logprob)
+    wanted = model.tokens.clone(), model.result().clone(), [cache.clone() for layer in model.caches for cache in layer]
+    first = slot + 1 - 2  # of the log-probabilities
+    for launches in ([steps], [1, steps - 1]):
+        restart()
+        written, at = give_choice(model, choice, 0), slot
+        for model.count in launches:
+            run(model, at, 3)
+            at += model.count
+        assert torch.equal(model.tokens, wanted[0])
+        assert torch.equal(model.result(), wanted[1])
+        assert all(map(torch.equal, (cache for layer in model.caches for cache in layer), wanted[2]))
+        found = written["logprobs"][0]
+        assert torch.allclose(found[first : first + steps].double().cpu(), torch.tensor(logprobs).double(), atol=1e-4)
+        assert found.isnan().sum() == len(found) - steps
+        assert counts(model, written) == (slot + 1 + steps, 5 + steps, slot - 1 + steps)
+        assert int(written["unfinished"]) == 1 and int(model.finished) == 0
+    # The tokens up to one that ends the row, and no further.
+    restart()
+    new = wanted[0][0, slot + 1 : slot + 1 + steps].tolist()
+    end, never = new[2], next(token for token in range(steps + 1) if token not in new)
+    done = new.index(end) + 1
+    written = give_choice(model, choice, steps, (never, end))
+    run(model, slot, 3)
+    assert torch.equal(model.tokens[:, : slot + 1 + done], wanted[0][:, : slot + 1 + done])
+    assert torch.equal(model.tokens[:, slot + 1 + done :], begun[1][:, slot + 1 + done :])
+    assert counts(model, written) == (slot + 1 + done, 5 + done, 1 - slot - done)
+    assert int(written["unfinished"]) == 0 and int(model.finished) == 1
+    # Nothing more is done, but that whoever waits is told; and a row that has finished goes on as padding.
+    written["seen"].zero_()
+    kept = [tensor.clone() for tensor in (model.tokens, *model.work)]
+    run(model, slot + done, 3)
+    assert all(map(torch.equal, (model.tokens, *model.work), kept))
+    assert counts(model, written) == (slot + 1 + done, 5 + done, 1 - slot - done)
+    model.finished.zero_()
+    run(model, slot + done, 3)
+    assert int(model.tokens[0, slot + done + 1]) == 7 and int(model.finished) == 1
+    restart()
+    model.choice, model.count = [None] * 7, 0
 
 
 SMALL = ops.Shape(128, 512, 2, 300, 50, False, 16, 0, 12, 120_000)
@@ -259,6 +370,40 @@ def test_emulated(changes):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed: the kernel cannot be emulated")
+@pytest.mark.parametrize(
+    "changes, choices",
+    [
+        ({}, CHOICES),
+        ({"bits": 4, "group_size": 64, "vocab": 3001}, [PLAIN, STAMPED]),
+        ({"memory": 72_000, "vocab": 2999, "bfloat16": True}, [STAMPED, MARKED]),
+        ({"bits": 3, "group_size": 64, "programs": 16, "memory": 60_000, "vocab": 1500}, [STAMPED]),
+        ({"ffn": 192, "programs": 16, "layers": 4}, [MARKED]),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_emulated_choice(changes, choices):
+    model = Model(SMALL._replace(**{"vocab": 120, **changes}))
+    for seed, choice in enumerate(choices):
+        compare_choice(model, 125, 4, choice, functools.partial(emulate, seed=seed))
+    compare(model, 5, 3, emulate)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed: the kernel cannot be emulated")
+@pytest.mark.parametrize("memory", [SMALL.memory, 72_000])
+def test_emulated_head_that_chooses_nothing(memory, monkeypatch):
+    monkeypatch.setattr(ops, "_CHOOSING_LAYERS", 0)
+    model = Model(SMALL._replace(vocab=121, memory=memory))
+    assert not model.shape.chooses
+    for slot, offset in ((5, 3), (128, 0)):
+        compare(model, slot, offset, emulate)
+    model.finished.fill_(1)
+    kept = [tensor.clone() for tensor in (model.head[0], *model.work, *model.caches[0])]
+    emulate(model, 6)
+    assert all(map(torch.equal, kept[1:], (*model.work, *model.caches[0])))
+    assert torch.equal(kept[0].isnan(), model.head[0].isnan())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed: the kernel cannot be emulated")
 @pytest.mark.parametrize("memory, batch", [(SMALL.memory, 1), (72_000, 1), (SMALL.memory, 3)])
 def test_emulated_when_all_rows_have_finished(memory, batch):
     model = Model(SMALL._replace(batch=batch, memory=memory))
@@ -307,7 +452,8 @@ def run(model, slot, offset):
     shape = model.shape
     caches = [buffer for layer in model.buffers for buffer in layer]
     inputs, head = inputs[:-7], inputs[-7:]
-    ops.decode_layers(*outputs, caches, *inputs, shape.ffn, float(shape.bits), shape.group_size, *head)
+    weights = shape.ffn, float(shape.bits), shape.group_size
+    ops.decode_layers(*outputs, caches, *inputs, *weights, *head, *model.choice, model.count)
     torch.cuda.synchronize()
 
 
@@ -327,6 +473,9 @@ def on_this_gpu(width, bits, group_size, dtype, *rows, vocab=0):
 
 def check_on_a_gpu(shape):
     model = Model(shape, "cuda")
+    if shape.vocab:
+        for choice in CHOICES:
+            compare_choice(model, 125, 8, choice, run)
     model.valid[0, :3] = False
     for slot, offset in ((5, 3), (127, 0), (128, 0), (256, 0), (257, 3), (447, 3), (4, 3)):
         compare(model, slot, offset, run)

@@ -1,5 +1,6 @@
 // All decoder layers of a one-token step, as one persistent kernel: one program to a multiprocessor. What is here is for
-// one row, whose logits it can compute as well, and what `decode_rows.cu` has of it for several.
+// one row, for which it can be several whole steps, head and choice of the token included, and what `decode_rows.cu` has
+// of it for several.
 //
 // A layer is six products and two attentions, each of which needs the whole result of the one before. As kernels of
 // their own they drain and fill the machine eight times a layer. Here the programs stay, and hand each other their
@@ -17,7 +18,7 @@
 // Built by NVRTC without headers. Constants that the launcher defines:
 //   WIDTH, FFN, HEADS (of 64), LAYERS, SLOTS, SOURCE (keys of cross-attention), BATCH (rows), BEAMS (of these that share
 //   an input's cross-attention), VOCAB (rows of the head's weight, or 0 where the head is another kernel's, as it is for
-//   several rows), CROSS8 (1 if cross-attention's keys and values are int8), CROSS_SPLITS (programs to a head where there
+//   several rows), CHOOSES (1 if it also chooses tokens, several steps to a launch, which `VOCAB` must not be 0 for), CROSS8 (1 if cross-attention's keys and values are int8), CROSS_SPLITS (programs to a head where there
 //   is one row, at most 8), BF16 (0 or 1), BITS (16, 8, 4, 3, 2, or 158 for 1.58), GROUP (of the quantisation), PROGRAMS,
 //   MEMORY (bytes of shared memory).
 //
@@ -137,6 +138,10 @@ __device__ __forceinline__ int program() {
 __device__ __forceinline__ void prefetch(const void* from, u32 bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0],%1;" ::"l"(from), "r"(bytes) : "memory");
 }
+// All that this thread has written, and all that it knows others to have, is seen by whoever knows of what comes behind it;
+// and by copies that are made behind it.
+__device__ __forceinline__ void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+__device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 // A write to nowhere fails as surely as a trap, at which the compiler would give up on `many_registers`.
 __device__ __forceinline__ void trap() { asm volatile("st.global.u32 [%0],%1;" ::"l"(0ull), "r"(0) : "memory"); }
 // Warps that fetch and finish need few registers, the others many: an even share would not hold a product's weights.
@@ -258,6 +263,8 @@ template <class T>
 inline void settle(T&) {}
 inline u32 tag_behind(u32 tag, u32) { return tag; }
 inline void keep_order(u32) {}
+inline void fence() {}
+inline void fence_copies() {}
 #define program() ((int)blockIdx.x)
 #define elected() (threadIdx.x % 32 == 0)
 inline u32 cycles() { return (u32)nanoseconds(); }
@@ -292,10 +299,12 @@ __device__ __forceinline__ float largest_float_of_warp(float x) {
 __device__ __forceinline__ float low_of(u32 pair) { return widen((u16)pair); }
 __device__ __forceinline__ float high_of(u32 pair) { return widen((u16)(pair >> 16)); }
 
+__device__ __forceinline__ u32 tagged(u32 word, u32 tag) { return (word & ~1u) | tag; }
+
 // -- The shape of the work -----------------------------------------------------------------------------------------
 
 static_assert(LAYERS % 2 == 0, "tags would differ from launch to launch");
-constexpr float NOTHING = -1e30f, LOG2E = 1.4426950408889634f;
+constexpr float NOTHING = -1e30f, LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr float SHRINK = 1.0f / 16, GROW = 16.0f;  // Keeps activations times gains far from float16's largest number.
 constexpr int WARPS = 8;
 // Warps that multiply, one that fetches, and those that finish what is multiplied, sixteen features each. With several
@@ -455,8 +464,9 @@ constexpr bool SOME_ROWS = BATCH > 1 && BATCH <= 4 && BITS == 16;
 constexpr int FLIGHT_BYTES = (SOME_ROWS ? 28 : BITS == 8 || BITS == 16 ? 56 : 42) * 1024;
 static_assert(BATCH > 1 || finishers(QKV) <= FINISHERS && finishers(FC1) <= FINISHERS, "");
 // Named barriers: one for each product and attention, of those that multiply with those that finish; one for the way
-// back; and, for one row, one for each layer norm's moments and one for the last layer's result.
-enum { TABLES = 1, STEP_DONE = 2, PUBLISHED = STEP_DONE + STEPS, MOMENTS, RESULT = MOMENTS + 3 };
+// back; and, for one row, one for each layer norm's moments, one for the last layer's result, one for the choice of a
+// token, and one for its being known.
+enum { WRITTEN, TABLES, STEP_DONE, PUBLISHED = STEP_DONE + STEPS, MOMENTS, RESULT = MOMENTS + 3, READY, CHOICE = TABLES };
 // Of a product with `WIDTH` elements a warp takes `OWN` runs. Those that are left over, fewer than there are warps, are
 // shared: packed ones, and those of several rows, by their blocks, which are dealt to the warps one after another; in 16
 // bits and for one row each by `SHARERS` warps, of which one takes the first eight rows, the next the second, and so on
@@ -490,6 +500,54 @@ struct Shared {
   alignas(8) u64 full[RINGS], empty[RINGS];
 };
 #else
+// The likeliest of some tokens, the first one if several are, and the sum of all their likelihoods beside its own.
+struct Best {
+  float score = __int_as_float(0xFF800000), total = 0;
+  u32 token = 0xFFFF;
+
+  static __device__ __forceinline__ float beside(float score, float top) {
+    return exp2_fast((score - fmaxf(top, NOTHING)) * LOG2E);
+  }
+  __device__ __forceinline__ void add(float other, u32 of) {
+    const bool better = other > score;
+    const float top = better ? other : score;
+    total = total * beside(score, top) + beside(other, top);
+    score = top, token = better ? of : token;
+  }
+};
+// The best of all that the lanes of a warp have: every lane gets the same, to the last bit.
+template <int EACH>
+__device__ __forceinline__ Best best_of_warp(const Best (&some)[EACH]) {
+  Best best;
+#pragma unroll
+  for (int i = 0; i < EACH; i++) best.score = fmaxf(best.score, some[i].score);
+  best.score = largest_float_of_warp(best.score);
+#pragma unroll
+  for (int i = 0; i < EACH; i++) {
+    best.total += some[i].total * Best::beside(some[i].score, best.score);
+    if (some[i].score == best.score && some[i].token < best.token) best.token = some[i].token;
+  }
+  best.token = ~largest_of_warp(~best.token);
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) best.total += __shfl_xor_sync(~0u, best.total, step);
+  return best;
+}
+// Which tokens may be chosen: text from one on, and timestamps, which begin with another, from a third on; none that a bit of
+// `forbidden` marks in the table.
+struct Allowed {
+  int text, begin, stamps, forbidden, none;
+};
+// What the first finishing warp knows of the tokens so far: registers are for what each layer needs.
+struct History {
+  int newest_at, newest;  // The last timestamp, and where it stands, or -1.
+  int before;             // Whether there is one at the last token but one.
+  int unfinished;
+  u32 tag;                // The one that no word of `choices` has before this step.
+  long long steps;        // That chose a token, in all launches.
+};
+// The numbers of `decode_tokens.Rules`.
+enum { MIN_LENGTH, END_COUNT, PAD, PROMPT_LENGTH, BEGIN_INDEX, TIMESTAMP_BEGIN, NO_TIMESTAMPS, TEXT_END, DETECT, RULES };
+constexpr int MOST_ENDS = 16;
 struct Shared {
   // Of a pair of rows the sums of four warps, in this order: the first row's, of the first warps and of the others, the
   // second row's. Lanes that finish pairs of rows read vectors side by side.
@@ -513,6 +571,13 @@ struct Shared {
   u64 caches[LAYERS][2], gains[LAYERS][3];
   float eps[LAYERS][3];
   u8 valid[SLOTS];
+  int slot;  // Of the newest token, or -1 where nothing is to be done any more.
+#if CHOOSES
+  Allowed allowed;
+  History history;
+  int rules[RULES], ends[MOST_ENDS];
+  Best best[2][WARPS];
+#endif
   alignas(8) u64 full[RINGS + MOST_PIECES], empty[RINGS + MOST_PIECES];
 };
 #endif
@@ -520,6 +585,17 @@ constexpr int IN_RING = least((MEMORY - (int)sizeof(Shared)) / CHUNK, RINGS);
 constexpr int IN_FLIGHT = most(least(FLIGHT_BYTES / CHUNK, IN_RING - 1), 1);
 constexpr int MOST_CHUNKS = most(most(FFN_CHUNKS, most(KEY_CHUNKS, OWN_CHUNKS)), most(parts(FFN), 3));
 constexpr int SHARED_AT = AT_HOME ? HOMES : IN_RING * CHUNK;
+#if VOCAB
+// The head is one more product, whose weight streams through all of the shared memory in pieces of some rows for each warp
+// that multiplies. Programs have pieces in turn. The first ones come while the last layers are computed.
+constexpr int HEAD_ROW = 2 * WIDTH, HEAD_EACH = ratio(SHARED_AT, MOST_PIECES * WARPS * HEAD_ROW);
+constexpr int PIECE_ROWS = WARPS * HEAD_EACH, PIECE = PIECE_ROWS * HEAD_ROW, PIECES = SHARED_AT / PIECE;
+static_assert(PIECES > 1 && PIECES <= MOST_PIECES, "");
+// Of those that come when the layers are done, one in so many stays in the L2 cache until the next step, up to 16 MB. Twice
+// as much would be in its own way.
+constexpr int KEPT_EVERY = ratio(VOCAB * HEAD_ROW, 16 << 20);
+#endif
+static_assert(VOCAB < 1 << 16, "");
 static_assert(AT_HOME || IN_RING > MOST_CHUNKS, "a step exceeds the shared memory");
 static_assert(SHARED_AT + (int)sizeof(Shared) <= MEMORY, "");
 
@@ -528,6 +604,8 @@ static_assert(SHARED_AT + (int)sizeof(Shared) <= MEMORY, "");
 constexpr int COPIES = BATCH == 1 ? 4 : 1;
 // So does a line that every warp asks for: each head's logarithms have one of their own.
 constexpr int LOGS = 32;
+// Threads that are told whether there is a step; who fetches can look for himself where there is one.
+constexpr int WAITING = CHOOSES ? THREADS : THREADS - 32;
 struct Arguments {
   const u64* table;
   u16 *stream;           // [COPIES][2][WIDTH]: halves, then their remainders.
@@ -537,16 +615,25 @@ struct Arguments {
   float *own_logs, *cross_logs;   // [COPIES][HEADS][LOGS]: the logarithms (of base 2) of 8 sums of exponentials.
   u16* hidden;           // [COPIES][FFN]
   float* result;         // [COPIES][WIDTH], of one row: the last layer's.
-  const long long *tokens, *length, *offset;
+  u32* choices;          // [COPIES][GIVERS][4]: of each giver, its best text token and its best timestamp.
+  long long *tokens, *length;
+  const long long* offset;
   const u8* valid;
   const u16 *embedding, *positions, *first_gain;
   float *gained, *last_stats;
   const float* eps;  // [LAYERS][3]
-  const u8* finished;    // Where it is not 0, nothing is to be done.
+  u8* finished;          // Where it is not 0, nothing is to be done.
   u16* logits;           // [VOCAB]
   const u16 *head, *last_gain;
   const float *head_constant, *head_folded;
+  // What the choice of tokens goes by and writes, as `decode_tokens.choose_next` has it.
+  float* logprobs;
+  u8* unfinished;
+  long long *steps, *seen;
+  const u8* marks;       // [VOCAB]
+  const long long *rules, *ends;
   float scale, head_eps;
+  int count;             // Of tokens that are to be chosen, each of them but the last fed to the next step, or 0.
 #if BATCH > 1
   int token_stride, valid_stride;  // From a row's to the next one's.
 #endif
@@ -568,13 +655,14 @@ __device__ __forceinline__ void await(u32 barrier, u32 parity) {
   while (!barrier_try(barrier, parity)) patience.spend();
 }
 
-__device__ __forceinline__ u32 tagged(u32 word, u32 tag) { return (word & ~1u) | tag; }
 // Whether the words of a unit, or its first one, are of this use of the buffer.
 __device__ __forceinline__ bool all_fresh(const uint4& u, u32 tag) {
   return (((u.x ^ tag) | (u.y ^ tag) | (u.z ^ tag) | (u.w ^ tag)) & 1) == 0;
 }
 __device__ __forceinline__ bool fresh(u32 word, u32 tag) { return ((word ^ tag) & 1) == 0; }
 
+// The tag that no word of such a buffer has: what is in there is of the last launch, until all programs have got this far.
+__device__ __forceinline__ u32 next_tag(const void* buffer) { return peek4(buffer) & 1 ^ 1; }
 // The newest token's slot, or -1 where nothing is to be done.
 __device__ __forceinline__ int newest_slot(const Arguments& a) {
   const int length = (int)*a.length;
@@ -661,7 +749,8 @@ __device__ __forceinline__ u32 home_barrier(Shared& sh, int step, int chunk) {
 struct Fetching {
   Cursor cursor, landed;
   int issued = 0, layer = 0;
-  u32 due = 0;  // The clock when the next copies may be made.
+  u32 due = 0;     // The clock when the next copies may be made.
+  u32 pieces = 0;  // Of each piece's place whether it was filled an odd number of times.
 };
 // All programs find room at the same moments, and what they ask for stands in front of the words: no more than `PACE`
 // bytes a cycle. It is looks that end this, too, as a process that shares the GPU may go on with another clock.
@@ -697,12 +786,6 @@ __device__ __forceinline__ u32 make_room(Shared& sh, Fetching& f, int step, int 
   if (elected()) barrier_expect(barrier, bytes);
   __syncwarp();
   return at;
-}
-
-// What was asked for before it was known that there is nothing to do has landed: copies end before their program does.
-__device__ __forceinline__ void await_first(Shared& sh) {
-  for (int chunk = 0; chunk < (AT_HOME ? 1 : chunks_of(QKV)); chunk++)
-    await(AT_HOME ? home_barrier(sh, QKV, chunk) : shared_address(&sh.full[chunk]), 0);
 }
 
 // The output features of a chunk.
@@ -795,15 +878,6 @@ __device__ __forceinline__ void fetch_keys(const Pointers& p, Shared& sh, u32 me
 }
 
 #if VOCAB
-// The head is one more product, whose weight streams through all of the shared memory in pieces of some rows for each warp
-// that multiplies. Programs have pieces in turn. The first ones come while the last layers are computed.
-constexpr int HEAD_ROW = 2 * WIDTH, HEAD_EACH = ratio(SHARED_AT, MOST_PIECES * WARPS * HEAD_ROW);
-constexpr int PIECE_ROWS = WARPS * HEAD_EACH, PIECE = PIECE_ROWS * HEAD_ROW, PIECES = SHARED_AT / PIECE;
-static_assert(PIECES > 1 && PIECES <= MOST_PIECES, "");
-// Of those that come when the layers are done, one in so many stays in the L2 cache until the next step, up to 16 MB. Twice
-// as much would be in its own way.
-constexpr int KEPT_EVERY = ratio(VOCAB * HEAD_ROW, 16 << 20);
-
 __device__ __forceinline__ int pieces_of_program() { return ratio(ratio(VOCAB, PIECE_ROWS) - program(), GIVERS); }
 // Where pieces go first: in a ring, to what was filled first. And one place further.
 __device__ __forceinline__ int first_piece(const Cursor& cursor) {
@@ -811,6 +885,11 @@ __device__ __forceinline__ int first_piece(const Cursor& cursor) {
 }
 __device__ __forceinline__ int next_piece(int piece) { return piece + 1 < PIECES ? piece + 1 : 0; }
 
+// Nobody reads any longer what the head of the step before had from `begin` to `end`.
+__device__ __forceinline__ void await_head(Shared& sh, const Fetching& f, int begin, int end) {
+  for (int piece = begin / PIECE; piece < PIECES && piece * PIECE < end; piece++)
+    await(shared_address(&sh.empty[RINGS + piece]), f.pieces >> piece & 1 ^ 1);
+}
 constexpr int end_of(int step) {
   return home_of(step) + (step == CROSS_ATTENTION ? KEYS_HOME : step == FC2 ? HIDDEN_HOME :
                           step == OWN_ATTENTION ? OWN_KEYS * 256 : chunks_of(step) * HOME);
@@ -833,17 +912,17 @@ __device__ __forceinline__ void await_layers(Shared& sh, const Cursor& cursor, i
 
 __device__ __forceinline__ void fetch_head(const Arguments& a, Shared& sh, u32 memory, Fetching& f, int slot) {
   const int count = pieces_of_program();
-  int place = first_piece(f.cursor), round = 0;
+  int place = first_piece(f.cursor);
 #pragma unroll 1
   for (int i = 0; i < count; i++) {
     const int first = (program() + i * GIVERS) * PIECE_ROWS, bytes = least(PIECE_ROWS, VOCAB - first) * HEAD_ROW;
     const u32 full = shared_address(&sh.full[RINGS + place]);
+    await_head(sh, f, place * PIECE, (place + 1) * PIECE);
     if (i < PIECES) {
       await_layers(sh, f.cursor, place, slot);
       if (AT_HOME) keep_pace(f, bytes);
-    } else {
-      await(shared_address(&sh.empty[RINGS + place]), round & 1 ^ 1);
     }
+    f.pieces ^= 1u << place;
     if (elected()) {
       barrier_expect(full, bytes);
       copy_async(memory + place * PIECE, (const u8*)a.head + (long long)first * HEAD_ROW, bytes, full,
@@ -851,22 +930,24 @@ __device__ __forceinline__ void fetch_head(const Arguments& a, Shared& sh, u32 m
     }
     __syncwarp();
     place = next_piece(place);
-    if ((i + 1) % PIECES == 0) round++;
   }
 }
 #endif
 
-// The fetching warp: every chunk of every layer, as soon as there is room for it.
-__device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory, Pointers ahead) {
-  Fetching f;
-  f.due = cycles();
-  int slot = 0;
+// The fetching warp: every chunk of every layer of a step, as soon as there is room for it. The first product's are fetched
+// before it is known whether there is a step.
+__device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory, Fetching& f, Pointers& ahead, int& slot,
+                                      bool first) {
   Pointers p;
+#if VOCAB
+  // When the first weights have been used, so has all of the head.
+  await_head(sh, f, 0, AT_HOME ? end_of(QKV) : SHARED_AT);
+#endif
 #pragma unroll 1
   for (int layer = 0; layer < LAYERS; layer++) {
     f.layer = layer;
     p = ahead;
-    ahead.load(a.table, layer + 1);
+    ahead.load(a.table, CHOOSES && layer + 1 == LAYERS ? 0 : layer + 1);
     // At home half of cross-attention's keys comes behind the next weights: all together would be in the way of the words
     // that are waited for.
     constexpr int FIRST_KEYS = AT_HOME ? least(2, KEY_CHUNKS) : KEY_CHUNKS;
@@ -882,14 +963,21 @@ __device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory
 #pragma unroll 1
         for (int chunk = 0; chunk < chunks_of(step); chunk++) fetch_chunk(p, sh, memory, f, step, chunk);
       if (layer == 0 && step == QKV) {
+#if CHOOSES
+        bar_sync(READY, WAITING);
+        slot = sh.slot;
+        if (slot >= 0 && !first) {
+          // The keys and values of the step before are from other programs.
+          bar_sync(WRITTEN, 64);
+          fence_copies();
+        }
+#else
         slot = newest_slot(a);
-        if (slot < 0) return await_first(sh);
+#endif
+        if (slot < 0) return;
       }
     }
   }
-#if VOCAB
-  fetch_head(a, sh, memory, f, slot);
-#endif
 }
 
 #endif
@@ -1014,7 +1102,8 @@ struct State {
   Cursor cursor;
   int slot;
   u32 stream_tag, tag;  // Of the next reading of `stream`, and of this layer's other buffers.
-  u32 result_tag;       // The one that no word of `result` has before this launch.
+  u32 result_tag;       // The one that no word of `result` has before this step.
+  u32 pieces;           // Of each piece's place of the head whether it was filled an odd number of times.
   float residual[2];    // Of the features that this thread finishes.
   uint4 gains;          // Of the layer norm behind the last product, for the elements that this thread multiplies.
 };
@@ -2335,7 +2424,12 @@ __device__ __forceinline__ void multiply_head(const Arguments& a, State& s, Shar
     if (lane < HEAD_EACH && row < VOCAB) vectors = {a.head_folded[row], a.head_constant[row]};
     return vectors;
   };
+  auto ask_for_mark = [&](int i) {
+    const int row = (program() + i * GIVERS) * PIECE_ROWS + lane * WARPS + warp;
+    return CHOOSES && a.count && lane < HEAD_EACH && row < VOCAB ? a.marks[row] : (u8)0xFF;
+  };
   float2 next = ask_for_vectors(0);
+  u8 next_mark = ask_for_mark(0);
 
   // All warps want all of the result: each thread asks for some of it.
   const float* from = a.result + program() % COPIES * WIDTH;
@@ -2382,12 +2476,18 @@ __device__ __forceinline__ void multiply_head(const Arguments& a, State& s, Shar
   const float mean = sum / WIDTH, inverse = rsqrt_fast(fmaxf(squares / WIDTH - mean * mean, 0.0f) + a.head_eps);
 
   const int count = pieces_of_program();
-  int place = first_piece(s.cursor), round = 0;
+#if CHOOSES
+  const Allowed allowed = sh.allowed;
+  Best of[2][1];  // Of text and of timestamps.
+#endif
+  int place = first_piece(s.cursor);
 #pragma unroll 1
   for (int i = 0; i < count; i++) {
     const float2 vectors = next;
-    next = ask_for_vectors(i + 1);
-    await(shared_address(&sh.full[RINGS + place]), round & 1);
+    const int mark = next_mark;
+    next = ask_for_vectors(i + 1), next_mark = ask_for_mark(i + 1);
+    await(shared_address(&sh.full[RINGS + place]), s.pieces >> place & 1);
+    s.pieces ^= 1u << place;
     float dots[HEAD_EACH];
 #pragma unroll
     for (int e = 0; e < HEAD_EACH; e++) {
@@ -2416,10 +2516,141 @@ __device__ __forceinline__ void multiply_head(const Arguments& a, State& s, Shar
     }
     const int row = (program() + i * GIVERS) * PIECE_ROWS + lane * WARPS + warp;
     const float y = (dot - mean * vectors.x) * inverse + vectors.y;
-    if (lane < HEAD_EACH && row < VOCAB) a.logits[row] = (u16)pack(y, 0);
+    if (lane < HEAD_EACH && row < VOCAB) {
+      const u16 logit = (u16)pack(y, 0);
+      a.logits[row] = logit;
+#if CHOOSES
+      // Tokens in ascending order: of equals the first stays.
+      const bool may = (mark & allowed.forbidden) == 0 && row != allowed.none;
+      if (may && row < allowed.begin && row >= allowed.text) of[0][0].add(widen(logit), row);
+      if (may && row >= allowed.begin && row >= allowed.stamps) of[1][0].add(widen(logit), row);
+#endif
+    }
     place = next_piece(place);
-    if ((i + 1) % PIECES == 0) round++;
   }
+  s.result_tag ^= 1;
+#if CHOOSES
+  if (!a.count) return;
+#pragma unroll
+  for (int kind = 0; kind < 2; kind++) {
+    if (HEAD_EACH > 1) of[kind][0] = best_of_warp(of[kind]);
+    if (lane == 0) sh.best[kind][warp] = of[kind][0];
+  }
+  __syncwarp();
+  bar_arrive(CHOICE, 32 * (WARPS + FINISHERS));
+#endif
+}
+#endif
+
+#if CHOOSES
+// -- The choice of the token ---------------------------------------------------------------------------------------
+
+// Before the token at `length` is chosen. Timestamps come in pairs, and never decrease.
+__device__ __forceinline__ void allow(Shared& sh, const History& h, int length) {
+  const int begin = sh.rules[TIMESTAMP_BEGIN];
+  const bool before = h.before || length - sh.rules[BEGIN_INDEX] < 2, last = h.newest_at >= 0 && h.newest_at == length - 1;
+  const bool open = last && !before, closed = last && before;
+  if (thread() % 32) return;
+  sh.history = h;
+  sh.allowed = {open ? sh.rules[TEXT_END] : 0, begin,
+                closed ? VOCAB : h.newest_at >= 0 ? h.newest + (open ? 0 : 1) : begin,
+                length < sh.rules[MIN_LENGTH] ? 3 : 1, sh.rules[NO_TIMESTAMPS]};
+}
+// From the tokens up to the one in slot `slot`.
+__device__ __forceinline__ void read_history(const Arguments& a, Shared& sh, int slot) {
+  const int lane = thread() % 32;
+  if (lane < RULES) sh.rules[lane] = (int)a.rules[lane];
+  if (lane < MOST_ENDS) sh.ends[lane] = (int)a.ends[lane];
+  __syncwarp();
+  const int from = most(sh.rules[BEGIN_INDEX], 0), begin = sh.rules[TIMESTAMP_BEGIN];
+  int at = -1;
+#pragma unroll 1
+  for (int i = from + lane; i <= slot; i += 32)
+    if (a.tokens[i] >= begin) at = i;
+  History h;
+  h.newest_at = (int)largest_of_warp(at + 1) - 1;
+  h.newest = h.newest_at < 0 ? 0 : (int)a.tokens[h.newest_at];
+  h.before = slot > from && a.tokens[slot - 1] >= begin;
+  h.unfinished = *a.unfinished, h.steps = *a.steps;
+  // The first word of four has no tag.
+  h.tag = next_tag(a.choices + 1);
+  allow(sh, h, slot + 1);
+}
+
+// The token behind slot `slot`, when all programs know their best; and whether it is the last one. All programs find the
+// same, one of them writes it. In a launch's last step the others do not need to know.
+__device__ __forceinline__ int choose(const Arguments& a, Shared& sh, int slot, bool last, bool& finished) {
+  constexpr int EACH = ratio(GIVERS, 32);
+  const int lane = thread() % 32, length = slot + 1;
+  History h = sh.history;
+  Best text, stamp;
+  {
+    Best of[2][1];
+    if (lane < WARPS) of[0][0] = sh.best[0][lane], of[1][0] = sh.best[1][lane];
+    text = best_of_warp(of[0]), stamp = best_of_warp(of[1]);
+  }
+  if (lane < COPIES) {
+    // As halves, which scores are, tokens and totals.
+    const u32 scores = pack(text.score, stamp.score);
+    poke16(a.choices + (lane * GIVERS + program()) * 4,
+           {scores << 16 | text.token, tagged(__float_as_uint(text.total), h.tag), (scores & 0xFFFF0000) | stamp.token,
+            tagged(__float_as_uint(stamp.total), h.tag)});
+  }
+  finished = false;
+  if (last && program()) return 0;
+  const u32* from = a.choices + program() % COPIES * (GIVERS * 4) + lane * 4;
+  uint4 units[EACH];
+  u32 missing = 0;
+#pragma unroll
+  for (int i = 0; i < EACH; i++)
+    if (i * 32 + lane < GIVERS) missing |= 1u << i;
+  Patience patience;
+  while (true) {
+#pragma unroll
+    for (int i = 0; i < EACH; i++)
+      if (missing >> i & 1) units[i] = peek16(from + i * (32 * 4));
+#pragma unroll
+    for (int i = 0; i < EACH; i++)
+      if ((missing >> i & 1) && fresh(units[i].y, h.tag)) missing &= ~(1u << i);
+    if (!__any_sync(~0u, missing)) break;
+    patience.spend();
+  }
+  Best of[2][EACH];
+#pragma unroll
+  for (int i = 0; i < EACH; i++) {
+    if (i * 32 + lane >= GIVERS) continue;
+    of[0][i].score = high_of(units[i].x), of[0][i].token = units[i].x & 0xFFFF, of[0][i].total = __uint_as_float(units[i].y & ~1u);
+    of[1][i].score = high_of(units[i].z), of[1][i].token = units[i].z & 0xFFFF, of[1][i].total = __uint_as_float(units[i].w & ~1u);
+  }
+  text = best_of_warp(of[0]), stamp = best_of_warp(of[1]);
+  // A timestamp is forced when all of them together are likelier than the likeliest text token.
+  const float nothing = __int_as_float(0xFF800000), all_stamps = stamp.score + log2_fast(fmaxf(stamp.total, 1e-37f)) * LN2;
+  const bool forced = sh.rules[DETECT] && stamp.score > nothing && all_stamps > text.score;
+  const bool stamped = forced || stamp.score > text.score;
+  const float score = stamped ? stamp.score : text.score, top = fmaxf(score, NOTHING);
+  const float total = (forced ? 0.0f : text.total * Best::beside(text.score, top)) +
+                      stamp.total * Best::beside(stamp.score, top);
+  // Where nothing may be chosen, the first token is.
+  int token = stamped ? stamp.token : text.score > nothing ? text.token : 0u;
+  const int ends = sh.rules[END_COUNT];
+  if (!h.unfinished && ends) token = sh.rules[PAD];
+  if (__any_sync(~0u, lane < ends && sh.ends[least(lane, MOST_ENDS - 1)] == token)) h.unfinished = false;
+  finished = !h.unfinished;
+  h.steps++;
+  if (program() == 0 && lane == 0) {
+    const int generated = length + 1 - sh.rules[PROMPT_LENGTH];
+    a.tokens[length] = token, a.logprobs[generated - 1] = score - top - log2_fast(total) * LN2;
+    *a.unfinished = h.unfinished, *a.finished = finished;
+    *a.length = length + 1, *a.steps = h.steps;
+    *(volatile long long*)a.seen = finished ? -generated : generated;
+  }
+  // One at `length - 1` is at the last token but one of the next step.
+  h.before = h.newest_at >= 0 && h.newest_at == length - 1;
+  if (token >= sh.rules[TIMESTAMP_BEGIN] && length >= sh.rules[BEGIN_INDEX]) h.newest_at = length, h.newest = token;
+  h.tag ^= 1;
+  __syncwarp();
+  allow(sh, h, length + 1);
+  return token;
 }
 #endif
 
@@ -2442,9 +2673,6 @@ __device__ __forceinline__ void multiply_layers(const Arguments& a, State& s, Sh
         case FC1: product_of_stream<FC1>(a, own, s, sh, layer); break;
         case FC2: product_of_hidden(a, own, s, sh, layer);
       }
-#if VOCAB
-  multiply_head(a, s, sh);
-#endif
 }
 
 // What is needed of cold memory on the way, copied while the first weights come.
@@ -2457,18 +2685,12 @@ __device__ __forceinline__ void fill_tables(const Arguments& a, Shared& sh) {
   }
   for (int i = thread(); i < SLOTS; i += 32 * WARPS) sh.valid[i] = a.valid[i];
 }
-#if VOCAB
-// The tag that no word of `result` has: what is in there is of the last launch, until all programs have got this far.
-__device__ __forceinline__ u32 next_result_tag(const Arguments& a) { return peek4(a.result) & 1 ^ 1; }
-#endif
-
 // The newest token's embedding, by the first finishing warp.
-__device__ __forceinline__ void embed(const Arguments& a, State& s) {
+__device__ __forceinline__ void embed(const Arguments& a, State& s, long long token) {
   const Span width = share(WIDTH, ROWS);
   const int lane = thread() % 32, row = lane / 4 * 2, n = width.first + row;
   const bool finishes = row < width.count;
   if (finishes) {
-    const long long token = a.tokens[s.slot];
     // A row that only pads the batch may hold anything.
     const int position = most(s.slot - (int)*a.offset, 0);
 #pragma unroll
@@ -2489,6 +2711,45 @@ __device__ __forceinline__ void finish_layers(const Arguments& a, State& s, Shar
         finish(a, s, sh, layer, step);
 }
 
+#if CHOOSES
+// What comes behind the layers for the warps that finish: the choice of the token, if one is to be chosen.
+__device__ __forceinline__ void finish_step(const Arguments& a, State& s, Shared& sh, bool last, long long& token) {
+  s.result_tag ^= 1;
+  if (!a.count) return;
+  // The new keys and values are there before anybody knows the token.
+  fence();
+  if (thread() / 32 == FIRST_FINISHER) {
+    bar_sync(CHOICE, 32 * (WARPS + FINISHERS));
+    bool finished;
+    token = choose(a, sh, s.slot, last, finished);
+    s.slot = finished ? -1 : s.slot + 1;
+  } else {
+    bar_arrive(CHOICE, 32 * (WARPS + FINISHERS));
+  }
+}
+#endif
+// And in front of them: it is known whether there is a step, and if so, the newest token's embedding is on its way.
+__device__ __forceinline__ void start_step(const Arguments& a, State& s, Shared& sh, int step, long long token) {
+  const bool first = thread() / 32 == FIRST_FINISHER;
+  if (first) {
+    if (s.slot >= 0) embed(a, s, token);
+    if (thread() % 32 == 0) sh.slot = s.slot;
+    __syncwarp();
+  }
+  if (step == 0) bar_sync(TABLES, THREADS - 32);
+  bar_sync(READY, WAITING);
+  s.slot = sh.slot;
+#if CHOOSES
+  if (!first || s.slot < 0) return;
+  if (step) {
+    fence();
+    bar_arrive(WRITTEN, 64);
+  } else if (a.count) {
+    read_history(a, sh, s.slot);
+  }
+#endif
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments a) {
   u8* memory = dynamic_shared();
   Shared& sh = *(Shared*)(memory + SHARED_AT);
@@ -2499,35 +2760,76 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments
   if (thread() / 32 == FETCHER) ahead.load(a.table, 0);
   __syncthreads();
   State s;
-  // Tags alternate, an even number of times a launch: the first finds the buffers zeroed, or as the last one left them.
+  // Tags alternate, an even number of times a step: the first finds the buffers zeroed, or as the last one left them.
   s.stream_tag = s.tag = 1;
   s.residual[0] = s.residual[1] = 0;
-  // Each warp goes its own way from here, and looks by itself whether there is anything to do.
+  s.pieces = 0;
+  s.slot = 0;
+#if VOCAB
+  s.result_tag = next_tag(a.result);
+#endif
+#if CHOOSES
+  const int steps = most(a.count, 1);
+#else
+  constexpr int steps = 1;
+#endif
+  // Each warp goes its own way from here. What is done once a step stands in front of what is done for each layer: the code
+  // of all warps' layers should not lie apart, or the instruction cache would not hold it.
   if (__shfl_sync(~0u, thread() / 128, 0) == WARPS / 4) {
     few_registers();
     if (thread() / 32 == FETCHER) {
-      fetch(a, sh, shared_address(memory), ahead);
-    } else {
-      s.slot = newest_slot(a);
-      if (s.slot < 0) return;
+      Fetching f;
+      f.due = cycles();
+#pragma unroll 1
+      for (int step = 0;; step++) {
 #if VOCAB
-      s.result_tag = next_result_tag(a);
+        if (step) fetch_head(a, sh, shared_address(memory), f, s.slot);
 #endif
-      if (thread() / 32 == FIRST_FINISHER) embed(a, s);
-      bar_sync(TABLES, THREADS - 32);
+        if (step == steps) return;
+        fetch(a, sh, shared_address(memory), f, ahead, s.slot, step == 0);
+        if (s.slot < 0) return;
+      }
+    }
+    long long token = 0;
+    if (thread() / 32 == FIRST_FINISHER) {
+      s.slot = newest_slot(a);
+      token = s.slot < 0 ? 0 : a.tokens[s.slot];
+#if CHOOSES
+      // Whoever waits for the count of steps is to know, too, that there are no more.
+      if (a.count && s.slot < 0 && program() == 0 && thread() % 32 == 0)
+        *(volatile long long*)a.seen = a.rules[PROMPT_LENGTH] - *a.length;
+#endif
+    }
+#pragma unroll 1
+    for (int step = 0;; step++) {
+#if CHOOSES
+      if (step) finish_step(a, s, sh, step == steps, token);
+#endif
+      if (step == steps) return;
+      start_step(a, s, sh, step, token);
+      if (s.slot < 0) return;
       finish_layers(a, s, sh);
     }
   } else {
     many_registers();
     if (LINES) fill_lines(sh);
     fill_tables(a, sh);
-    s.slot = newest_slot(a);
-    if (s.slot < 0) return;
-#if VOCAB
-    s.result_tag = next_result_tag(a);
-#endif
     bar_sync(TABLES, THREADS - 32);
-    multiply_layers(a, s, sh);
+#pragma unroll 1
+    for (int step = 0;; step++) {
+#if VOCAB
+      if (step) multiply_head(a, s, sh);
+#endif
+      if (step == steps) return;
+      bar_sync(READY, WAITING);
+      s.slot = sh.slot;
+      if (s.slot < 0) {
+        // What was fetched in vain has landed: copies end before their program does.
+        take(sh, s, QKV, chunks_of(QKV));
+        return;
+      }
+      multiply_layers(a, s, sh);
+    }
   }
 }
 #endif  // BATCH == 1
