@@ -60,18 +60,19 @@ class _Layer(NamedTuple):
 
 
 class _Whole(NamedTuple):
-    """The arguments of `decode_layers`: those in front of the finished flag, and the head's behind it.
-
-    `chooses` says whether it can have those of the choice as well.
-    """
+    """The arguments of `decode_layers`: those in front of the finished flag, the head's, and the choice's."""
 
     layers: tuple
     head: tuple
-    chooses: bool
+    choice: tuple
 
     @property
     def has_head(self):
         return self.head[0] is not None
+
+    @property
+    def chooses(self):
+        return self.choice[0] is not None
 
 
 class _Calls(NamedTuple):
@@ -378,24 +379,24 @@ class TritonEngine(EagerEngine):
         from .ops.decode_tokens import choose_next
 
         count, session, whole = rows.count, rows.session, self._whole(rows, buffers)
-        unfinished, rules = buffers.unfinished[:count], (buffers.table, buffers.rules, buffers.ends)
-        if count == 1 and whole is not None and whole[0].chooses:
-            written = rows.token_logprobs, unfinished, buffers.steps, buffers.counter.tensor
-            decode_layers(*whole[0].layers, buffers.finished, *whole[0].head, *written, *rules, steps)
+        if whole is not None and whole[0].chooses:
+            decode_layers(*whole[0].layers, buffers.finished, *whole[0].head, *whole[0].choice, steps)
             return buffers.logits[:count]
         for _ in range(steps):
             logits = self._logits(rows, buffers, buffers.finished)
             choose_next(
                 rows.tokens,
                 rows.token_logprobs,
-                unfinished,
+                buffers.unfinished[:count],
                 session.length,
                 buffers.steps,
                 buffers.finished,
                 buffers.counter.tensor,
                 *buffers.best_for(count),
                 logits,
-                *rules,
+                buffers.table,
+                buffers.rules,
+                buffers.ends,
             )
         return logits
 
@@ -419,9 +420,10 @@ class TritonEngine(EagerEngine):
         if len(formats) > 1 or dtype == torch.float32 or any(t is not None and t.dtype != dtype for t in halves):
             return None
 
-        def served(rows):
-            vocab = self.proj_out.out_features if self._head_joins(rows, dtype) else 0
-            shape = decode_layers.shape_for(self._config, rows.buffers[0], weights[0], device, vocab)
+        def served(part):
+            vocab = self.proj_out.out_features if self._head_joins(part, dtype) else 0
+            # Of several rows, tokens are chosen together.
+            shape = decode_layers.shape_for(self._config, part.buffers[0], weights[0], device, vocab, rows.count == 1)
             return shape, decode_layers.why_not(shape, torch.cuda.get_device_capability(device)) is None
 
         parts = [rows]
@@ -487,7 +489,11 @@ class TritonEngine(EagerEngine):
             float(shape.bits),
             shape.group_size,
         )
-        return _Whole(layers, joined, shape.chooses)
+        choice = (None,) * 7
+        if shape.chooses:
+            written = rows.token_logprobs, buffers.unfinished[:1], buffers.steps, buffers.counter.tensor
+            choice = *written, buffers.table, buffers.rules, buffers.ends
+        return _Whole(layers, joined, choice)
 
     def _logits(self, rows, buffers, finished):
         """Logits of the newest tokens, or what they were where `finished` is set."""
@@ -499,7 +505,7 @@ class TritonEngine(EagerEngine):
             stats = self._layers_by_kernels(rows, buffers)
         else:
             for part in whole:
-                decode_layers(*part.layers, finished, *part.head, *[None] * 7, 0)
+                decode_layers(*part.layers, finished, *part.head, *part.choice, 0)
             if whole[0].has_head:
                 return logits
             stats = whole[0].layers[1]

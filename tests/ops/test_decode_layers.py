@@ -382,37 +382,22 @@ def test_emulated(changes):
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_emulated_choice(changes, choices):
-    model = Model(SMALL._replace(**{"vocab": 120, **changes}))
+    model = Model(SMALL._replace(**{"vocab": 120, "chooses": True, **changes}))
     for seed, choice in enumerate(choices):
         compare_choice(model, 125, 4, choice, functools.partial(emulate, seed=seed))
     compare(model, 5, 3, emulate)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed: the kernel cannot be emulated")
-@pytest.mark.parametrize("memory", [SMALL.memory, 72_000])
-def test_emulated_head_that_chooses_nothing(memory, monkeypatch):
-    monkeypatch.setattr(ops, "_CHOOSING_LAYERS", 0)
-    model = Model(SMALL._replace(vocab=121, memory=memory))
-    assert not model.shape.chooses
-    for slot, offset in ((5, 3), (128, 0)):
-        compare(model, slot, offset, emulate)
-    model.finished.fill_(1)
-    kept = [tensor.clone() for tensor in (model.head[0], *model.work, *model.caches[0])]
-    emulate(model, 6)
-    assert all(map(torch.equal, kept[1:], (*model.work, *model.caches[0])))
-    assert torch.equal(kept[0].isnan(), model.head[0].isnan())
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed: the kernel cannot be emulated")
-@pytest.mark.parametrize("memory, batch", [(SMALL.memory, 1), (72_000, 1), (SMALL.memory, 3)])
-def test_emulated_when_all_rows_have_finished(memory, batch):
-    model = Model(SMALL._replace(batch=batch, memory=memory))
+@pytest.mark.parametrize("memory, batch, vocab", [(SMALL.memory, 1, 0), (72_000, 1, 120), (SMALL.memory, 3, 0)])
+def test_emulated_when_all_rows_have_finished(memory, batch, vocab):
+    model = Model(SMALL._replace(batch=batch, memory=memory, vocab=vocab))
     compare(model, 5, 0, emulate)
-    kept = [tensor.clone() for tensor in (model.gained, model.stats, *model.work, *model.caches[0])]
+    written = [model.result(), *([] if vocab else [model.stats]), *model.work, *model.caches[0]]
+    kept = [tensor.clone() for tensor in written]
     model.finished.fill_(1)
     emulate(model, 6)
-    for before, after in zip(kept, (model.gained, model.stats, *model.work, *model.caches[0])):
-        assert torch.equal(before, after)
+    assert all(map(torch.equal, written, kept))
     model.finished.zero_()
     compare(model, 6, 0, emulate)
 
@@ -424,6 +409,7 @@ def test_emulated_on_all_of_a_gpu(rows):
     batch, bits, group_size = rows
     vocab = 20_000 if batch == 1 else 0
     shape = ops.Shape(1280, 5120, 2, 448, 1500, False, bits, group_size, 132, 232448, batch, vocab=vocab)
+    shape = shape._replace(chooses=bits == 4 and batch == 1)
     compare(Model(shape), 260, 3, emulate)
 
 
@@ -436,6 +422,7 @@ def test_every_whisper_shape_fits(width, batch, cross_int8):
     for bits, group_size in ((16, 0), (8, 64), (4, 64), (3, 32), (2, 16), (1.58, 16)):
         size = width, 4 * width, 4, 448, 1500
         shape = ops.Shape(*size, False, bits, group_size, 132, 232448, batch, cross_int8, vocab=vocab)
+        shape = shape._replace(chooses=vocab > 0)
         if ops.why_not(shape) is not None:
             assert bits == 1.58
             continue
@@ -457,13 +444,14 @@ def run(model, slot, offset):
     torch.cuda.synchronize()
 
 
-def on_this_gpu(width, bits, group_size, dtype, *rows, vocab=0):
+def on_this_gpu(width, bits, group_size, dtype, *rows, vocab=0, chooses=False):
     if torch.cuda.get_device_capability() != ops.CAPABILITY:
         pytest.skip(f"the persistent kernel is made for compute capability {ops.CAPABILITY[0]}.{ops.CAPABILITY[1]}")
     properties = torch.cuda.get_device_properties(0)
     programs, memory = properties.multi_processor_count, properties.shared_memory_per_block_optin
     size = width, 4 * width, 2, 448, 1500
-    shape = ops.Shape(*size, dtype == "bfloat16", bits, group_size, programs, memory, *rows)._replace(vocab=vocab)
+    shape = ops.Shape(*size, dtype == "bfloat16", bits, group_size, programs, memory, *rows)
+    shape = shape._replace(vocab=vocab, chooses=chooses)
     reason = ops.why_not(shape)
     if reason is not None:
         assert bits == 1.58
@@ -473,7 +461,7 @@ def on_this_gpu(width, bits, group_size, dtype, *rows, vocab=0):
 
 def check_on_a_gpu(shape):
     model = Model(shape, "cuda")
-    if shape.vocab:
+    if shape.chooses:
         for choice in CHOICES:
             compare_choice(model, 125, 8, choice, run)
     model.valid[0, :3] = False
@@ -494,9 +482,12 @@ def check_on_a_gpu(shape):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("bits, group_size", [(16, 0), (8, 64), (4, 64), (3, 32), (2, 16), (1.58, 16)])
-@pytest.mark.parametrize("width, vocab", [(384, 51865), (512, 0), (768, 51865), (1280, 0), (1280, 51866)])
-def test_on_a_gpu(width, vocab, bits, group_size, dtype):
-    check_on_a_gpu(on_this_gpu(width, bits, group_size, dtype, vocab=vocab))
+@pytest.mark.parametrize(
+    "width, vocab, chooses",
+    [(384, 51865, True), (512, 0, False), (768, 51865, False), (1280, 0, False), (1280, 51866, True)],
+)
+def test_on_a_gpu(width, vocab, chooses, bits, group_size, dtype):
+    check_on_a_gpu(on_this_gpu(width, bits, group_size, dtype, vocab=vocab, chooses=chooses))
 
 
 @pytest.mark.gpu

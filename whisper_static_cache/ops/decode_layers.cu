@@ -18,9 +18,10 @@
 // Built by NVRTC without headers. Constants that the launcher defines:
 //   WIDTH, FFN, HEADS (of 64), LAYERS, SLOTS, SOURCE (keys of cross-attention), BATCH (rows), BEAMS (of these that share
 //   an input's cross-attention), VOCAB (rows of the head's weight, or 0 where the head is another kernel's, as it is for
-//   several rows), CHOOSES (1 if it also chooses tokens, several steps to a launch, which `VOCAB` must not be 0 for), CROSS8 (1 if cross-attention's keys and values are int8), CROSS_SPLITS (programs to a head where there
-//   is one row, at most 8), BF16 (0 or 1), BITS (16, 8, 4, 3, 2, or 158 for 1.58), GROUP (of the quantisation), PROGRAMS,
-//   MEMORY (bytes of shared memory).
+//   several rows), CHOOSES (1 if, with the head, it also chooses tokens, several steps to a launch), CROSS8 (1 if
+//   cross-attention's keys and values are int8), CROSS_SPLITS (programs to a head where there is one row, at most 8), BF16
+//   (0 or 1), BITS (16, 8, 4, 3, 2, or 158 for 1.58), GROUP (of the quantisation), PROGRAMS, MEMORY (bytes of shared
+//   memory).
 //
 // Why every buffer can be used again without being cleared: a program that writes the next result into a buffer holds
 // values that depend on every reader's having read the last one; who gives nothing that others wait for reads nothing.
@@ -571,8 +572,8 @@ struct Shared {
   u64 caches[LAYERS][2], gains[LAYERS][3];
   float eps[LAYERS][3];
   u8 valid[SLOTS];
-  int slot;  // Of the newest token, or -1 where nothing is to be done any more.
 #if CHOOSES
+  int slot;  // Of the newest token, or -1 where nothing is to be done any more.
   Allowed allowed;
   History history;
   int rules[RULES], ends[MOST_ENDS];
@@ -604,8 +605,6 @@ static_assert(SHARED_AT + (int)sizeof(Shared) <= MEMORY, "");
 constexpr int COPIES = BATCH == 1 ? 4 : 1;
 // So does a line that every warp asks for: each head's logarithms have one of their own.
 constexpr int LOGS = 32;
-// Threads that are told whether there is a step; who fetches can look for himself where there is one.
-constexpr int WAITING = CHOOSES ? THREADS : THREADS - 32;
 struct Arguments {
   const u64* table;
   u16 *stream;           // [COPIES][2][WIDTH]: halves, then their remainders.
@@ -788,6 +787,14 @@ __device__ __forceinline__ u32 make_room(Shared& sh, Fetching& f, int step, int 
   return at;
 }
 
+#if !CHOOSES
+// What was asked for before it was known that there is nothing to do has landed: copies end before their program does.
+__device__ __forceinline__ void await_first(Shared& sh) {
+  for (int chunk = 0; chunk < (AT_HOME ? 1 : chunks_of(QKV)); chunk++)
+    await(AT_HOME ? home_barrier(sh, QKV, chunk) : shared_address(&sh.full[chunk]), 0);
+}
+#endif
+
 // The output features of a chunk.
 __device__ __forceinline__ Span rows_of_chunk(int product, int chunk) {
   int first = program() * (product == FC1 ? ROWS_FFN : ROWS), count = (product == FC1 ? FFN : WIDTH) - first;
@@ -939,7 +946,7 @@ __device__ __forceinline__ void fetch_head(const Arguments& a, Shared& sh, u32 m
 __device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory, Fetching& f, Pointers& ahead, int& slot,
                                       bool first) {
   Pointers p;
-#if VOCAB
+#if CHOOSES
   // When the first weights have been used, so has all of the head.
   await_head(sh, f, 0, AT_HOME ? end_of(QKV) : SHARED_AT);
 #endif
@@ -964,17 +971,19 @@ __device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory
         for (int chunk = 0; chunk < chunks_of(step); chunk++) fetch_chunk(p, sh, memory, f, step, chunk);
       if (layer == 0 && step == QKV) {
 #if CHOOSES
-        bar_sync(READY, WAITING);
+        bar_sync(READY, THREADS);
         slot = sh.slot;
         if (slot >= 0 && !first) {
           // The keys and values of the step before are from other programs.
           bar_sync(WRITTEN, 64);
           fence_copies();
         }
+        // The others wait for what was asked for in vain: copies end before their program does.
+        if (slot < 0) return;
 #else
         slot = newest_slot(a);
+        if (slot < 0) return await_first(sh);
 #endif
-        if (slot < 0) return;
       }
     }
   }
@@ -2727,7 +2736,6 @@ __device__ __forceinline__ void finish_step(const Arguments& a, State& s, Shared
     bar_arrive(CHOICE, 32 * (WARPS + FINISHERS));
   }
 }
-#endif
 // And in front of them: it is known whether there is a step, and if so, the newest token's embedding is on its way.
 __device__ __forceinline__ void start_step(const Arguments& a, State& s, Shared& sh, int step, long long token) {
   const bool first = thread() / 32 == FIRST_FINISHER;
@@ -2737,9 +2745,8 @@ __device__ __forceinline__ void start_step(const Arguments& a, State& s, Shared&
     __syncwarp();
   }
   if (step == 0) bar_sync(TABLES, THREADS - 32);
-  bar_sync(READY, WAITING);
+  bar_sync(READY, THREADS);
   s.slot = sh.slot;
-#if CHOOSES
   if (!first || s.slot < 0) return;
   if (step) {
     fence();
@@ -2747,8 +2754,8 @@ __device__ __forceinline__ void start_step(const Arguments& a, State& s, Shared&
   } else if (a.count) {
     read_history(a, sh, s.slot);
   }
-#endif
 }
+#endif
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments a) {
   u8* memory = dynamic_shared();
@@ -2764,17 +2771,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments
   s.stream_tag = s.tag = 1;
   s.residual[0] = s.residual[1] = 0;
   s.pieces = 0;
-  s.slot = 0;
 #if VOCAB
   s.result_tag = next_tag(a.result);
 #endif
+  // Each warp goes its own way from here.
 #if CHOOSES
+  // What is done once a step stands in front of what is done for each layer: the code of all warps' layers should not lie far
+  // apart, or the instruction cache would not hold it.
   const int steps = most(a.count, 1);
-#else
-  constexpr int steps = 1;
-#endif
-  // Each warp goes its own way from here. What is done once a step stands in front of what is done for each layer: the code
-  // of all warps' layers should not lie apart, or the instruction cache would not hold it.
+  s.slot = 0;
   if (__shfl_sync(~0u, thread() / 128, 0) == WARPS / 4) {
     few_registers();
     if (thread() / 32 == FETCHER) {
@@ -2782,9 +2787,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments
       f.due = cycles();
 #pragma unroll 1
       for (int step = 0;; step++) {
-#if VOCAB
         if (step) fetch_head(a, sh, shared_address(memory), f, s.slot);
-#endif
         if (step == steps) return;
         fetch(a, sh, shared_address(memory), f, ahead, s.slot, step == 0);
         if (s.slot < 0) return;
@@ -2794,17 +2797,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments
     if (thread() / 32 == FIRST_FINISHER) {
       s.slot = newest_slot(a);
       token = s.slot < 0 ? 0 : a.tokens[s.slot];
-#if CHOOSES
       // Whoever waits for the count of steps is to know, too, that there are no more.
       if (a.count && s.slot < 0 && program() == 0 && thread() % 32 == 0)
         *(volatile long long*)a.seen = a.rules[PROMPT_LENGTH] - *a.length;
-#endif
     }
 #pragma unroll 1
     for (int step = 0;; step++) {
-#if CHOOSES
       if (step) finish_step(a, s, sh, step == steps, token);
-#endif
       if (step == steps) return;
       start_step(a, s, sh, step, token);
       if (s.slot < 0) return;
@@ -2817,19 +2816,48 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments
     bar_sync(TABLES, THREADS - 32);
 #pragma unroll 1
     for (int step = 0;; step++) {
-#if VOCAB
       if (step) multiply_head(a, s, sh);
-#endif
       if (step == steps) return;
-      bar_sync(READY, WAITING);
+      bar_sync(READY, THREADS);
       s.slot = sh.slot;
       if (s.slot < 0) {
-        // What was fetched in vain has landed: copies end before their program does.
         take(sh, s, QKV, chunks_of(QKV));
         return;
       }
       multiply_layers(a, s, sh);
     }
   }
+#else
+  // For a single step each looks by itself whether there is anything to do.
+  if (__shfl_sync(~0u, thread() / 128, 0) == WARPS / 4) {
+    few_registers();
+    if (thread() / 32 == FETCHER) {
+      Fetching f;
+      f.due = cycles();
+      s.slot = -1;
+      fetch(a, sh, shared_address(memory), f, ahead, s.slot, true);
+#if VOCAB
+      if (s.slot >= 0) fetch_head(a, sh, shared_address(memory), f, s.slot);
+#endif
+    } else {
+      s.slot = newest_slot(a);
+      if (s.slot < 0) return;
+      if (thread() / 32 == FIRST_FINISHER) embed(a, s, a.tokens[s.slot]);
+      bar_sync(TABLES, THREADS - 32);
+      finish_layers(a, s, sh);
+    }
+  } else {
+    many_registers();
+    if (LINES) fill_lines(sh);
+    fill_tables(a, sh);
+    s.slot = newest_slot(a);
+    if (s.slot < 0) return;
+    bar_sync(TABLES, THREADS - 32);
+    multiply_layers(a, s, sh);
+#if VOCAB
+    multiply_head(a, s, sh);
+#endif
+  }
+#endif
 }
 #endif  // BATCH == 1

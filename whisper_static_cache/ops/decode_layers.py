@@ -56,7 +56,7 @@ class Shape(NamedTuple):
     `bits` is 16 for weights in float16 or bfloat16, else the width of packed ones, all of one `group_size`;
     `programs` is the number of multiprocessors and `memory` a program's bytes of shared memory. Of the `batch` rows,
     `beams` have one input's cross-attention in common. `vocab` is the size of the vocabulary where the head is part of
-    the kernel, else 0.
+    the kernel, else 0; `chooses` says whether the choice of tokens is, too, with several steps to a launch.
     """
 
     width: int
@@ -73,15 +73,7 @@ class Shape(NamedTuple):
     cross_int8: bool = False
     beams: int = 1
     vocab: int = 0
-
-    @property
-    def chooses(self):
-        """Whether the kernel chooses tokens, too, several steps to a launch.
-
-        It saves some 7 us a step. In 16 bits what it adds to the code costs each layer some 0.4 us on an H100, though
-        nothing of it is run there.
-        """
-        return bool(self.vocab) and (self.bits != 16 or self.layers <= _CHOOSING_LAYERS)
+    chooses: bool = False
 
     @property
     def heads(self):
@@ -106,7 +98,7 @@ class Shape(NamedTuple):
         return splits
 
 
-def shape_for(config, cache_layer, weight, device, vocab=0):
+def shape_for(config, cache_layer, weight, device, vocab=0, may_choose=False):
     """The `Shape` of a model's step on `device`.
 
     Args:
@@ -115,6 +107,7 @@ def shape_for(config, cache_layer, weight, device, vocab=0):
         weight: a `decode_linear.Weight` of the decoder.
         device: a CUDA device.
         vocab: size of the vocabulary if the head is to be part of the kernel.
+        may_choose: whether the choice may be as well. It is where that is faster.
     """
     properties = torch.cuda.get_device_properties(device)
     return Shape(
@@ -132,6 +125,9 @@ def shape_for(config, cache_layer, weight, device, vocab=0):
         cache_layer[2].dtype == torch.int8,
         len(cache_layer[0]) // len(cache_layer[2]),
         vocab,
+        # It saves some 7 us a step. In 16 bits what it adds to the code costs each layer 0.4 us on an H100, though
+        # nothing of it is run there.
+        may_choose and vocab > 0 and (weight.bits != 16 or config.decoder_layers <= _CHOOSING_LAYERS),
     )
 
 
@@ -435,12 +431,15 @@ def decode_layers(
             makes of it for `head`, and its eps.
         logprobs, unfinished, steps, seen, marks, rules, ends: what `decode_tokens.choose_next` writes and chooses
             tokens by, with `marks` for its `table`; `tokens`, `length` and `finished` are written, too.
+            Without them the kernel is another, which only gives logits.
         count: how many tokens are chosen, each but the last one fed to the next step, or fewer if one of them ends the
             row; 0 where only logits are wanted.
 
     Raises:
-        ValueError: `count` is not 0 for a shape whose kernel chooses nothing (`Shape.chooses`).
+        ValueError: `count` is not 0, but what tokens are chosen by is not given.
     """
+    if count and marks is None:
+        raise ValueError(f"count={count}, but tokens cannot be chosen without rules: pass marks and what goes with it")
     properties = torch.cuda.get_device_properties(gained.device)
     cross_int8 = caches[2].dtype == torch.int8
     shape = Shape(
@@ -458,9 +457,8 @@ def decode_layers(
         cross_int8,
         len(caches[0]) // len(caches[2]),
         0 if head is None else len(head),
+        marks is not None,
     )
-    if count and not shape.chooses:
-        raise ValueError(f"count={count}, but the kernel of this shape chooses no tokens: pass 0 and use choose_next")
     arguments = arguments_for(
         gained,
         stats,
