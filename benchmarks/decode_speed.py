@@ -42,7 +42,7 @@ from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtracto
 from transformers.modeling_outputs import BaseModelOutput
 
 import whisper_static_cache
-from whisper_static_cache.triton_engine import TritonEngine
+from whisper_static_cache.triton_engine import CHAINED_STEPS, TritonEngine
 
 
 # d_model, layers of encoder and decoder, heads, mel bins, vocabulary (openai/whisper model cards).
@@ -296,7 +296,15 @@ def break_down(model, bandwidth, by_kernels=False, tokens=96):
     kernels.sort(key=lambda event: event.time_range.start)
     starts = [i for i, event in enumerate(kernels) if event.name.startswith(("_embed", "decode_layers"))]
     one, following = (kernels[starts[-2] + i].name for i in range(2))
-    if one.startswith("decode_layers"):
+    several = 1
+    if following.startswith("decode_layers"):
+        # One kernel for several whole steps: the longest launches are those of as many as the engine chains.
+        several, took = 2 * CHAINED_STEPS, [event.time_range.end - event.time_range.start for event in kernels]
+        kernels = [event for event, us in zip(kernels, took) if us > max(took) / 2]
+        starts = range(len(kernels) + 1)
+        size = layers * sum(size for _, size in kinds) + linears(model.proj_out)
+        kinds, names, order, layers = [("embedding, layers, head, choice", size)], [0], [0], 1
+    elif one.startswith("decode_layers"):
         # One kernel for the embedding and all layers, and for the head if no kernel of its own comes next.
         size = layers * sum(size for _, size in kinds)
         if following.startswith("_best"):
@@ -305,7 +313,8 @@ def break_down(model, bandwidth, by_kernels=False, tokens=96):
             kinds, names = [("embedding and layers", size)], [0, *names[-3:]]
         order, layers = names, 1
     # Whole steps with the choice of the token, the first ones aside.
-    steps = [kernels[a:b] for a, b in itertools.pairwise(starts) if b - a == len(order)][8:]
+    steps = [kernels[a:b] for a, b in itertools.pairwise(starts) if b - a == len(order)]
+    steps = steps[8:] if several == 1 else steps
     total = dict.fromkeys(names, 0.0)
     for step in steps:
         last = step[0].time_range.start
@@ -316,12 +325,12 @@ def break_down(model, bandwidth, by_kernels=False, tokens=96):
     for name in names:
         calls = layers if isinstance(name, int) else 1
         label, size = kinds[name] if isinstance(name, int) else (name, linears(model.proj_out) * (name == "head"))
-        us = total[name] / len(steps)
+        us = total[name] / (len(steps) * several)
         row = {"kernel": label, "calls": calls, "us": round(us, 1), "us_per_call": round(us / calls, 2)}
         row["bytes"] = size * calls
         row["percent_of_copy_bandwidth"] = round(100 * row["bytes"] / (us * 1e-6) / bandwidth, 1)
         rows.append(row)
-    return {"steps": len(steps), "us_per_step": round(sum(row["us"] for row in rows), 1), "kernels": rows}
+    return {"steps": len(steps) * several, "us_per_step": round(sum(row["us"] for row in rows), 1), "kernels": rows}
 
 
 def copy_bandwidth(device):

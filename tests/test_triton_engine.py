@@ -341,9 +341,9 @@ def test_a_kernel_that_does_not_compile_goes_without_the_head_and_then_kernel_by
     rows, buffers = session.rows(count), engine._buffers(session)
     built = []
 
-    def shape_for(config, layer, weight, device, vocab=0):
+    def shape_for(config, layer, weight, device, vocab, may_choose):
         size = 128, 512, 2, session.slots, session.source_length, False, 4, 64, 12, 120_000
-        return ops.Shape(*size, len(layer[0]), vocab=vocab)
+        return ops.Shape(*size, len(layer[0]), vocab=vocab, chooses=may_choose and vocab > 0)
 
     def kernel_for(shape, device):
         built.append((shape.batch, shape.vocab))
@@ -355,7 +355,9 @@ def test_a_kernel_that_does_not_compile_goes_without_the_head_and_then_kernel_by
     monkeypatch.setattr(ops, "kernel_for", kernel_for)
     vocab = model.config.vocab_size
     broken = []
-    assert [part.has_head for part in engine._made_whole(rows, buffers)] == [True] * count
+    parts = engine._made_whole(rows, buffers)
+    # Of two rows, tokens are chosen together.
+    assert [(part.has_head, part.chooses) for part in parts] == [(True, count == 1)] * count
     broken = [vocab]
     (part,) = engine._made_whole(rows, buffers)
     # Without its head a row is not by itself.
@@ -396,11 +398,11 @@ def test_all_layers_in_one_kernel_are_those_kernel_by_kernel(head, bits):
         rows.tokens[:, :2] = torch.tensor([[5, 17], [9, 3]])
         for fed in (1, 2):
             session.length.fill_(fed)
-            for layers, joined in parts:
-                arguments = ops.arguments_for(*layers[:3], *layers[4:14], buffers.going_on, *joined)
-                launch_emulated(shape, arguments)
+            for layers, joined, choice in parts:
+                arguments = *layers[:3], *layers[4:14], buffers.going_on, *joined, *choice
+                launch_emulated(shape, ops.arguments_for(*arguments, count=0))
             gained, logits = buffers.gained[:2].clone(), buffers.logits[:2].clone()
-            stats = torch.cat([layers[1] for layers, _ in parts], 1).sum(-1)
+            stats = torch.cat([part.layers[1] for part in parts], 1).sum(-1)
             expected = engine._logits(rows, buffers, buffers.going_on)
             if head == "joined":
                 torch.testing.assert_close(logits, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
@@ -409,3 +411,54 @@ def test_all_layers_in_one_kernel_are_those_kernel_by_kernel(head, bits):
             stream = buffers.stream[:2]
             torch.testing.assert_close(stats[0], stream.sum(-1), rtol=1e-2, atol=1e-2 * stream.norm().item())
             torch.testing.assert_close(stats[1], stream.square().sum(-1), rtol=1e-2, atol=0)
+
+
+@pytest.mark.skipif(DEVICE != "cpu" or shutil.which("g++") is None, reason="emulates CUDA threads, with g++")
+@pytest.mark.parametrize("stamped", [False, True])
+def test_several_steps_in_one_launch_are_those_kernel_by_kernel(monkeypatch, stamped):
+    from whisper_static_cache.ops import decode_layers as ops
+
+    from .ops.test_decode_layers import launch_emulated
+
+    heads = {"d_model": 128, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 512}
+    model = served_model(decoder_layers=2, **heads).half()
+    whisper_static_cache.quantize_decoder(model, 4, 64, method="rtn", backend="torch", progress=False)
+    engine, vocab = TritonEngine(model), model.config.vocab_size
+    session = Session(EncoderDecoderStaticCache(model.config, 1, dtype=torch.float16, device="cpu"))
+    rows, buffers = session.rows(1), engine._buffers(session)
+    size = 128, 512, 2, session.slots, session.source_length, False, 4, 64, 12, 120_000
+    shape = ops.Shape(*size, vocab=vocab, chooses=True)
+    launches = []
+
+    def emulated(gained, stats, work, caches, *rest):
+        launches.append(rest[-1])
+        arguments = ops.arguments_for(gained, stats, work, *rest[:10], *rest[13:-1], count=rest[-1])
+        launch_emulated(shape, arguments)
+
+    rules = {"min_length": 0, "eos_count": 1, "prompt_length": 2, "timestamp_begin": vocab, "begin_index": 0}
+    rules |= {"no_timestamps": -1, "text_end": 0, "detect": 0}
+    if stamped:
+        rules |= {"timestamp_begin": vocab // 2, "begin_index": 1, "text_end": 9, "detect": 1}
+    monkeypatch.setattr(ops, "decode_layers", emulated)
+    found = []
+    with torch.no_grad():
+        buffers.states.normal_()
+        engine._enter(rows, buffers)
+        parts = [engine._whole_arguments(rows, buffers, shape)]
+        for whole in (parts, None):
+            monkeypatch.setattr(engine, "_whole", lambda rows, buffers, whole=whole: whole)
+            engine.set_rules(rows, rules, (3, 4), (5,), torch.tensor([vocab - 1]), torch.tensor(0))
+            buffers.unfinished.fill_(1)
+            rows.tokens.zero_()
+            rows.tokens[:, :2] = torch.tensor([[5, 17]])
+            for fed in (1, 2):
+                session.length.fill_(fed)
+                engine._logits(rows, buffers, buffers.going_on)
+            engine._choose(rows, buffers, 5)
+            counts = int(session.length), int(buffers.steps), int(buffers.counter.tensor), int(buffers.finished)
+            found.append((rows.tokens.clone(), rows.token_logprobs[:, 1:5].clone(), counts))
+    assert launches == [0, 0, 5]
+    (tokens, logprobs, counts), (wanted, wanted_logprobs, wanted_counts) = found
+    assert counts == wanted_counts == (7, 5, 5, 0)
+    assert torch.equal(tokens, wanted)
+    torch.testing.assert_close(logprobs, wanted_logprobs, rtol=0, atol=3e-2)

@@ -749,7 +749,7 @@ struct Fetching {
   Cursor cursor, landed;
   int issued = 0, layer = 0;
   u32 due = 0;     // The clock when the next copies may be made.
-  u32 pieces = 0;  // Of each piece's place whether it was filled an odd number of times.
+  u32 pieces = 0;  // `Places.odd`.
 };
 // All programs find room at the same moments, and what they ask for stands in front of the words: no more than `PACE`
 // bytes a cycle. It is looks that end this, too, as a process that shares the GPU may go on with another clock.
@@ -891,12 +891,29 @@ __device__ __forceinline__ int first_piece(const Cursor& cursor) {
   return AT_HOME ? 0 : ratio(cursor.place * CHUNK, PIECE) % PIECES;
 }
 __device__ __forceinline__ int next_piece(int piece) { return piece + 1 < PIECES ? piece + 1 : 0; }
+// Where the next piece goes, and whether its place was used an odd number of times before: in a single step, all places as
+// often as the first, else each by its bit, as a step need not use all of them equally.
+struct Places {
+  int place;
+  u32& odd;
 
+  __device__ __forceinline__ u32 parity() const { return CHOOSES ? odd >> place & 1 : odd & 1; }
+  __device__ __forceinline__ void use() {
+    if (CHOOSES) odd ^= 1u << place;
+  }
+  __device__ __forceinline__ void next(int i) {
+    place = next_piece(place);
+    if (!CHOOSES && (i + 1) % PIECES == 0) odd++;
+  }
+};
+
+#if CHOOSES
 // Nobody reads any longer what the head of the step before had from `begin` to `end`.
 __device__ __forceinline__ void await_head(Shared& sh, const Fetching& f, int begin, int end) {
   for (int piece = begin / PIECE; piece < PIECES && piece * PIECE < end; piece++)
     await(shared_address(&sh.empty[RINGS + piece]), f.pieces >> piece & 1 ^ 1);
 }
+#endif
 constexpr int end_of(int step) {
   return home_of(step) + (step == CROSS_ATTENTION ? KEYS_HOME : step == FC2 ? HIDDEN_HOME :
                           step == OWN_ATTENTION ? OWN_KEYS * 256 : chunks_of(step) * HOME);
@@ -919,24 +936,29 @@ __device__ __forceinline__ void await_layers(Shared& sh, const Cursor& cursor, i
 
 __device__ __forceinline__ void fetch_head(const Arguments& a, Shared& sh, u32 memory, Fetching& f, int slot) {
   const int count = pieces_of_program();
-  int place = first_piece(f.cursor);
+  Places places = {first_piece(f.cursor), f.pieces};
 #pragma unroll 1
   for (int i = 0; i < count; i++) {
     const int first = (program() + i * GIVERS) * PIECE_ROWS, bytes = least(PIECE_ROWS, VOCAB - first) * HEAD_ROW;
+    const int place = places.place;
     const u32 full = shared_address(&sh.full[RINGS + place]);
+#if CHOOSES
     await_head(sh, f, place * PIECE, (place + 1) * PIECE);
+#else
+    if (i >= PIECES) await(shared_address(&sh.empty[RINGS + place]), places.parity() ^ 1);
+#endif
     if (i < PIECES) {
       await_layers(sh, f.cursor, place, slot);
       if (AT_HOME) keep_pace(f, bytes);
     }
-    f.pieces ^= 1u << place;
+    places.use();
     if (elected()) {
       barrier_expect(full, bytes);
       copy_async(memory + place * PIECE, (const u8*)a.head + (long long)first * HEAD_ROW, bytes, full,
                  i >= PIECES && i % KEPT_EVERY == 0);
     }
     __syncwarp();
-    place = next_piece(place);
+    places.next(i);
   }
 }
 #endif
@@ -946,7 +968,9 @@ __device__ __forceinline__ void fetch_head(const Arguments& a, Shared& sh, u32 m
 __device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory, Fetching& f, Pointers& ahead, int& slot,
                                       bool first) {
   Pointers p;
-#if CHOOSES
+#if !CHOOSES
+  slot = 0;
+#else
   // When the first weights have been used, so has all of the head.
   await_head(sh, f, 0, AT_HOME ? end_of(QKV) : SHARED_AT);
 #endif
@@ -987,6 +1011,9 @@ __device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory
       }
     }
   }
+#if VOCAB && !CHOOSES
+  fetch_head(a, sh, memory, f, slot);
+#endif
 }
 
 #endif
@@ -1112,7 +1139,7 @@ struct State {
   int slot;
   u32 stream_tag, tag;  // Of the next reading of `stream`, and of this layer's other buffers.
   u32 result_tag;       // The one that no word of `result` has before this step.
-  u32 pieces;           // Of each piece's place of the head whether it was filled an odd number of times.
+  u32 pieces;           // `Places.odd`.
   float residual[2];    // Of the features that this thread finishes.
   uint4 gains;          // Of the layer norm behind the last product, for the elements that this thread multiplies.
 };
@@ -2489,14 +2516,15 @@ __device__ __forceinline__ void multiply_head(const Arguments& a, State& s, Shar
   const Allowed allowed = sh.allowed;
   Best of[2][1];  // Of text and of timestamps.
 #endif
-  int place = first_piece(s.cursor);
+  Places places = {first_piece(s.cursor), s.pieces};
 #pragma unroll 1
   for (int i = 0; i < count; i++) {
     const float2 vectors = next;
     const int mark = next_mark;
     next = ask_for_vectors(i + 1), next_mark = ask_for_mark(i + 1);
-    await(shared_address(&sh.full[RINGS + place]), s.pieces >> place & 1);
-    s.pieces ^= 1u << place;
+    const int place = places.place;
+    await(shared_address(&sh.full[RINGS + place]), places.parity());
+    places.use();
     float dots[HEAD_EACH];
 #pragma unroll
     for (int e = 0; e < HEAD_EACH; e++) {
@@ -2535,10 +2563,10 @@ __device__ __forceinline__ void multiply_head(const Arguments& a, State& s, Shar
       if (may && row >= allowed.begin && row >= allowed.stamps) of[1][0].add(widen(logit), row);
 #endif
     }
-    place = next_piece(place);
+    places.next(i);
   }
-  s.result_tag ^= 1;
 #if CHOOSES
+  s.result_tag ^= 1;
   if (!a.count) return;
 #pragma unroll
   for (int kind = 0; kind < 2; kind++) {
@@ -2771,15 +2799,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments
   s.stream_tag = s.tag = 1;
   s.residual[0] = s.residual[1] = 0;
   s.pieces = 0;
-#if VOCAB
-  s.result_tag = next_tag(a.result);
-#endif
   // Each warp goes its own way from here.
 #if CHOOSES
   // What is done once a step stands in front of what is done for each layer: the code of all warps' layers should not lie far
   // apart, or the instruction cache would not hold it.
   const int steps = most(a.count, 1);
   s.slot = 0;
+  s.result_tag = next_tag(a.result);
   if (__shfl_sync(~0u, thread() / 128, 0) == WARPS / 4) {
     few_registers();
     if (thread() / 32 == FETCHER) {
@@ -2834,14 +2860,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments
     if (thread() / 32 == FETCHER) {
       Fetching f;
       f.due = cycles();
-      s.slot = -1;
       fetch(a, sh, shared_address(memory), f, ahead, s.slot, true);
-#if VOCAB
-      if (s.slot >= 0) fetch_head(a, sh, shared_address(memory), f, s.slot);
-#endif
     } else {
       s.slot = newest_slot(a);
       if (s.slot < 0) return;
+      if (VOCAB) s.result_tag = next_tag(a.result);
       if (thread() / 32 == FIRST_FINISHER) embed(a, s, a.tokens[s.slot]);
       bar_sync(TABLES, THREADS - 32);
       finish_layers(a, s, sh);
@@ -2852,6 +2875,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments
     fill_tables(a, sh);
     s.slot = newest_slot(a);
     if (s.slot < 0) return;
+    if (VOCAB) s.result_tag = next_tag(a.result);
     bar_sync(TABLES, THREADS - 32);
     multiply_layers(a, s, sh);
 #if VOCAB

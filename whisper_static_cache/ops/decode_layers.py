@@ -40,8 +40,6 @@ _SELF_RUN = 128
 _COPIES = 4
 _LOGS = 32
 _FINISHERS = 3
-# Layers of 16-bit weights behind which the kernel chooses the token as well, at most.
-_CHOOSING_LAYERS = 12
 # Of the kernel for several rows: runs that a head's keys are in at most.
 _MAX_RUNS = 4
 
@@ -125,9 +123,8 @@ def shape_for(config, cache_layer, weight, device, vocab=0, may_choose=False):
         cache_layer[2].dtype == torch.int8,
         len(cache_layer[0]) // len(cache_layer[2]),
         vocab,
-        # It saves some 7 us a step. In 16 bits what it adds to the code costs each layer 0.4 us on an H100, though
-        # nothing of it is run there.
-        may_choose and vocab > 0 and (weight.bits != 16 or config.decoder_layers <= _CHOOSING_LAYERS),
+        # In 16 bits what it adds to the code costs more than it saves, if there are 32 layers (`benchmarks/NOTES.md`).
+        may_choose and vocab > 0 and weight.bits != 16,
     )
 
 
