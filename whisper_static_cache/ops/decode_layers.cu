@@ -26,8 +26,9 @@
 // Why every buffer can be used again without being cleared: a program that writes the next result into a buffer holds
 // values that depend on every reader's having read the last one; who gives nothing that others wait for reads nothing.
 // Layer by layer: all of `stream` was read before any query, key or value of the layer could be published, all of those
-// before all heads' runs, all of these before the next `stream`, and so on around the layer. Of a program's warps one may
-// read late what the others have left behind them: none of them skips a use of what it reads.
+// before all heads' runs, all of these before the next `stream`, and so on around the layer and from step to step: all bests
+// were read before all of the next step's embedding was published. Of a program's warps one may read late what the others
+// have left behind them: none of them skips a use of what it reads.
 
 #ifndef EMULATED
 
@@ -596,7 +597,7 @@ static_assert(PIECES > 1 && PIECES <= MOST_PIECES, "");
 // as much would be in its own way.
 constexpr int KEPT_EVERY = ratio(VOCAB * HEAD_ROW, 16 << 20);
 #endif
-static_assert(VOCAB < 1 << 16, "");
+static_assert(VOCAB < 1 << 16, "a token is exchanged as a half word");
 static_assert(AT_HOME || IN_RING > MOST_CHUNKS, "a step exceeds the shared memory");
 static_assert(SHARED_AT + (int)sizeof(Shared) <= MEMORY, "");
 
@@ -2656,8 +2657,8 @@ __device__ __forceinline__ int choose(const Arguments& a, Shared& sh, int slot, 
 #pragma unroll
   for (int i = 0; i < EACH; i++) {
     if (i * 32 + lane >= GIVERS) continue;
-    of[0][i].score = high_of(units[i].x), of[0][i].token = units[i].x & 0xFFFF, of[0][i].total = __uint_as_float(units[i].y & ~1u);
-    of[1][i].score = high_of(units[i].z), of[1][i].token = units[i].z & 0xFFFF, of[1][i].total = __uint_as_float(units[i].w & ~1u);
+    of[0][i] = {high_of(units[i].x), __uint_as_float(units[i].y & ~1u), units[i].x & 0xFFFF};
+    of[1][i] = {high_of(units[i].z), __uint_as_float(units[i].w & ~1u), units[i].z & 0xFFFF};
   }
   text = best_of_warp(of[0]), stamp = best_of_warp(of[1]);
   // A timestamp is forced when all of them together are likelier than the likeliest text token.

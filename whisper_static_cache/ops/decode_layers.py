@@ -1,4 +1,6 @@
-"""All decoder layers of a one-token step, of one row the head too, as one persistent CUDA kernel: launcher, reference.
+"""All decoder layers of a one-token step as one persistent CUDA kernel: launcher, reference.
+
+Of one row the head is part of it, too, and of packed weights the choice of the token and with it several steps.
 
 Between two kernels of a step the machine drains and fills, and a step of eight kernels a layer does so hundreds of
 times. `decode_layers.cu` keeps one program on every multiprocessor for the whole step instead; it says how the
