@@ -4,8 +4,8 @@ A step is eight kernels a layer, one for the embedding, one for the head and two
 other thing that a step does (layer norms, residual sums, the cache update, the merge of split attention) is part of
 one of them; `ops` says how. Up to 2 rows, of float32 8, are multiplied row by row, up to 32 on the tensor cores;
 larger batches go to the next engine. Up to 16 rows in half precision have their layers in one persistent kernel on a
-GPU of compute capability 9.0, a single one its head and the choice of the token, too, several steps to a launch, and
-two rows of packed weights one after the other: `ops.decode_layers`.
+GPU of compute capability 9.0. A single row has its head there, too, and of packed weights the choice of the token and
+with it several steps to a launch; two rows of packed weights go one after the other: `ops.decode_layers`.
 """
 
 import importlib.util
@@ -29,8 +29,8 @@ MAX_STEPPED_PROMPT = 8
 SELF_SPLIT, CROSS_SPLIT = 256, 512
 # What `ops.decode_tokens` can hold of tokens that end a row.
 MAX_ENDS = 16
-# Steps in one graph: some 26 us pass between two graphs. Twice as many where those behind the last row's end, without
-# layers and head, are next to nothing.
+# Steps in one graph, or in one launch: some 26 us pass between two graphs. Twice as many where those behind the last
+# row's end, without layers and head, are next to nothing.
 CHAINED_STEPS = 8
 
 
