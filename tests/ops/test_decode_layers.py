@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import inspect
 import shutil
 import subprocess
 import tempfile
@@ -527,6 +528,13 @@ def test_scales_that_halves_cannot_take():
     assert "runs of 32 bytes" in ops.why_not(
         SMALL._replace(bits=1.58, group_size=16, width=384, ffn=1536, programs=132)
     )
+
+
+def test_tokens_are_not_chosen_without_rules():
+    # The op's own function: on a CPU the op has none. It asks before it looks at anything else.
+    arguments = len(inspect.signature(ops.decode_layers._init_fn).parameters)
+    with pytest.raises(ValueError, match="count=3, but tokens cannot be chosen without rules"):
+        ops.decode_layers._init_fn(*[None] * (arguments - 1), 3)
 
 
 def test_pointers_must_be_aligned():

@@ -893,10 +893,14 @@ __device__ __forceinline__ int first_piece(const Cursor& cursor) {
 }
 __device__ __forceinline__ int next_piece(int piece) { return piece + 1 < PIECES ? piece + 1 : 0; }
 // Where the next piece goes, and whether its place was used an odd number of times before: in a single step, all places as
-// often as the first, else each by its bit, as a step need not use all of them equally.
+// often as the first, else each by its bit, kept from step to step, as a step need not use all of them equally.
 struct Places {
   int place;
+#if CHOOSES
   u32& odd;
+#else
+  u32 odd;
+#endif
 
   __device__ __forceinline__ u32 parity() const { return CHOOSES ? odd >> place & 1 : odd & 1; }
   __device__ __forceinline__ void use() {
@@ -945,12 +949,12 @@ __device__ __forceinline__ void fetch_head(const Arguments& a, Shared& sh, u32 m
     const u32 full = shared_address(&sh.full[RINGS + place]);
 #if CHOOSES
     await_head(sh, f, place * PIECE, (place + 1) * PIECE);
-#else
-    if (i >= PIECES) await(shared_address(&sh.empty[RINGS + place]), places.parity() ^ 1);
 #endif
     if (i < PIECES) {
       await_layers(sh, f.cursor, place, slot);
       if (AT_HOME) keep_pace(f, bytes);
+    } else if (!CHOOSES) {
+      await(shared_address(&sh.empty[RINGS + place]), places.parity() ^ 1);
     }
     places.use();
     if (elected()) {

@@ -1,4 +1,4 @@
-"""All decoder layers of a one-token step as one persistent CUDA kernel: launcher, reference.
+"""All decoder layers of a one-token step as one persistent CUDA kernel: launcher and reference.
 
 Of one row the head is part of it, too, and of packed weights the choice of the token and with it several steps.
 
