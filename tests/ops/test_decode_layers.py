@@ -390,7 +390,9 @@ def test_emulated_choice(changes, choices):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed: the kernel cannot be emulated")
-@pytest.mark.parametrize("memory, batch, vocab", [(SMALL.memory, 1, 0), (72_000, 1, 120), (SMALL.memory, 3, 0)])
+@pytest.mark.parametrize(
+    "memory, batch, vocab", [(SMALL.memory, 1, 0), (72_000, 1, 0), (72_000, 1, 120), (SMALL.memory, 3, 0)]
+)
 def test_emulated_when_all_rows_have_finished(memory, batch, vocab):
     model = Model(SMALL._replace(batch=batch, memory=memory, vocab=vocab))
     compare(model, 5, 0, emulate)
