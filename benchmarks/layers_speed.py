@@ -72,7 +72,7 @@ def shape_for(bits):
     properties = torch.cuda.get_device_properties(0)
     memory = properties.shared_memory_per_block_optin
     size = 1280, 5120, 32, 448, 1500, False, int(bits) if bits != 1.58 else bits, GROUP_SIZES.get(bits, 0)
-    return ops.Shape(*size, properties.multi_processor_count, memory)
+    return ops.Shape(*size, properties.multi_processor_count, memory, bandwidth=ops.bandwidth_of(properties))
 
 
 def main():

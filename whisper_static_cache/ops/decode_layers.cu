@@ -460,10 +460,11 @@ static_assert(HEADS * SELF_SPLITS <= GIVERS && SELF_SPLITS <= 8 && (CROSS_SPLITS
 constexpr int MOST_PIECES = VOCAB ? 12 : 0;
 
 constexpr int RINGS = 32;  // Chunks in shared memory, at most.
-constexpr int PACE = 20;   // Bytes a cycle that are asked for at home, where six are needed.
 // On their way at a time, or a chunk at least. For two to four rows less is faster, as long as the weights are large.
 constexpr bool SOME_ROWS = BATCH > 1 && BATCH <= 4 && BITS == 16;
-constexpr int FLIGHT_BYTES = (SOME_ROWS ? 28 : BITS == 8 || BITS == 16 ? 56 : 42) * 1024;
+// For one in 16 bits two chunks are, if they are large.
+constexpr bool ONE_ROW = BATCH == 1 && BITS == 16;
+constexpr int FLIGHT_BYTES = (SOME_ROWS ? 28 : ONE_ROW ? 36 : BITS == 8 || BITS == 16 ? 56 : 42) * 1024;
 static_assert(BATCH > 1 || finishers(QKV) <= FINISHERS && finishers(FC1) <= FINISHERS, "");
 // Named barriers: one for each product and attention, of those that multiply with those that finish; one for the way
 // back; and, for one row, one for each layer norm's moments, one for the last layer's result, one for the choice of a
@@ -550,6 +551,16 @@ struct History {
 // The numbers of `decode_tokens.Rules`.
 enum { MIN_LENGTH, END_COUNT, PAD, PROMPT_LENGTH, BEGIN_INDEX, TIMESTAMP_BEGIN, NO_TIMESTAMPS, TEXT_END, DETECT, RULES };
 constexpr int MOST_ENDS = 16;
+// The copies of a chunk of weights, which are the same in every layer but for the layer's pointers. Rows are copied one by one,
+// by twos or all together; scales and zero points, and two vectors, from the multiple of 16 bytes at or below their first one
+// on. In bytes.
+struct alignas(16) Plan {
+  u32 rows, metas, vectors, all;                 // Where they begin behind their pointers; all that is copied.
+  u32 row_size, meta_size, vector_size, copies;  // Of each copy; how many there are of rows.
+  u32 to_scales, to_zeros, to_first, to_second;  // Where they go, behind the chunk's place.
+  u32 apart, to_apart, home, pointers;           // From rows to the next ones; the chunk's place, at home; which pointers.
+};
+constexpr int PLANS = 6 + FFN_CHUNKS + parts(FFN);
 struct Shared {
   // Of a pair of rows the sums of four warps, in this order: the first row's, of the first warps and of the others, the
   // second row's. Lanes that finish pairs of rows read vectors side by side.
@@ -573,6 +584,8 @@ struct Shared {
   u64 caches[LAYERS][2], gains[LAYERS][3];
   float eps[LAYERS][3];
   u8 valid[SLOTS];
+  Plan plans[PLANS];
+  u64 pointers[POINTERS];  // Of the layer that is fetched.
 #if CHOOSES
   int slot;  // Of the newest token, or -1 where nothing is to be done any more.
   Allowed allowed;
@@ -584,7 +597,7 @@ struct Shared {
 };
 #endif
 constexpr int IN_RING = least((MEMORY - (int)sizeof(Shared)) / CHUNK, RINGS);
-constexpr int IN_FLIGHT = most(least(FLIGHT_BYTES / CHUNK, IN_RING - 1), 1);
+constexpr int IN_FLIGHT = most(least(FLIGHT_BYTES / CHUNK, IN_RING - 1), ONE_ROW ? 2 : 1);
 constexpr int MOST_CHUNKS = most(most(FFN_CHUNKS, most(KEY_CHUNKS, OWN_CHUNKS)), most(parts(FFN), 3));
 constexpr int SHARED_AT = AT_HOME ? HOMES : IN_RING * CHUNK;
 #if VOCAB
@@ -718,6 +731,12 @@ struct Pointers {
     first = table[layer * POINTERS + lane];
     if (lane < POINTERS - 32) second = table[layer * POINTERS + 32 + lane];
   }
+  __device__ __forceinline__ void keep(u64* to) const {
+    const int lane = thread() % 32;
+    to[lane] = first;
+    if (lane < POINTERS - 32) to[lane + 32] = second;
+    __syncwarp();
+  }
   __device__ __forceinline__ const u8* at(int index) const {
     const u64 a = __shfl_sync(~0u, first, index & 31), b = __shfl_sync(~0u, second, index & 31);
     return (const u8*)(index < 32 ? a : b);
@@ -758,17 +777,22 @@ __device__ __forceinline__ void keep_pace(Fetching& f, u32 bytes) {
   for (u32 looks = 0; looks < bytes / 64 && (int)(cycles() - f.due) < 0; looks++) continue;
   f.due = cycles() + bytes / PACE;
 }
+// At home: where a chunk goes, its barrier, and whether it is the first of a step, which waits for the room of all.
+struct Home {
+  u32 place;
+  int full;
+  bool first;
+};
 // Room for a chunk of a step, when few enough are on their way; its barrier expects `bytes`. Where the chunk goes.
 template <class Prefetch>
-__device__ __forceinline__ u32 make_room(Shared& sh, Fetching& f, int step, int chunk, u32 bytes, u32& barrier,
+__device__ __forceinline__ u32 make_room(Shared& sh, Fetching& f, int step, const Home& home, u32 bytes, u32& barrier,
                                          Prefetch prefetch_it) {
   // In a ring, few bytes on their way keep the memory busy. More would only stand in front of what the programs exchange.
   u32 at, empty, phase;
   bool first = true;
   if (AT_HOME) {
-    at = home_of(step) + chunk * (step == CROSS_ATTENTION ? KEYS_PIECE * 256 : ROWS_OF_CHUNK);
-    empty = shared_address(&sh.empty[step]), phase = f.layer & 1, barrier = home_barrier(sh, step, chunk);
-    first = chunk == 0;
+    at = home.place, barrier = shared_address(&sh.full[home.full]), first = home.first;
+    empty = shared_address(&sh.empty[step]), phase = f.layer & 1;
   } else {
     if (f.issued++ >= IN_FLIGHT) {
       await(shared_address(&sh.full[f.landed.place]), f.landed.phase);
@@ -782,7 +806,7 @@ __device__ __forceinline__ u32 make_room(Shared& sh, Fetching& f, int step, int 
   // room goes as far as the L2 cache meanwhile.
   if (BITS == 16 && first && !barrier_try(empty, phase ^ 1)) prefetch_it();
   if (first) await(empty, phase ^ 1);
-  if (AT_HOME) keep_pace(f, bytes);
+  if (BATCH == 1) keep_pace(f, bytes);
   if (elected()) barrier_expect(barrier, bytes);
   __syncwarp();
   return at;
@@ -807,75 +831,92 @@ __device__ __forceinline__ Span rows_of_chunk(int product, int chunk) {
 }
 
 #if BATCH == 1
-// A chunk's copies, all by one lane: rows, and what lies behind them.
-__device__ __forceinline__ void fetch_chunk(const Pointers& p, Shared& sh, u32 memory, Fetching& f, int product,
-                                            int chunk) {
-  const bool deep = product == FC2, norm = from_stream(product);
-  const Span span = rows_of_chunk(product, chunk);
-  const int first = span.first, count = span.count;
-  const int matrix = weight_of(product) + (product == QKV ? chunk : 0);
-  const int row = deep ? row_bytes(FFN) : row_bytes(WIDTH), part = deep ? part_bytes(FFN) : part_bytes(WIDTH);
-  const int begin = deep ? chunk * part : 0, size = least(part, row - begin), apart = deep ? stride(FFN) : stride(WIDTH);
-  const u8* rows = p.at(WEIGHTS + matrix) + (long long)first * row + begin;
-  // Scales, zero points and vectors begin at the multiple of 16 bytes at or below their first element.
-  const bool more = count > 0 && !((deep || together(product)) && chunk > 0);
-  const int meta = 2 * (deep ? groups(FFN) : groups(WIDTH)), of_vector = norm ? 4 : 2;
-  const int in_vector = first + (product == QKV ? chunk * WIDTH : 0);
-  const int all = together(product) ? most(least(FFN - first, ROWS_FFN), 0) : count;
-  auto bytes_of = [&](int first, int each) { return up((first + all) * each, 16) - first * each / 16 * 16; };
-  const int metas = more && meta ? bytes_of(first, meta) : 0;
-  const int vectors = more ? bytes_of(in_vector, of_vector) : 0;
-  const u8 *behind[4], *from[4] = {};
-  if (BITS != 16) from[0] = p.at(SCALES + matrix), from[1] = p.at(ZEROS + matrix);
-  from[2] = p.at(norm_of(product) + (norm ? CONSTANT : BIAS)), from[3] = p.at(norm_of(product) + (norm ? FOLDED : GAIN));
+// Each chunk's plan, by a lane of the warp that fetches.
+__device__ __forceinline__ void make_plans(Shared& sh) {
+  static_assert(PLANS <= 32 && FOLDED - CONSTANT == GAIN - BIAS, "");
+  const int lane = thread() % 32;
+  int product = STEPS, chunk = lane;
 #pragma unroll
-  for (int i = 0; i < 4; i++)
-    behind[i] = from[i] + (i < 2 ? first * meta : in_vector * of_vector) / 16 * 16;
+  for (int step = 0, begin = 0; step < STEPS; step++) {
+    if (is_attention(step)) continue;
+    if (lane >= begin && lane < begin + chunks_of(step)) product = step, chunk = lane - begin;
+    begin += chunks_of(step);
+  }
+  if (product < STEPS) {
+    const bool deep = product == FC2, norm = from_stream(product);
+    const Span span = rows_of_chunk(product, chunk);
+    const int first = span.first, count = span.count;
+    const int row = deep ? row_bytes(FFN) : row_bytes(WIDTH), part = deep ? part_bytes(FFN) : part_bytes(WIDTH);
+    const int begin = deep ? chunk * part : 0, size = least(part, row - begin);
+    const int at_once = !AT_HOME || !BY_TWOS ? 1 : deep ? most(count, 1) : 2;
+    const bool more = count > 0 && !((deep || together(product)) && chunk > 0);
+    const int meta = 2 * (deep ? groups(FFN) : groups(WIDTH)), of_vector = norm ? 4 : 2;
+    const int in_vector = first + (product == QKV ? chunk * WIDTH : 0);
+    const int all = together(product) ? most(least(FFN - first, ROWS_FFN), 0) : count;
+    auto bytes_of = [&](int first, int each) { return more ? up((first + all) * each, 16) - first * each / 16 * 16 : 0; };
+    Plan& plan = sh.plans[lane];
+    plan.rows = first * row + begin, plan.metas = first * meta / 16 * 16, plan.vectors = in_vector * of_vector / 16 * 16;
+    plan.row_size = at_once * size, plan.meta_size = bytes_of(first, meta), plan.vector_size = bytes_of(in_vector, of_vector);
+    plan.copies = count / at_once, plan.all = count * size + 2 * (plan.meta_size + plan.vector_size);
+    plan.to_scales = metas_behind(product, chunk, false), plan.to_zeros = metas_behind(product, chunk, true);
+    plan.to_first = vectors_behind(product, chunk), plan.to_second = plan.to_first + apart_of_vectors(product);
+    plan.apart = at_once * row, plan.to_apart = deep ? stride(FFN) : stride(WIDTH);
+    plan.home = home_of(product) + chunk * ROWS_OF_CHUNK;
+    plan.pointers = (weight_of(product) + (product == QKV ? chunk : 0)) << 8 | (norm_of(product) + (norm ? CONSTANT : BIAS));
+  }
+  __syncwarp();
+}
+
+// A chunk's copies, all by one lane.
+__device__ __forceinline__ void fetch_chunk(Shared& sh, u32 memory, Fetching& f, int step, const Plan& of_chunk, bool first) {
+  const Plan plan = of_chunk;
+  const u64* pointers = sh.pointers;
+  const int matrix = plan.pointers >> 8, vectors = plan.pointers & 0xFF;
+  const u8* rows = (const u8*)pointers[WEIGHTS + matrix] + plan.rows;
+  const u8* scales = BITS == 16 ? nullptr : (const u8*)pointers[SCALES + matrix] + plan.metas;
+  const u8* zeros = BITS == 16 ? nullptr : (const u8*)pointers[ZEROS + matrix] + plan.metas;
+  const u8* one = (const u8*)pointers[vectors] + plan.vectors;
+  const u8* other = (const u8*)pointers[vectors + FOLDED - CONSTANT] + plan.vectors;
   u32 barrier;
-  const u32 place = memory + make_room(sh, f, product, chunk, count * size + 2 * (metas + vectors), barrier, [&] {
+  const u32 place = memory + make_room(sh, f, step, {plan.home, step, first}, plan.all, barrier, [&] {
     if (!elected()) return;
+    // Rows that follow each other are prefetched together.
+    const bool joined = plan.row_size == plan.apart;
 #pragma unroll 1
-    for (int i = 0; i < (size == row ? 1 : count); i++)
-      if (count) prefetch(rows + i * row, size == row ? count * row : size);
-#pragma unroll
-    for (int i = 2; i < 4; i++)
-      if (vectors) prefetch(behind[i], vectors);
+    for (u32 i = 0; i < (joined ? 1 : plan.copies); i++)
+      if (plan.copies) prefetch(rows + i * plan.apart, joined ? plan.copies * plan.row_size : plan.row_size);
+    if (plan.vector_size) prefetch(one, plan.vector_size), prefetch(other, plan.vector_size);
   });
   if (elected()) {
-    if (AT_HOME && BY_TWOS && deep) {
-      if (count) copy_async(place, rows, count * row, barrier);
-    } else if (AT_HOME && BY_TWOS) {
+    // By twos, or all together, distances are known.
+    constexpr bool TWOS = AT_HOME && BY_TWOS;
+    const u32 apart = TWOS ? 2 * row_bytes(WIDTH) : plan.apart, to_apart = TWOS ? TWO_ROWS : plan.to_apart;
 #pragma unroll
-      for (int i = 0; i < ROWS; i += 2)
-        if (i < count) copy_async(place + i / 2 * TWO_ROWS, rows + i * row, least(count - i, 2) * row, barrier);
-    } else {
-#pragma unroll
-      for (int i = 0; i < ROWS; i++)
-        if (i < count) copy_async(place + i * apart, rows + i * row, size, barrier);
+    for (int i = 0; i < (TWOS ? ROWS / 2 : ROWS); i++)
+      if (i < (int)plan.copies) copy_async(place + i * to_apart, rows + i * apart, plan.row_size, barrier);
+    if (plan.vector_size) {
+      copy_async(place + plan.to_first, one, plan.vector_size, barrier);
+      copy_async(place + plan.to_second, other, plan.vector_size, barrier);
     }
-    if (vectors) {
-      const u32 at = place + vectors_behind(product, chunk);
-      copy_async(at, behind[2], vectors, barrier);
-      copy_async(at + apart_of_vectors(product), behind[3], vectors, barrier);
-    }
-    if (metas) {
-      copy_async(place + metas_behind(product, chunk, false), behind[0], metas, barrier);
-      copy_async(place + metas_behind(product, chunk, true), behind[1], metas, barrier);
+    if (BITS != 16 && plan.meta_size) {
+      copy_async(place + plan.to_scales, scales, plan.meta_size, barrier);
+      copy_async(place + plan.to_zeros, zeros, plan.meta_size, barrier);
     }
   }
   __syncwarp();
 }
 
-// Keys and values that this program attends to.
-__device__ __forceinline__ void fetch_keys(const Pointers& p, Shared& sh, u32 memory, Fetching& f, int slot, bool own,
-                                           int chunk) {
+// Keys and values that this program attends to, from `at` on behind the layer's first ones.
+__device__ __forceinline__ void fetch_keys(Shared& sh, u32 memory, Fetching& f, bool own, int chunk, u32 at, int count) {
   const int most_keys = own ? chunk_keys(true) : chunk_keys(false), begin = chunk * most_keys;
-  const Span keys = keys_of(own, slot);
-  const int size = most(least(keys.count - begin, most_keys), 0) * 128;
-  const long long at = (long long)(attender(own) % HEADS * (own ? SLOTS : SOURCE) + keys.first + begin) * 128;
-  const u8 *first = p.at(own ? KEYS : CROSS_KEYS) + at, *second = p.at(own ? VALUES : CROSS_VALUES) + at;
+  const u32 size = most(least(count - begin, most_keys), 0) * 128, from = at + begin * 128;
+  const u64* pointers = sh.pointers + (own ? KEYS : CROSS_KEYS);
+  const u8 *first = (const u8*)pointers[0] + from, *second = (const u8*)pointers[1] + from;
+  const int step = own ? OWN_ATTENTION : CROSS_ATTENTION;
+  const Home home = {own ? home_of(OWN_ATTENTION) : home_of(CROSS_ATTENTION) + chunk * (KEYS_PIECE * 256u),
+                     own ? step : STEPS + chunk, chunk == 0};
   u32 barrier;
-  const u32 place = memory + make_room(sh, f, own ? OWN_ATTENTION : CROSS_ATTENTION, chunk, 2 * size, barrier, [&] {
+  const u32 place = memory + make_room(sh, f, step, home, 2 * size, barrier, [&] {
     if (size && elected()) prefetch(first, size), prefetch(second, size);
   });
   if (size && elected()) {
@@ -972,32 +1013,36 @@ __device__ __forceinline__ void fetch_head(const Arguments& a, Shared& sh, u32 m
 // before it is known whether there is a step.
 __device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory, Fetching& f, Pointers& ahead, int& slot,
                                       bool first) {
-  Pointers p;
 #if !CHOOSES
   slot = 0;
 #else
   // When the first weights have been used, so has all of the head.
   await_head(sh, f, 0, AT_HOME ? end_of(QKV) : SHARED_AT);
 #endif
+  u32 own_at = 0, cross_at = 0;
+  int own_count = 0, cross_count = 0, own_chunks = 0;
+  bool attends_own = false, attends_cross = false;
 #pragma unroll 1
   for (int layer = 0; layer < LAYERS; layer++) {
     f.layer = layer;
-    p = ahead;
+    ahead.keep(sh.pointers);
     ahead.load(a.table, CHOOSES && layer + 1 == LAYERS ? 0 : layer + 1);
     // At home half of cross-attention's keys comes behind the next weights: all together would be in the way of the words
     // that are waited for.
     constexpr int FIRST_KEYS = AT_HOME ? least(2, KEY_CHUNKS) : KEY_CHUNKS;
+    const Plan* plan = sh.plans;
 #pragma unroll 1
     for (int step = 0; step < STEPS; step++) {
       const bool own = step == OWN_ATTENTION;
-      int from = 0, to = own ? chunks_of_keys(true, slot) : step == CROSS_ATTENTION ? FIRST_KEYS : 0;
+      int from = 0, to = own ? own_chunks : step == CROSS_ATTENTION ? FIRST_KEYS : 0;
       if (step == FC1) from = FIRST_KEYS, to = KEY_CHUNKS;
-      if (from < to && attends(own, slot))
+      if (own ? attends_own : attends_cross)
 #pragma unroll 1
-        for (int chunk = from; chunk < to; chunk++) fetch_keys(p, sh, memory, f, slot, own, chunk);
+        for (int chunk = from; chunk < to; chunk++)
+          fetch_keys(sh, memory, f, own, chunk, own ? own_at : cross_at, own ? own_count : cross_count);
       if (!is_attention(step))
 #pragma unroll 1
-        for (int chunk = 0; chunk < chunks_of(step); chunk++) fetch_chunk(p, sh, memory, f, step, chunk);
+        for (int chunk = 0; chunk < chunks_of(step); chunk++) fetch_chunk(sh, memory, f, step, *plan++, chunk == 0);
       if (layer == 0 && step == QKV) {
 #if CHOOSES
         bar_sync(READY, THREADS);
@@ -1013,6 +1058,11 @@ __device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory
         slot = newest_slot(a);
         if (slot < 0) return await_first(sh);
 #endif
+        const Span own_keys = keys_of(true, slot), cross_keys = keys_of(false, slot);
+        own_at = (attender(true) % HEADS * SLOTS + own_keys.first) * 128, own_count = own_keys.count;
+        cross_at = (attender(false) % HEADS * SOURCE + cross_keys.first) * 128, cross_count = cross_keys.count;
+        own_chunks = chunks_of_keys(true, slot);
+        attends_own = attends(true, slot), attends_cross = attends(false, slot);
       }
     }
   }
@@ -1288,7 +1338,7 @@ __device__ __forceinline__ int element_of(int b) {
 }
 // Which elements a lane asks for, of one block in eight: computed time and again, as in 16 bits the registers hold weights.
 struct Lane {
-  __device__ __forceinline__ void fill(const Arguments&) {}
+  __device__ __forceinline__ void fill(const Arguments&, const Shared&) {}
   __device__ __forceinline__ int element() const { return element_of(thread() % 32 / 4); }
   __device__ __forceinline__ const u16* stream_at(const Arguments& a) const {
     return element() < WIDTH ? a.stream + program() % COPIES * (2 * WIDTH) + element() : nullptr;
@@ -1338,7 +1388,7 @@ struct Sums {
 
   // Chains of products stand side by side: one after another, each would be waited for.
   template <int STEP>
-  __device__ __forceinline__ void multiply(const Weights<STEP>& weights, const Shared& sh, const Staged&) {
+  __device__ __forceinline__ void multiply(const Weights<STEP>& weights, const Shared& sh, const Lane&, const Staged&) {
     const u32 id = thread();
     const int warp = id / 32, g = id / 4 % 8, t = id % 4;
     // A lane has the activations of column g: the halves are in the first two and the remainders in the next two columns.
@@ -1364,7 +1414,7 @@ struct Sums {
     }
   }
   // Of four lanes, the first two have the sums of their pairs of columns.
-  __device__ __forceinline__ void store(Shared& sh, int side) {
+  __device__ __forceinline__ void store(Shared& sh, const Lane&, int side) {
 #pragma unroll
     for (int h = 0; h < EIGHTS; h++) of[h] += __shfl_xor_sync(~0u, of[h], 1);
     const u32 id = thread();
@@ -1385,7 +1435,7 @@ __device__ __forceinline__ void values_of(float (&x)[8], const uint4 (&units)[UN
   }
 }
 // A lane's eight activations of a block, staged.
-__device__ __forceinline__ Staged stage_eight(Shared& sh, const float (&x)[8]) {
+__device__ __forceinline__ Staged stage_eight(Shared& sh, const Lane&, const float (&x)[8]) {
   const int warp = thread() / 32, b = thread() % 32 / 4, t = thread() % 4;
   if (b >= OF_WARP) return {};
   u32 halves[4], rests[4];
@@ -1492,12 +1542,11 @@ struct Units {
     return 1.0f / (1 << (unit < OWN_UNITS ? byte_place(digit_of(unit)) : 0));
   }
   // Sums of the eights that a lane has of each unit, times minus one.
-  static __device__ __forceinline__ void load_totals(float (&totals)[COUNT], const Shared& sh) {
-    const u32 id = thread();
+  static __device__ __forceinline__ void load_totals(float (&totals)[COUNT], const int* from) {
     u32 of[up(BLOCKS, 4)];
 #pragma unroll
     for (int i = 0; i < BLOCKS; i += 4) {
-      const uint4 four = *(const uint4*)&sh.totals_of[id / 32][id % 4][i];
+      const uint4 four = *(const uint4*)(from + i);
       of[i] = four.x, of[i + 1] = four.y, of[i + 2] = four.z, of[i + 3] = four.w;
     }
 #pragma unroll
@@ -1534,28 +1583,40 @@ struct Staged {
   float worth;  // What sums of them are to be multiplied by.
 };
 // A lane's eight activations of a block, as integers, and their sum.
-__device__ __forceinline__ void stage_integers(Shared& sh, u16* to, int b, const float (&x)[8], const Grain& grain) {
+__device__ __forceinline__ void stage_integers(u16* to, int* total, bool there, const float (&x)[8], const Grain& grain) {
   // In the mantissa of what lies behind 1.5 * 2 ** 23.
   u32 in[8];
 #pragma unroll
   for (int i = 0; i < 8; i++) in[i] = __float_as_uint(x[i] * grain.up + 12582912.0f);
-  *(uint4*)to = {byte_permute(in[0], in[1], 0x5410), byte_permute(in[2], in[3], 0x5410), byte_permute(in[4], in[5], 0x5410),
-                 byte_permute(in[6], in[7], 0x5410)};
-  const u32 id = thread();
-  sh.totals_of[id / 32][id % 4][b] =
-      (int)(in[0] + in[1] + (in[2] + in[3]) + (in[4] + in[5] + (in[6] + in[7])) - 8 * 0x4B400000u);
+  const uint4 halves = {byte_permute(in[0], in[1], 0x5410), byte_permute(in[2], in[3], 0x5410),
+                        byte_permute(in[4], in[5], 0x5410), byte_permute(in[6], in[7], 0x5410)};
+  const int sum = (int)(in[0] + in[1] + (in[2] + in[3]) + (in[4] + in[5] + (in[6] + in[7])) - 8 * 0x4B400000u);
+  if (there) *(uint4*)to = halves;
+  if (there) *total = sum;
 }
 
 // What a thread needs time and again: where its bytes of a row begin, and of the row's late blocks, of which digit, where the
-// scales of its units lie behind those of the row, where its activations are.
+// scales of its units lie behind those of the row, where its activations are. Between the activations' arrival and the sums
+// every instruction is waited for, so that the places in shared memory are known, too: of the eight activations that it stages
+// and of their sum, of those that it multiplies and of their sums, and of its sums of rows.
 struct Lane {
   u32 own_at, late_at[most(LATE, 1)], late_digit[most(LATE, 1)], scale_at[OfWidth::COUNT];
   int asked;
   const u16* stream;
+  u16* staged;
+  int* total;
+  const u16* activations;
+  const int* totals;
+  float* sums;
 
-  __device__ __forceinline__ void fill(const Arguments& a) {
-    const int lane = thread() % 32, t = lane % 4;
-    own_at = thread() / 32 * (FUSED * 32) + t * 8;
+  __device__ __forceinline__ void fill(const Arguments& a, Shared& sh) {
+    const int lane = thread() % 32, t = lane % 4, warp = thread() / 32;
+    const int staged_block = least(lane / 4, OF_WARP - 1);
+    staged = &sh.staged[warp][staged_block][0][t * 8], total = &sh.totals_of[warp][t][staged_block];
+    activations = &sh.staged[warp][0][0][t * 8], totals = sh.totals_of[warp][t];
+    sums = &sum_at(sh, 0, 0, 8 * t + row_of_lane());
+    settle(staged), settle(total), settle(activations), settle(totals), settle(sums);
+    own_at = warp * (FUSED * 32) + t * 8;
 #pragma unroll
     for (int i = 0; i < LATE; i++) {
       // Behind the last block the activations are zero.
@@ -1631,15 +1692,14 @@ struct Sums {
   float of[EIGHTS];
 
   template <int STEP>
-  __device__ __forceinline__ void multiply(const Weights<STEP>& weights, const Shared& sh, const Staged& staged) {
+  __device__ __forceinline__ void multiply(const Weights<STEP>& weights, const Shared&, const Lane& lane, const Staged& staged) {
     constexpr int COUNT = OfWidth::COUNT;
-    const u32 warp = thread() / 32, t = thread() % 4;
     float totals[COUNT];
-    OfWidth::load_totals(totals, sh);
+    OfWidth::load_totals(totals, lane.totals);
     int sums[EIGHTS][COUNT] = {};
 #pragma unroll
     for (int b = 0; b < OF_WARP; b++) {
-      const uint4 x = *(const uint4*)&sh.staged[warp][b][0][t * 8];
+      const uint4 x = *(const uint4*)(lane.activations + b * 32);
 #pragma unroll
       for (int h = 0; h < EIGHTS; h++) multiply_eight(sums[h][OfWidth::unit_of(b)], weights.kept[h][b], x);
     }
@@ -1654,7 +1714,7 @@ struct Sums {
     }
   }
   // Four lanes have parts of a row's sums in each eight: of four eights, each ends up with the sum of one.
-  __device__ __forceinline__ void store(Shared& sh, int side) {
+  __device__ __forceinline__ void store(Shared&, const Lane& lane, int side) {
     const u32 t = thread() % 4;
     const bool odd = t & 1, upper = t & 2;
 #pragma unroll
@@ -1670,19 +1730,18 @@ struct Sums {
       }
       const float one = half[0], other = there > 2 ? half[1] : one;
       const float sum = (upper ? other : one) + __shfl_xor_sync(~0u, upper ? one : other, 2);
-      if (there == 4 || (int)t < there) sum_at(sh, side, 8 * first, 8 * t + row_of_lane()) = sum;
+      if (there == 4 || (int)t < there) lane.sums[side * (4 * MOST_ROWS / 2 * 4) + first / 2 * 4 * 8] = sum;
     }
   }
 };
 
 // Of all that a warp multiplies, a lane's eight activations of a block.
-__device__ __forceinline__ Staged stage_eight(Shared& sh, const float (&x)[8]) {
+__device__ __forceinline__ Staged stage_eight(Shared&, const Lane& own, const float (&x)[8]) {
   u32 largest = 0;
 #pragma unroll
   for (int j = 0; j < 8; j++) largest = most(largest, magnitude(x[j]));
   const Grain grain = grain_of(largest);
-  const u32 id = thread(), b = id % 32 / 4;
-  if (b < OF_WARP) stage_integers(sh, &sh.staged[id / 32][b][0][id % 4 * 8], b, x, grain);
+  stage_integers(own.staged, own.total, thread() % 32 / 4 < OF_WARP, x, grain);
   return {grain.down};
 }
 // Eight elements of the stream.
@@ -1879,12 +1938,12 @@ __device__ __forceinline__ void product_of_stream(const Arguments& a, const Lane
   // The layer norm's moments, of what no warp in front of this one asks for, too: the finishing warps add them up while
   // this one multiplies.
   sh.moments[id / 32][lane] = own.counts() ? float2{sum, squares} : float2{0, 0};
-  const Staged staged = stage_eight(sh, x);
+  const Staged staged = stage_eight(sh, own, x);
   __syncwarp();
   bar_arrive(MOMENTS + norm_of(STEP), 32 * (WARPS + finishers(STEP)));
   Sums<RowsOf<STEP>::EIGHTS> sums;
-  sums.multiply(weights, sh, staged);
-  sums.store(sh, side_of(STEP));
+  sums.multiply(weights, sh, own, staged);
+  sums.store(sh, own, side_of(STEP));
   constexpr bool OWN = STEP == QKV;
   hand_over(STEP, [] {});
   if (STEP == FC1 || !attends(OWN, s.slot)) return;
@@ -1974,11 +2033,11 @@ __device__ __forceinline__ void product_of_runs(const Arguments& a, const Lane& 
     merge<SELF_SPLITS>(x, a.own_runs + unit, a.own_logs + head * LOGS, inside, runs_of_keys(s.slot), s.tag);
   else
     merge<CROSS_SPLITS>(x, a.cross_runs + unit, a.cross_logs + head * LOGS, inside, CROSS_SPLITS, s.tag);
-  const Staged staged = stage_eight(sh, x);
+  const Staged staged = stage_eight(sh, own, x);
   __syncwarp();
   Sums<RowsOf<STEP>::EIGHTS> sums;
-  sums.multiply(weights, sh, staged);
-  sums.store(sh, side_of(STEP));
+  sums.multiply(weights, sh, own, staged);
+  sums.store(sh, own, side_of(STEP));
   s.stream_tag ^= 1;
   hand_over(STEP, [&] { ask_for_gains(own, s, sh, layer, norm_of(STEP) + 1); });
 }
@@ -2217,7 +2276,7 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, const Lane
     const int b = (i * 32 + lane) / 4;
     const uint4& u = units[i];
     if (b < BLOCKS)
-      stage_integers(sh, &sh.hidden[warp][stage_of(b)][eight_at(t, Of::turn_of(b / FUSE)) * 8], b,
+      stage_integers(&sh.hidden[warp][stage_of(b)][eight_at(t, Of::turn_of(b / FUSE)) * 8], &sh.totals_of[warp][t][b], true,
                      {low_of(u.x), high_of(u.x), low_of(u.y), high_of(u.y), low_of(u.z), high_of(u.z), low_of(u.w), high_of(u.w)},
                      grain);
   }
@@ -2701,7 +2760,7 @@ __device__ __forceinline__ int choose(const Arguments& a, Shared& sh, int slot, 
 // One place in the code for each kind of step: what all layers need must stay in the instruction cache.
 __device__ __forceinline__ void multiply_layers(const Arguments& a, State& s, Shared& sh) {
   Lane own;
-  own.fill(a);
+  own.fill(a, sh);
   ask_for_gains(own, s, sh, 0, 0);
 #pragma unroll 1
   for (int layer = 0; layer < LAYERS; layer++, s.tag ^= 1)
@@ -2815,6 +2874,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments
     few_registers();
     if (thread() / 32 == FETCHER) {
       Fetching f;
+      make_plans(sh);
       f.due = cycles();
 #pragma unroll 1
       for (int step = 0;; step++) {
@@ -2864,6 +2924,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layers(Arguments
     few_registers();
     if (thread() / 32 == FETCHER) {
       Fetching f;
+      make_plans(sh);
       f.due = cycles();
       fetch(a, sh, shared_address(memory), f, ahead, s.slot, true);
     } else {

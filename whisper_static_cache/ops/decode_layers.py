@@ -57,6 +57,7 @@ class Shape(NamedTuple):
     `programs` is the number of multiprocessors and `memory` a program's bytes of shared memory. Of the `batch` rows,
     `beams` have one input's cross-attention in common. `vocab` is the size of the vocabulary where the head is part of
     the kernel, else 0; `chooses` says whether the choice of tokens is, too, with several steps to a launch.
+    `bandwidth` is how many bytes the device's memory moves in a cycle of the multiprocessors' clock, at most.
     """
 
     width: int
@@ -74,6 +75,7 @@ class Shape(NamedTuple):
     beams: int = 1
     vocab: int = 0
     chooses: bool = False
+    bandwidth: int = 1693  # Of an H100: 3.35 TB/s at 1.98 GHz.
 
     @property
     def heads(self):
@@ -90,12 +92,28 @@ class Shape(NamedTuple):
         return _ratio(self.width, self.rows)
 
     @property
+    def pace(self):
+        """Bytes a cycle that a program asks for, at most, where there is one row.
+
+        More would stand in front of what the programs exchange. Packed weights need some six; 16 bits need what the
+        memory has, and a seventh more was the fastest on an H100 and an H200 (`benchmarks/NOTES.md`).
+        """
+        return 20 if self.bits != 16 else max(round(self.bandwidth / self.givers * 8 / 7), 1)
+
+    @property
     def cross_splits(self):
         """Programs that share a head's keys of cross-attention."""
         splits = min(self.givers // self.heads, MAX_SPLITS)
         while splits > 1 and (splits - 1) * _ratio(self.source, splits) >= self.source:
             splits -= 1
         return splits
+
+
+def bandwidth_of(properties):
+    """`Shape.bandwidth` of a device with these properties: data moves twice in a cycle of the memory's clock."""
+    if not hasattr(properties, "memory_clock_rate"):
+        return Shape._field_defaults["bandwidth"]
+    return round(properties.memory_clock_rate * 2 * properties.memory_bus_width / 8 / properties.clock_rate)
 
 
 def shape_for(config, cache_layer, weight, device, vocab=0, may_choose=False):
@@ -127,6 +145,7 @@ def shape_for(config, cache_layer, weight, device, vocab=0, may_choose=False):
         vocab,
         # In 16 bits what it adds to the code costs more than it saves, if there are 32 layers (`benchmarks/NOTES.md`).
         may_choose and vocab > 0 and weight.bits != 16,
+        bandwidth_of(properties),
     )
 
 
@@ -233,6 +252,7 @@ def definitions(shape):
         "GROUP": max(shape.group_size, 1),
         "PROGRAMS": shape.programs,
         "MEMORY": shape.memory,
+        "PACE": shape.pace,
     }
 
 
@@ -457,6 +477,7 @@ def decode_layers(
         len(caches[0]) // len(caches[2]),
         0 if head is None else len(head),
         marks is not None,
+        bandwidth_of(properties),
     )
     arguments = arguments_for(
         gained,
