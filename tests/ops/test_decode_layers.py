@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -511,10 +512,31 @@ def test_what_is_not_served():
     assert "tile" in ops.why_not(SMALL._replace(programs=4))
     assert "too many" in ops.why_not(SMALL._replace(slots=448 * 8))
     assert "too much" in ops.why_not(SMALL._replace(ffn=4096, programs=16))
+    assert "too much" in ops.why_not(SMALL._replace(ffn=1280, programs=64))
+    for width in (384, 512, 768, 1024, 1280):
+        for programs in (114, 132):
+            assert ops.why_not(SMALL._replace(width=width, ffn=4 * width, slots=448, programs=programs)) is None
     assert "hidden layer" in ops.why_not(SMALL._replace(ffn=192))
     assert "17 rows" in ops.why_not(SMALL._replace(batch=17))
     assert "8-bit keys" in ops.why_not(SMALL._replace(cross_int8=True))
     assert ops.why_not(SMALL._replace(batch=2, slots=448 * 8)) is None
+
+
+def test_what_is_asked_for_keeps_the_pace_of_the_memory():
+    def device(**properties):
+        return ops.bandwidth_of(SimpleNamespace(clock_rate=1_980_000, **properties))
+
+    h100, h200 = (
+        device(memory_clock_rate=2_619_000, memory_bus_width=5120),
+        device(memory_clock_rate=3_201_000, memory_bus_width=6016),
+    )
+    assert (h100, h200) == (1693, 2431)
+    assert device() == h100, "what torch does not know"
+    whole = SMALL._replace(width=1280, ffn=5120, programs=132)
+    assert [whole._replace(bandwidth=bandwidth).pace for bandwidth in (h100, h200)] == [15, 22]
+    assert whole._replace(bits=4, group_size=64).pace == whole._replace(bits=8, bandwidth=h200).pace == 20
+    assert SMALL._replace(bandwidth=1).pace == 1
+    assert ops.definitions(whole)["PACE"] == 15
 
 
 def test_scales_that_halves_cannot_take():

@@ -168,7 +168,10 @@ def why_not(shape, capability=CAPABILITY):
     if ffn_programs > shape.givers:
         return f"{ffn_programs} multiprocessors share the hidden layer, but {shape.givers} have output features"
     if shape.batch == 1:
-        if _ratio(_ratio(_ratio(shape.ffn, 8 * shape.programs) * 8, shape.rows) * shape.rows, 16) > _FINISHERS:
+        chunks = _ratio(_ratio(shape.ffn, 8 * shape.programs) * 8, shape.rows)
+        # Each lane of a warp plans the copies of one of the source's `PLANS` chunks; `fc2` has no more parts.
+        plans = 6 + chunks + 2 * _ratio(shape.ffn, shape.width) + 1
+        if _ratio(chunks * shape.rows, 16) > _FINISHERS or plans > 32:
             return f"decoder_ffn_dim {shape.ffn} is too much for {shape.programs} multiprocessors"
         splits = max(1, _ratio(shape.slots, _SELF_RUN))
         if shape.heads * splits > shape.givers or splits > MAX_SPLITS or not shape.cross_splits:
