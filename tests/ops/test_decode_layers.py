@@ -532,6 +532,7 @@ def test_what_is_asked_for_keeps_the_pace_of_the_memory():
     )
     assert (h100, h200) == (1693, 2431)
     assert device() == h100, "what torch does not know"
+    assert device(memory_clock_rate=0, memory_bus_width=5120) == h100, "what the driver does not tell"
     whole = SMALL._replace(width=1280, ffn=5120, programs=132)
     assert [whole._replace(bandwidth=bandwidth).pace for bandwidth in (h100, h200)] == [15, 22]
     assert whole._replace(bits=4, group_size=64).pace == whole._replace(bits=8, bandwidth=h200).pace == 20

@@ -731,6 +731,7 @@ struct Pointers {
     first = table[layer * POINTERS + lane];
     if (lane < POINTERS - 32) second = table[layer * POINTERS + 32 + lane];
   }
+  // In shared memory, where one lane finds what it needs without the others.
   __device__ __forceinline__ void keep(u64* to) const {
     const int lane = thread() % 32;
     to[lane] = first;

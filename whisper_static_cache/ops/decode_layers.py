@@ -110,10 +110,15 @@ class Shape(NamedTuple):
 
 
 def bandwidth_of(properties):
-    """`Shape.bandwidth` of a device with these properties: data moves twice in a cycle of the memory's clock."""
-    if not hasattr(properties, "memory_clock_rate"):
+    """`Shape.bandwidth` of a device with these properties: data moves twice in a cycle of the memory's clock.
+
+    An H100's where the driver, or a torch too old, does not tell.
+    """
+    clocks = [getattr(properties, name, 0) for name in ("memory_clock_rate", "memory_bus_width", "clock_rate")]
+    if not all(clocks):
         return Shape._field_defaults["bandwidth"]
-    return round(properties.memory_clock_rate * 2 * properties.memory_bus_width / 8 / properties.clock_rate)
+    memory_clock, bits, clock = clocks
+    return max(round(memory_clock * 2 * bits / 8 / clock), 1)
 
 
 def shape_for(config, cache_layer, weight, device, vocab=0, may_choose=False):
