@@ -438,13 +438,17 @@ def test_every_whisper_shape_fits(width, batch, cross_int8):
         assert result.returncode == 0, result.stderr
 
 
-def run(model, slot, offset):
+def op_arguments(model, slot, offset):
+    """What the op takes for a launch of `model`."""
     outputs, inputs = model.operands(slot, offset)
-    shape = model.shape
     caches = [buffer for layer in model.buffers for buffer in layer]
     inputs, head = inputs[:-7], inputs[-7:]
-    weights = shape.ffn, float(shape.bits), shape.group_size
-    ops.decode_layers(*outputs, caches, *inputs, *weights, *head, *model.choice, model.count)
+    weights = model.shape.ffn, float(model.shape.bits), model.shape.group_size
+    return *outputs, caches, *inputs, *weights, *head, *model.choice, model.count
+
+
+def run(model, slot, offset):
+    ops.decode_layers(*op_arguments(model, slot, offset))
     torch.cuda.synchronize()
 
 
@@ -502,6 +506,42 @@ def test_on_a_gpu(width, vocab, chooses, bits, group_size, dtype):
 )
 def test_rows_on_a_gpu(width, rows, bits, group_size, dtype):
     check_on_a_gpu(on_this_gpu(width, bits, group_size, dtype, *rows))
+
+
+def check_op(model):
+    """The op writes what it says that it writes: layers alone, with the head, with the choice of two tokens."""
+    if model.shape.chooses:
+        give_choice(model, PLAIN, 2)
+    before = [cache.clone() for layer in model.caches for cache in layer[:2]]
+    op = torch.ops.whisper_static_cache.decode_layers.default
+    torch.library.opcheck(op, op_arguments(model, 5, 3), test_utils=("test_schema", "test_faketensor"))
+    # It did run: tensors are passed as copies, but the caches are where the table's pointers say.
+    assert not all(map(torch.equal, (cache for layer in model.caches for cache in layer[:2]), before))
+
+
+CHECKED = pytest.mark.parametrize("vocab, chooses", [(0, False), (ROWS, False), (ROWS, True)])
+
+
+@CHECKED
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed: the kernel cannot be emulated")
+def test_opcheck_emulated(vocab, chooses):
+    model = Model(SMALL._replace(bits=4, group_size=64, vocab=vocab, chooses=chooses))
+
+    def on_the_cpu(gained, stats, work, caches, *others):
+        inputs, (scale, _, _, _), tail = others[:9], others[9:13], others[13:]
+        finished, *head, eps = tail[:7]
+        inputs = (*inputs, scale, finished, *head, eps)
+        launch_emulated(model.shape, ops.arguments_for(gained, stats, work, *inputs, *tail[7:-1], count=tail[-1]))
+
+    with torch.library._scoped_library("whisper_static_cache", "IMPL") as library:
+        library.impl("decode_layers", on_the_cpu, "CPU")
+        check_op(model)
+
+
+@CHECKED
+@pytest.mark.gpu
+def test_opcheck_on_a_gpu(vocab, chooses):
+    check_op(Model(on_this_gpu(384, 4, 64, "float16", vocab=vocab, chooses=chooses), "cuda"))
 
 
 def test_what_is_not_served():
