@@ -362,6 +362,8 @@ SMALL = ops.Shape(128, 512, 2, 300, 50, False, 16, 0, 12, 120_000)
 def test_emulated(changes):
     model = Model(SMALL._replace(**changes))
     assert ops.why_not(model.shape) is None
+    for slot in (0, 1):
+        compare(model, slot, 0, emulate)
     model.valid[0, :3] = False
     for seed, (slot, offset) in enumerate(((5, 3), (127, 0), (128, 0), (256, 1), (299, 3), (4, 3))):
         compare(model, slot, offset, functools.partial(emulate, seed=seed))
@@ -472,6 +474,8 @@ def check_on_a_gpu(shape):
     if shape.chooses:
         for choice in CHOICES:
             compare_choice(model, 125, 8, choice, run)
+    for slot in (0, 1):
+        compare(model, slot, 0, run)
     model.valid[0, :3] = False
     for slot, offset in ((5, 3), (127, 0), (128, 0), (256, 0), (257, 3), (447, 3), (4, 3)):
         compare(model, slot, offset, run)
