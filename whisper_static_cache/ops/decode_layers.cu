@@ -21,7 +21,7 @@
 //   several rows), CHOOSES (1 if, with the head, it also chooses tokens, several steps to a launch), CROSS8 (1 if
 //   cross-attention's keys and values are int8), CROSS_SPLITS (programs to a head where there is one row, at most 8), BF16
 //   (0 or 1), BITS (16, 8, 4, 3, 2, or 158 for 1.58), GROUP (of the quantisation), PROGRAMS, MEMORY (bytes of shared
-//   memory).
+//   memory), PACE (bytes a cycle that a program asks for, at most, where there is one row).
 //
 // Why every buffer can be used again without being cleared: a program that writes the next result into a buffer holds
 // values that depend on every reader's having read the last one; who gives nothing that others wait for reads nothing.
