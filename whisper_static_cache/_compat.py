@@ -145,6 +145,19 @@ def average_logprob(logprobs, tokens, arguments, keywords):
     return sum(logprobs[index] * kept[index] for index in range(len(logprobs))) / (kept.sum(-1) + 1)
 
 
+def forget_unused_cache(model):
+    """Take off `model` the static cache that `generate` has made for a call that did not use it.
+
+    Cause: `generate` keeps the cache, which the next call asks for its size; in 4.57, and up to 5.4 at least, a cache
+    has none before its first forward, and no memory either.
+    Goes away: with support for the last of these; 5.17 and 5.23 are none of them.
+    """
+    cache = getattr(model, "_cache", None)
+    cache = getattr(cache, "self_attention_cache", cache)
+    if cache is not None and not any(hasattr(cache, name) for name in ("max_batch_size", "batch_size")):
+        del model._cache
+
+
 def without_dynamic(keywords):
     """`generate`'s keywords without `cache_implementation="dynamic"` where the release does not know the name.
 

@@ -15,6 +15,7 @@ from . import _compat
 from .engines import ENGINES
 from .generation_whisper import Job, default_engine, first_tensor, sample
 from .logits_process import UnsupportedProcessor, build_plan
+from .logits_processors import WhisperNoSpeechDetection
 
 
 logger = logging.getLogger(__name__)
@@ -165,5 +166,7 @@ class _Processors:
     def __call__(self, input_ids, scores):
         length = input_ids.shape[1]
         if self._plan is None or length == self._prompt_length:
-            return self._stock(input_ids, scores)
+            scores = self._stock(input_ids, scores)
+            WhisperNoSpeechDetection.ran(self._stock)
+            return scores
         return self._plan.rest(input_ids, torch.full((), length, device=input_ids.device), scores)

@@ -19,6 +19,7 @@ from .cache_utils import EncoderDecoderStaticCache
 from .encoder_graph import encoder_of
 from .engines import ENGINES
 from .int8_states import in_full
+from .logits_processors import WhisperNoSpeechDetection
 from .modeling_whisper import activation_dtype, decoder_device
 from .run_report import Call, Clock, Window
 from .sessions import last_call, state_of
@@ -167,7 +168,7 @@ def sample(
         # Up to 4.46 `_sample` has no default for it, and `_beam_search` takes none.
         if streamer is not None or job_class is None:
             model_kwargs["streamer"] = streamer
-        return stock(
+        result = stock(
             model,
             input_ids,
             logits_processor=logits_processor,
@@ -176,6 +177,8 @@ def sample(
             synced_gpus=synced_gpus,
             **model_kwargs,
         )
+        WhisperNoSpeechDetection.ran(logits_processor)
+        return result
     # Buffers outlive the call: made under a caller's inference_mode they could not be written outside of one again.
     with torch.inference_mode(False), torch.no_grad():
         return job.run(state)

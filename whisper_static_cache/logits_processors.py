@@ -422,6 +422,17 @@ class WhisperNoSpeechDetection(Processor):
     )
     at_rest = False
 
+    @classmethod
+    def ran(cls, processors):
+        """Note that transformers' own objects in the list have run, and stored what holds for all temperatures.
+
+        A later temperature sees other rows than these were stored for: fewer, or as many where a static cache pads
+        them.
+        """
+        for stock in processors:
+            if type(stock).__name__ == cls.__name__:
+                stock._stored_for_inputs = getattr(stock, "inputs", None)
+
     def __init__(self, stock, setting):
         super().__init__(stock, setting)
         self.stock = weakref.ref(stock)
@@ -465,7 +476,7 @@ class WhisperNoSpeechDetection(Processor):
             stock._no_speech_prob = probs[:, self.no_speech_token].clone()
         elif self.needed_index is not None:
             if stock.inputs["decoder_input_ids"].shape[0] != scores.shape[0]:
-                # An earlier temperature was served by transformers, and this one sees fewer rows than it stores for.
+                # Several rows of the batch have one input, or an earlier temperature was not seen here.
                 stock(tokens[:, : self.prompt_length], scores)
             elif sot_logits is None:
                 raise ValueError(f"sot_logits is missing: pass the prefill's logits at prompt position {self.index}.")

@@ -63,7 +63,9 @@ def _make_sample(stock):
             return stock(self, *args, **kwargs)
         from .generation_whisper import sample
 
-        return sample(stock, self, *args, **kwargs)
+        result = sample(stock, self, *args, **kwargs)
+        _compat.forget_unused_cache(self)
+        return result
 
     return _sample
 
@@ -84,11 +86,19 @@ def _make_beam_search(stock):
 
     @functools.wraps(stock)
     def _beam_search(self, *args, **kwargs):
-        if has_scorer or _setting_or_none(self) is None:
+        if _setting_or_none(self) is None:
             return stock(self, *args, **kwargs)
+        if has_scorer:
+            from .logits_processors import WhisperNoSpeechDetection
+
+            result = stock(self, *args, **kwargs)
+            WhisperNoSpeechDetection.ran(kwargs.get("logits_processor") or ())
+            return result
         from .beam_search import beam_search
 
-        return beam_search(stock, self, *args, **kwargs)
+        result = beam_search(stock, self, *args, **kwargs)
+        _compat.forget_unused_cache(self)
+        return result
 
     return _beam_search
 
