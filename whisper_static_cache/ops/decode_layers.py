@@ -96,7 +96,8 @@ class Shape(NamedTuple):
         """Bytes a cycle that a program asks for, at most, where there is one row.
 
         More would stand in front of what the programs exchange. Packed weights need some six; 16 bits need what the
-        memory has, and a seventh more was the fastest on an H100 and an H200 (`benchmarks/NOTES.md`).
+        memory has, and a seventh more: the fastest was 15 on an H100, and of 18, 20 and 28 on an H200 20
+        (`benchmarks/NOTES.md`).
         """
         return 20 if self.bits != 16 else max(round(self.bandwidth / self.givers * 8 / 7), 1)
 
