@@ -365,7 +365,8 @@ constexpr int vector_bytes = up(ROWS * 4, 16) + 16;
 constexpr int behind_rows(int depth) { return 2 * meta_bytes(depth) + 2 * vector_bytes; }
 
 // Where all of a layer's weights and keys fit into shared memory, each step has a home of its own there, which its next
-// layer's fill as soon as they have been read. Else chunks follow each other around a ring.
+// layer's fill as soon as they have been read. Where only some do, steps half a layer apart have one in common. Else chunks
+// follow each other around a ring.
 constexpr int FFN_CHUNKS = ratio(ROWS_FFN, ROWS);
 // Packed rows come there by twos, or all together, as a copy takes some sixty cycles however short it is: lanes served
 // together have rows of four twos, which meet different banks.
@@ -378,9 +379,26 @@ constexpr int HIDDEN_STRIDE = BY_TWOS ? row_bytes(FFN) : stride_of(row_bytes(FFN
 constexpr int HIDDEN_HOME = up(ROWS * HIDDEN_STRIDE + behind_rows(FFN), 128);
 // Self-attention is split where one program's keys end: as many as all warps take at once.
 constexpr int SELF_RUN = 16 * WARPS, SELF_SPLITS = ratio(SLOTS, SELF_RUN), OWN_KEYS = least(SELF_RUN, up(SLOTS, 8));
-constexpr int HOMES = (6 + FFN_CHUNKS) * HOME + KEYS_HOME + HIDDEN_HOME + OWN_KEYS * 256;
-// As much is for `Shared`. All of a product's scales are to follow each other there, too.
-constexpr bool AT_HOME = BATCH == 1 && ROWS * meta_stride(WIDTH) % 16 == 0 && HOMES + 2 * FFN + 9 * 1024 <= MEMORY;
+constexpr int ALL_HOMES = (6 + FFN_CHUNKS) * HOME + KEYS_HOME + HIDDEN_HOME + OWN_KEYS * 256;
+// What is for `Shared` at most: activations or attention's runs, sums of them, sums, what there is of each layer, slot and
+// chunk, and the rest.
+constexpr int BESIDE = most(most(WARPS * 64 * turns(FFN) * DIGITS, 4 * WIDTH), WARPS * 560) +
+                       (BITS == 16 ? 0 : WARPS * 16 * up(turns(FFN) * DIGITS, 4)) + 64 * up(most(3, FFN_CHUNKS) * ROWS, 16) +
+                       52 * LAYERS + up(SLOTS, 16) + 64 * (7 + FFN_CHUNKS) + 3832;
+// How many of the pairs `OUT_PAIR`, `DEEP_PAIR` and `QUERY_PAIR` have a home in common: the outputs of the two attentions, the
+// second feed-forward product and the keys of cross-attention, the query and the first feed-forward product.
+enum { OUT_PAIR = 1, DEEP_PAIR, QUERY_PAIR };
+constexpr int saved(int pairs) {
+  return pairs * HOME - (pairs >= DEEP_PAIR ? HOME - least(KEYS_HOME, HIDDEN_HOME) : 0);
+}
+constexpr int pairs_for(int room) {
+  int pairs = 0;
+  while (pairs < QUERY_PAIR && ALL_HOMES - saved(pairs) > room) pairs++;
+  return pairs;
+}
+constexpr int PAIRS = pairs_for(MEMORY - BESIDE), HOMES = ALL_HOMES - saved(PAIRS);
+// All of a product's scales are to follow each other there.
+constexpr bool AT_HOME = BATCH == 1 && ROWS * meta_stride(WIDTH) % 16 == 0 && HOMES + BESIDE <= MEMORY;
 constexpr int PART = PARTED && !AT_HOME ? most(ROW_AT_LEAST / (WARPS * RUN_BYTES), 1) : turns(FFN);
 constexpr int parts(int depth) { return depth == WIDTH ? 1 : ratio(turns(depth), PART); }
 constexpr int part_bytes(int depth) { return parts(depth) == 1 ? row_bytes(depth) : PART * WARPS * RUN_BYTES; }
@@ -424,10 +442,18 @@ enum {
 constexpr int weight_of(int product) { return product == QKV ? 0 : product < CROSS_ATTENTION ? product + 1 : product; }
 constexpr int norm_of(int product) { return product < QUERY ? 0 : product < FC1 ? 1 : 2; }
 constexpr int side_of(int product) { return from_stream(product) ? 0 : 1; }  // Sums alternate.
+// Whether a step shares its home with the one three steps before or behind it, its pair.
+constexpr bool pairs(int step) {
+  return AT_HOME && step > OWN_ATTENTION && PAIRS >= (step % 3 == OWN_OUT % 3 ? OUT_PAIR : step % 3 == FC2 % 3 ? DEEP_PAIR : QUERY_PAIR);
+}
+constexpr int paired(int step) { return step < CROSS_OUT ? step + 3 : step - 3; }
 constexpr int home_of(int step) {
-  return step == QKV ? 0 : step == OWN_OUT ? 3 * HOME : step == QUERY ? 4 * HOME : step == CROSS_ATTENTION ? 5 * HOME :
-         KEYS_HOME + (step == CROSS_OUT ? 5 * HOME : step == FC1 ? 6 * HOME : (6 + FFN_CHUNKS) * HOME +
-                      (step == FC2 ? 0 : HIDDEN_HOME));
+  constexpr int KEYS_AT = (pairs(QUERY) ? 4 : 5) * HOME;
+  constexpr int BEHIND_KEYS = KEYS_AT + (pairs(FC2) ? most(KEYS_HOME, HIDDEN_HOME) : KEYS_HOME);
+  constexpr int FC1_AT = BEHIND_KEYS + (pairs(CROSS_OUT) ? 0 : HOME), BEHIND_FC1 = FC1_AT + FFN_CHUNKS * HOME;
+  return step == QKV ? 0 : step == OWN_OUT ? 3 * HOME : step == QUERY ? (pairs(QUERY) ? FC1_AT : 4 * HOME) :
+         step == CROSS_ATTENTION ? KEYS_AT : step == CROSS_OUT ? (pairs(CROSS_OUT) ? 3 * HOME : BEHIND_KEYS) :
+         step == FC1 ? FC1_AT : step == FC2 ? (pairs(FC2) ? KEYS_AT : BEHIND_FC1) : BEHIND_FC1 + (pairs(FC2) ? 0 : HIDDEN_HOME);
 }
 
 // From a chunk's rows to their scales or zero points, and to its vectors. At home those of the first feed-forward product
@@ -477,7 +503,7 @@ enum { WRITTEN, TABLES, STEP_DONE, PUBLISHED = STEP_DONE + STEPS, MOMENTS, RESUL
 constexpr int OWN = runs(WIDTH) / WARPS, LEFT = runs(WIDTH) % WARPS, SHARERS = LEFT ? WARPS / LEFT : 1;
 // Two runs of packed weights that have a group in common go to one warp, one behind the other.
 constexpr bool fuses(int depth) {
-  return BITS != 16 && GROUP % 64 == 0 && plane(depth) % 64 == 0 && runs(depth) / WARPS % 2 == 0;
+  return BITS != 16 && BITS != 158 && GROUP % 64 == 0 && plane(depth) % 64 == 0 && runs(depth) / WARPS % 2 == 0;
 }
 constexpr int FUSED = BATCH == 1 && fuses(WIDTH) ? 2 : 1;
 constexpr int OWN_BLOCKS = OWN * DIGITS, LATE = ratio(LEFT * DIGITS, WARPS), OF_WARP = OWN_BLOCKS + LATE;
@@ -561,6 +587,9 @@ struct alignas(16) Plan {
   u32 apart, to_apart, home, pointers;           // From rows to the next ones; the chunk's place, at home; which pointers.
 };
 constexpr int PLANS = 6 + FFN_CHUNKS + parts(FFN);
+constexpr int first_plan(int product) {
+  return product == QKV ? 0 : product <= QUERY ? product + 1 : product <= FC1 ? product : 6 + FFN_CHUNKS;
+}
 struct Shared {
   // Of a pair of rows the sums of four warps, in this order: the first row's, of the first warps and of the others, the
   // second row's. Lanes that finish pairs of rows read vectors side by side.
@@ -585,7 +614,7 @@ struct Shared {
   float eps[LAYERS][3];
   u8 valid[SLOTS];
   Plan plans[PLANS];
-  u64 pointers[POINTERS];  // Of the layer that is fetched.
+  u64 pointers[1 + (AT_HOME && PAIRS)][POINTERS];  // Of the layer that is fetched, and of the one before.
 #if CHOOSES
   int slot;  // Of the newest token, or -1 where nothing is to be done any more.
   Allowed allowed;
@@ -612,7 +641,7 @@ constexpr int KEPT_EVERY = ratio(VOCAB * HEAD_ROW, 16 << 20);
 #endif
 static_assert(VOCAB < 1 << 16, "a token is exchanged as a half word");
 static_assert(AT_HOME || IN_RING > MOST_CHUNKS, "a step exceeds the shared memory");
-static_assert(SHARED_AT + (int)sizeof(Shared) <= MEMORY, "");
+static_assert(SHARED_AT + (int)sizeof(Shared) <= MEMORY && (!AT_HOME || (int)sizeof(Shared) <= BESIDE), "");
 
 // What all programs read is there four times: a line that all of them ask for at once keeps its part of the L2 cache
 // busy for longer than the way there takes.
@@ -771,6 +800,7 @@ struct Fetching {
   int issued = 0, layer = 0;
   u32 due = 0;     // The clock when the next copies may be made.
   u32 pieces = 0;  // `Places.odd`.
+  bool attends_cross = false;
 };
 // All programs find room at the same moments, and what they ask for stands in front of the words: no more than `PACE`
 // bytes a cycle. It is looks that end this, too, as a process that shares the GPU may go on with another clock.
@@ -793,7 +823,10 @@ __device__ __forceinline__ u32 make_room(Shared& sh, Fetching& f, int step, cons
   bool first = true;
   if (AT_HOME) {
     at = home.place, barrier = shared_address(&sh.full[home.full]), first = home.first;
-    empty = shared_address(&sh.empty[step]), phase = f.layer & 1;
+    // Of two steps with one home, the other one is what has been there. Who does not attend has no keys to leave.
+    const bool alone = !pairs(step) || step == FC2 && !f.attends_cross;
+    empty = shared_address(&sh.empty[alone ? step : paired(step)]), phase = f.layer & 1;
+    if (pairs(FC2) && alone && step == FC2) phase ^= 1;
   } else {
     if (f.issued++ >= IN_FLIGHT) {
       await(shared_address(&sh.full[f.landed.place]), f.landed.phase);
@@ -868,10 +901,15 @@ __device__ __forceinline__ void make_plans(Shared& sh) {
   __syncwarp();
 }
 
+// The pointers of the layer of which a step is fetched.
+__device__ __forceinline__ const u64* pointers_of(const Shared& sh, const Fetching& f, int step) {
+  return sh.pointers[AT_HOME && PAIRS ? (f.layer ^ (pairs(step) && step >= CROSS_OUT)) & 1 : 0];
+}
+
 // A chunk's copies, all by one lane.
 __device__ __forceinline__ void fetch_chunk(Shared& sh, u32 memory, Fetching& f, int step, const Plan& of_chunk, bool first) {
   const Plan plan = of_chunk;
-  const u64* pointers = sh.pointers;
+  const u64* pointers = pointers_of(sh, f, step);
   const int matrix = plan.pointers >> 8, vectors = plan.pointers & 0xFF;
   const u8* rows = (const u8*)pointers[WEIGHTS + matrix] + plan.rows;
   const u8* scales = BITS == 16 ? nullptr : (const u8*)pointers[SCALES + matrix] + plan.metas;
@@ -911,7 +949,7 @@ __device__ __forceinline__ void fetch_chunk(Shared& sh, u32 memory, Fetching& f,
 __device__ __forceinline__ void fetch_keys(Shared& sh, u32 memory, Fetching& f, bool own, int chunk, u32 at, int count) {
   const int most_keys = own ? chunk_keys(true) : chunk_keys(false), begin = chunk * most_keys;
   const u32 size = most(least(count - begin, most_keys), 0) * 128, from = at + begin * 128;
-  const u64* pointers = sh.pointers + (own ? KEYS : CROSS_KEYS);
+  const u64* pointers = pointers_of(sh, f, own ? OWN_ATTENTION : CROSS_ATTENTION) + (own ? KEYS : CROSS_KEYS);
   const u8 *first = (const u8*)pointers[0] + from, *second = (const u8*)pointers[1] + from;
   const int step = own ? OWN_ATTENTION : CROSS_ATTENTION;
   const Home home = {own ? home_of(OWN_ATTENTION) : home_of(CROSS_ATTENTION) + chunk * (KEYS_PIECE * 256u),
@@ -1010,8 +1048,9 @@ __device__ __forceinline__ void fetch_head(const Arguments& a, Shared& sh, u32 m
 }
 #endif
 
-// The fetching warp: every chunk of every layer of a step, as soon as there is room for it. The first product's are fetched
-// before it is known whether there is a step.
+// The fetching warp: every chunk of every layer of a step, as soon as there is room for it, in the order in which room is made:
+// where two steps have a home, each is fetched when it is the other one's turn, the later one when that of the next layer is.
+// The first product's are fetched before it is known whether there is a step.
 __device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory, Fetching& f, Pointers& ahead, int& slot,
                                       bool first) {
 #if !CHOOSES
@@ -1022,22 +1061,30 @@ __device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory
 #endif
   u32 own_at = 0, cross_at = 0;
   int own_count = 0, cross_count = 0, own_chunks = 0;
-  bool attends_own = false, attends_cross = false;
+  bool attends_own = false;
+  f.attends_cross = false;
+  constexpr bool IN_PAIRS = AT_HOME && PAIRS;
 #pragma unroll 1
-  for (int layer = 0; layer < LAYERS; layer++) {
+  for (int layer = 0; layer < LAYERS + IN_PAIRS; layer++) {
     f.layer = layer;
-    ahead.keep(sh.pointers);
-    ahead.load(a.table, CHOOSES && layer + 1 == LAYERS ? 0 : layer + 1);
+    const bool over = IN_PAIRS && layer == LAYERS;
+    if (!over) {
+      ahead.keep(sh.pointers[IN_PAIRS ? layer & 1 : 0]);
+      ahead.load(a.table, CHOOSES && layer + 1 == LAYERS ? 0 : layer + 1);
+    }
     // At home half of cross-attention's keys comes behind the next weights: all together would be in the way of the words
     // that are waited for.
     constexpr int FIRST_KEYS = AT_HOME ? least(2, KEY_CHUNKS) : KEY_CHUNKS;
     const Plan* plan = sh.plans;
 #pragma unroll 1
-    for (int step = 0; step < STEPS; step++) {
+    for (int turn = 0; turn < STEPS; turn++) {
+      const int step = pairs(turn) ? paired(turn) : turn;
+      if (IN_PAIRS && (pairs(turn) && turn < CROSS_OUT ? layer == 0 : over)) continue;
+      if (IN_PAIRS) plan = sh.plans + first_plan(step);
       const bool own = step == OWN_ATTENTION;
-      int from = 0, to = own ? own_chunks : step == CROSS_ATTENTION ? FIRST_KEYS : 0;
-      if (step == FC1) from = FIRST_KEYS, to = KEY_CHUNKS;
-      if (own ? attends_own : attends_cross)
+      int from = 0, to = own ? own_chunks : step != CROSS_ATTENTION ? 0 : pairs(CROSS_ATTENTION) ? KEY_CHUNKS : FIRST_KEYS;
+      if (step == FC1 && !pairs(CROSS_ATTENTION)) from = FIRST_KEYS, to = KEY_CHUNKS;
+      if (own ? attends_own : f.attends_cross)
 #pragma unroll 1
         for (int chunk = from; chunk < to; chunk++)
           fetch_keys(sh, memory, f, own, chunk, own ? own_at : cross_at, own ? own_count : cross_count);
@@ -1063,7 +1110,7 @@ __device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory
         own_at = (attender(true) % HEADS * SLOTS + own_keys.first) * 128, own_count = own_keys.count;
         cross_at = (attender(false) % HEADS * SOURCE + cross_keys.first) * 128, cross_count = cross_keys.count;
         own_chunks = chunks_of_keys(true, slot);
-        attends_own = attends(true, slot), attends_cross = attends(false, slot);
+        attends_own = attends(true, slot), f.attends_cross = attends(false, slot);
       }
     }
   }

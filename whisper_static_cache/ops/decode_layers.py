@@ -95,11 +95,11 @@ class Shape(NamedTuple):
     def pace(self):
         """Bytes a cycle that a program asks for, at most, where there is one row.
 
-        More would stand in front of what the programs exchange. Packed weights need some six; 16 bits need what the
-        memory has, and a seventh more: the fastest was 15 on an H100, and of 18, 20 and 28 on an H200 20
-        (`benchmarks/NOTES.md`).
+        More would stand in front of what the programs exchange. Packed weights need less than the memory has, and a
+        tenth less than that is the fastest, 12 on an H100; 16 bits need all of it, and a seventh more: 15 on an H100,
+        and of 18, 20 and 28 on an H200 20 (`benchmarks/NOTES.md`).
         """
-        return 20 if self.bits != 16 else max(round(self.bandwidth / self.givers * 8 / 7), 1)
+        return max(round(self.bandwidth / self.givers * (8 / 7 if self.bits == 16 else 9 / 10)), 1)
 
     @property
     def cross_splits(self):
