@@ -430,7 +430,8 @@ def test_emulated_on_all_of_a_gpu(rows):
 def test_every_whisper_shape_fits(width, batch, cross_int8):
     """What the source asserts of itself holds for the family, on an H100's multiprocessors and shared memory."""
     vocab = 51866 if batch == 1 else 0
-    for bits, group_size in ((16, 0), (8, 64), (4, 64), (3, 32), (2, 16), (1.58, 16)):
+    more_groups = ((8, 32), (4, 32), (4, 16), (3, 16), (1.58, 64)) if batch == 1 else ()
+    for bits, group_size in ((16, 0), (8, 64), (4, 64), (3, 32), (2, 16), (1.58, 16), *more_groups):
         size = width, 4 * width, 4, 448, 1500
         shape = ops.Shape(*size, False, bits, group_size, 132, 232448, batch, cross_int8, vocab=vocab)
         shape = shape._replace(chooses=vocab > 0)
@@ -505,6 +506,13 @@ def check_on_a_gpu(shape):
 )
 def test_on_a_gpu(width, vocab, chooses, bits, group_size, dtype):
     check_on_a_gpu(on_this_gpu(width, bits, group_size, dtype, vocab=vocab, chooses=chooses))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits, group_size", [(4, 32), (3, 16), (4, 16), (8, 32)])
+def test_groups_on_a_gpu(bits, group_size):
+    """Groups with which large-v2's layers fit into an H100's shared memory as some steps share a home, or do not."""
+    check_on_a_gpu(on_this_gpu(1280, bits, group_size, "float16", vocab=51866, chooses=True))
 
 
 @pytest.mark.gpu

@@ -806,7 +806,9 @@ struct Fetching {
 // bytes a cycle. It is looks that end this, too, as a process that shares the GPU may go on with another clock.
 __device__ __forceinline__ void keep_pace(Fetching& f, u32 bytes) {
   for (u32 looks = 0; looks < bytes / 64 && (int)(cycles() - f.due) < 0; looks++) continue;
-  f.due = cycles() + bytes / PACE;
+  // Packed weights that go around a ring have less time until they are needed.
+  constexpr u32 MOST = AT_HOME || BITS == 16 ? PACE : PACE * 5 / 3;
+  f.due = cycles() + bytes / MOST;
 }
 // At home: where a chunk goes, its barrier, and whether it is the first of a step, which waits for the room of all.
 struct Home {
@@ -814,10 +816,11 @@ struct Home {
   int full;
   bool first;
 };
-// Room for a chunk of a step, when few enough are on their way; its barrier expects `bytes`. Where the chunk goes.
+// Room for a chunk of a step, when few enough are on their way; its barrier expects `bytes`, of which `at_first` are asked for
+// now. Where the chunk goes.
 template <class Prefetch>
-__device__ __forceinline__ u32 make_room(Shared& sh, Fetching& f, int step, const Home& home, u32 bytes, u32& barrier,
-                                         Prefetch prefetch_it) {
+__device__ __forceinline__ u32 make_room(Shared& sh, Fetching& f, int step, const Home& home, u32 bytes, u32 at_first,
+                                         u32& barrier, Prefetch prefetch_it) {
   // In a ring, few bytes on their way keep the memory busy. More would only stand in front of what the programs exchange.
   u32 at, empty, phase;
   bool first = true;
@@ -840,7 +843,7 @@ __device__ __forceinline__ u32 make_room(Shared& sh, Fetching& f, int step, cons
   // room goes as far as the L2 cache meanwhile.
   if (BITS == 16 && first && !barrier_try(empty, phase ^ 1)) prefetch_it();
   if (first) await(empty, phase ^ 1);
-  if (BATCH == 1) keep_pace(f, bytes);
+  if (BATCH == 1) keep_pace(f, at_first);
   if (elected()) barrier_expect(barrier, bytes);
   __syncwarp();
   return at;
@@ -906,6 +909,7 @@ __device__ __forceinline__ const u64* pointers_of(const Shared& sh, const Fetchi
   return sh.pointers[AT_HOME && PAIRS ? (f.layer ^ (pairs(step) && step >= CROSS_OUT)) & 1 : 0];
 }
 
+constexpr u32 AT_ONCE = 12800;  // Bytes. Less would take the fetching warp longer, more stand in front of others.
 // A chunk's copies, all by one lane.
 __device__ __forceinline__ void fetch_chunk(Shared& sh, u32 memory, Fetching& f, int step, const Plan& of_chunk, bool first) {
   const Plan plan = of_chunk;
@@ -916,8 +920,11 @@ __device__ __forceinline__ void fetch_chunk(Shared& sh, u32 memory, Fetching& f,
   const u8* zeros = BITS == 16 ? nullptr : (const u8*)pointers[ZEROS + matrix] + plan.metas;
   const u8* one = (const u8*)pointers[vectors] + plan.vectors;
   const u8* other = (const u8*)pointers[vectors + FOLDED - CONSTANT] + plan.vectors;
+  // The second feed-forward product's rows are one piece of memory, which is asked for in parts.
+  constexpr bool TWOS = AT_HOME && BY_TWOS;
+  const bool whole = TWOS && step == FC2;
   u32 barrier;
-  const u32 place = memory + make_room(sh, f, step, {plan.home, step, first}, plan.all, barrier, [&] {
+  const u32 place = memory + make_room(sh, f, step, {plan.home, step, first}, plan.all, whole ? AT_ONCE : plan.all, barrier, [&] {
     if (!elected()) return;
     // Rows that follow each other are prefetched together.
     const bool joined = plan.row_size == plan.apart;
@@ -926,13 +933,19 @@ __device__ __forceinline__ void fetch_chunk(Shared& sh, u32 memory, Fetching& f,
       if (plan.copies) prefetch(rows + i * plan.apart, joined ? plan.copies * plan.row_size : plan.row_size);
     if (plan.vector_size) prefetch(one, plan.vector_size), prefetch(other, plan.vector_size);
   });
+  if (whole && plan.copies)
+#pragma unroll 1
+    for (u32 at = 0; at < plan.row_size; at += AT_ONCE) {
+      const u32 size = plan.row_size - at < AT_ONCE ? plan.row_size - at : AT_ONCE;
+      if (at) keep_pace(f, size);
+      if (elected()) copy_async(place + at, rows + at, size, barrier);
+    }
   if (elected()) {
-    // By twos, or all together, distances are known.
-    constexpr bool TWOS = AT_HOME && BY_TWOS;
+    // By twos distances are known.
     const u32 apart = TWOS ? 2 * row_bytes(WIDTH) : plan.apart, to_apart = TWOS ? TWO_ROWS : plan.to_apart;
 #pragma unroll
     for (int i = 0; i < (TWOS ? ROWS / 2 : ROWS); i++)
-      if (i < (int)plan.copies) copy_async(place + i * to_apart, rows + i * apart, plan.row_size, barrier);
+      if (i < (int)plan.copies && !whole) copy_async(place + i * to_apart, rows + i * apart, plan.row_size, barrier);
     if (plan.vector_size) {
       copy_async(place + plan.to_first, one, plan.vector_size, barrier);
       copy_async(place + plan.to_second, other, plan.vector_size, barrier);
@@ -955,7 +968,7 @@ __device__ __forceinline__ void fetch_keys(Shared& sh, u32 memory, Fetching& f, 
   const Home home = {own ? home_of(OWN_ATTENTION) : home_of(CROSS_ATTENTION) + chunk * (KEYS_PIECE * 256u),
                      own ? step : STEPS + chunk, chunk == 0};
   u32 barrier;
-  const u32 place = memory + make_room(sh, f, step, home, 2 * size, barrier, [&] {
+  const u32 place = memory + make_room(sh, f, step, home, 2 * size, 2 * size, barrier, [&] {
     if (size && elected()) prefetch(first, size), prefetch(second, size);
   });
   if (size && elected()) {
@@ -1074,7 +1087,7 @@ __device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory
     }
     // At home half of cross-attention's keys comes behind the next weights: all together would be in the way of the words
     // that are waited for.
-    constexpr int FIRST_KEYS = AT_HOME ? least(2, KEY_CHUNKS) : KEY_CHUNKS;
+    constexpr int FIRST_KEYS = AT_HOME ? least(1, KEY_CHUNKS) : KEY_CHUNKS, LAST_KEYS = most(KEY_CHUNKS - 1, FIRST_KEYS);
     const Plan* plan = sh.plans;
 #pragma unroll 1
     for (int turn = 0; turn < STEPS; turn++) {
@@ -1083,7 +1096,8 @@ __device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory
       if (IN_PAIRS) plan = sh.plans + first_plan(step);
       const bool own = step == OWN_ATTENTION;
       int from = 0, to = own ? own_chunks : step != CROSS_ATTENTION ? 0 : pairs(CROSS_ATTENTION) ? KEY_CHUNKS : FIRST_KEYS;
-      if (step == FC1 && !pairs(CROSS_ATTENTION)) from = FIRST_KEYS, to = KEY_CHUNKS;
+      if (step == FC1 && !pairs(CROSS_ATTENTION)) from = FIRST_KEYS, to = LAST_KEYS;
+      if (step == FC2 && !pairs(CROSS_ATTENTION)) from = LAST_KEYS, to = KEY_CHUNKS;
       if (own ? attends_own : f.attends_cross)
 #pragma unroll 1
         for (int chunk = from; chunk < to; chunk++)
@@ -1696,6 +1710,9 @@ struct Weights {
   u32 kept[EIGHTS][OF_WARP][2];
   Steps steps[EIGHTS][OfWidth::COUNT];
   u32 last;  // What was loaded last.
+  // A first look too early is in the way of who writes, and one too late waits for nothing: it comes behind all loads, or in 2 and
+  // 1.58 bits, where the large products' take longest, behind three eights'.
+  static constexpr int LOOK_BEHIND = is_large(STEP) && (BITS == 2 || BITS == 158) ? least(3, EIGHTS) : EIGHTS;
 
   // `look` asks for activations for the first time.
   template <class Look>
@@ -1722,10 +1739,17 @@ struct Weights {
       }
 #pragma unroll
       for (int i = 0; i < OfWidth::COUNT; i++) raw[h][i] = load_steps<ZEROS_BEHIND<STEP>>(line.meta + lane.scale_at[i]);
+      if (h + 1 < EIGHTS && h + 1 == LOOK_BEHIND) {
+        keep_order(s.tag);
+        look();
+        __syncwarp();
+      }
     }
     release(sh, place, STEP, CHUNKS);
-    keep_order(s.tag);
-    look();
+    if (LOOK_BEHIND == EIGHTS) {
+      keep_order(s.tag);
+      look();
+    }
 #pragma unroll
     for (int h = 0; h < EIGHTS; h++)
 #pragma unroll
