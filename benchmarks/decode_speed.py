@@ -7,7 +7,7 @@ the encoder, the prompt and the call itself cancel out. Weights are random at th
 Each case's tokens are compared with those of the run's first case, which should be stock; the share that agrees is
 in the row, since in half precision random weights make near-ties. With `--bits` below 16 the decoder's linears are
 rounded to that width, by plain rounding since the values do not matter, and stock's generate runs on them as it can.
-One JSON line a case, with the machine and the versions.
+One JSON line a case, with the machine and the versions. A first call counts as one where it is the process's first.
 
     python benchmarks/decode_speed.py --window --shapes large-v2 --cases stock-static triton
 
@@ -29,6 +29,7 @@ import argparse
 import gc
 import itertools
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -173,6 +174,12 @@ def time_window(model, timestamps, repeats, **arguments):
     return statistics.median(times)
 
 
+def kernels_on_disk():
+    """How many kernels Triton's cache has, where the persistent ones are kept, too."""
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+    return len(list(folder.iterdir())) if folder.is_dir() else 0
+
+
 def time_case(case, model, batch, timestamps, repeats, reference, cross_dtype=None, window=False):
     """Time one case; returns its part of the row, and the tokens it gave."""
     device, dtype = model.device, model.dtype
@@ -188,7 +195,7 @@ def time_case(case, model, batch, timestamps, repeats, reference, cross_dtype=No
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
-        start = time.perf_counter()
+        kept, start = kernels_on_disk(), time.perf_counter()
         generate(model, states, SHORT, timestamps, **arguments)
         synchronize(device)
         first = time.perf_counter() - start
@@ -216,6 +223,7 @@ def time_case(case, model, batch, timestamps, repeats, reference, cross_dtype=No
         if not stock:
             report = whisper_static_cache.last_run(model)
             row.update(served_by=report.engine, reason=report.reason, compiles_when_warm=report.compiles)
+            row["kernels_built"] = kernels_on_disk() > kept
         if window and batch == 1:
             row.update(
                 window_tokens=WINDOW, window_ms=round(1000 * time_window(model, timestamps, repeats, **arguments), 1)
@@ -398,7 +406,7 @@ def main():
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    facts = machine(device)
+    facts, first_in_process = machine(device), True
 
     def write(row):
         row.update(facts)
@@ -450,6 +458,7 @@ def main():
                     achieved = row["bytes_per_step"] / (measured["ms_per_token"] / 1000)
                     row["copy_bandwidth_tb_s"] = round(bandwidth / 1e12, 3)
                     row["percent_of_copy_bandwidth"] = round(100 * achieved / bandwidth, 1)
+                row["first_in_process"], first_in_process = first_in_process, False
                 write(row)
         del model
         gc.collect()

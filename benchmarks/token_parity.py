@@ -1,6 +1,7 @@
 """Tokens of the patched model beside stock's, on real checkpoints and real speech.
 
     python benchmarks/token_parity.py --models tiny.en base --engines triton compile --output rows.jsonl
+    python benchmarks/token_parity.py --bits 4 2 --dtypes float16 --output rows.jsonl
 
 Speech as in wer.py: each utterance by itself, in every one of `--batches`, and `--chapters` as long recordings with
 timestamps. Greedy. Stock runs once, in the largest of the batches.
@@ -9,8 +10,9 @@ In float32 every token must be stock's. In half precision a first difference is 
 float32 model with the same weights is given the window and the tokens before it, and its margin between stock's token
 and ours must be at most twice `rounding`, once for either side. `rounding` is measured on stock: the largest error,
 over all tokens of the run, that its logits in the dtype make in the margin of the two best tokens, against the same
-float32 model. What follows a first difference has another history and is not compared. The word error rates must be
-within 0.1, which takes the whole of a test set to mean anything. One JSON line a case; exit status 1 if one failed.
+float32 model. With `--bits` below 16 stock generates on the same quantised decoder, whose weights it writes out in its
+dtype. What follows a first difference has another history and is not compared. The word error rates must be within
+0.1, which takes the whole of a test set to mean anything. One JSON line a case; exit status 1 if one failed.
 """
 
 import argparse
@@ -23,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 import transformers
-from decode_speed import machine
+from decode_speed import GROUP_SIZES, machine
 from transformers import WhisperTimeStampLogitsProcessor
 from wer import SAMPLING_RATE, SPEECH, join, read_folder, word_errors
 
@@ -205,6 +207,7 @@ def parse(argv=None):
     parser.add_argument("--models", nargs="+", default=["tiny.en", "base"], help="as load_checkpoint takes them")
     dtypes = ("float32", "float16", "bfloat16")
     parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=dtypes)
+    parser.add_argument("--bits", nargs="+", type=float, choices=(16, *GROUP_SIZES), default=[16])
     parser.add_argument("--engines", nargs="+", choices=("eager", "compile", "triton"), default=["triton"])
     parser.add_argument("--folder", type=Path, default=SPEECH, help="speech in LibriSpeech's layout")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
@@ -232,14 +235,18 @@ def main():
     if options.chapters:
         cases.append(([join(chapter) for chapter in chapters[: options.chapters]], [1], True))
     failed = 0
-    for name, dtype in itertools.product(options.models, options.dtypes):
+    for name, dtype, bits in itertools.product(options.models, options.dtypes, options.bits):
         model, processor = load_checkpoint(name, dtype=getattr(torch, dtype), device=options.device)
+        group_size = GROUP_SIZES.get(bits)
+        bits = bits if bits == 1.58 else int(bits)
+        if group_size:
+            whisper_static_cache.quantize_decoder(model, bits, group_size, backend="torch", progress=False)
         # The weights as the dtype has them: bfloat16 rounds the file's float16.
         reference = copy.deepcopy(model).float()
         for case in cases:
             for row in run_cases(model, reference, processor, *case, options):
                 failed += not row["passed"]
-                row = {"model": Path(name).name, **row, **facts}
+                row = {"model": Path(name).name, "bits": bits, "group_size": group_size, **row, **facts}
                 print(json.dumps(row), flush=True)
                 if options.output:
                     with options.output.open("a") as file:

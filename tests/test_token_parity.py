@@ -1,4 +1,4 @@
-"""benchmarks/token_parity.py: how windows are read and compared, and a run on made-up speech."""
+"""benchmarks/token_parity.py: how windows are read and compared."""
 
 import sys
 from pathlib import Path
