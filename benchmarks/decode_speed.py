@@ -223,7 +223,8 @@ def time_case(case, model, batch, timestamps, repeats, reference, cross_dtype=No
         if not stock:
             report = whisper_static_cache.last_run(model)
             row.update(served_by=report.engine, reason=report.reason, compiles_when_warm=report.compiles)
-            row["kernels_built"] = kernels_on_disk() > kept
+            if report.engine == "triton":
+                row["kernels_built"] = kernels_on_disk() > kept
         if window and batch == 1:
             row.update(
                 window_tokens=WINDOW, window_ms=round(1000 * time_window(model, timestamps, repeats, **arguments), 1)

@@ -424,6 +424,14 @@ def test_emulated_on_all_of_a_gpu(rows):
     compare(Model(shape), 260, 3, emulate)
 
 
+def assert_compiles(shape):
+    """What the source asserts of itself holds for `shape`."""
+    defines = [f"-D{name}={value}" for name, value in ops.definitions(shape).items()]
+    command = ["g++", "-std=c++17", "-w", "-fsyntax-only", "-DEMULATED", *defines, "-include", str(EMULATION)]
+    result = subprocess.run([*command, "-x", "c++", "-"], input=ops.source_of(shape), text=True, capture_output=True)
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed: the kernel cannot be emulated")
 @pytest.mark.parametrize("batch, cross_int8", [(1, False), (2, False), (16, True)])
 @pytest.mark.parametrize("width", [384, 512, 768, 1024, 1280])
@@ -438,12 +446,19 @@ def test_every_whisper_shape_fits(width, batch, cross_int8):
         if ops.why_not(shape) is not None:
             assert bits == 1.58
             continue
-        defines = [f"-D{name}={value}" for name, value in ops.definitions(shape).items()]
-        command = ["g++", "-std=c++17", "-w", "-fsyntax-only", "-DEMULATED", *defines, "-include", str(EMULATION)]
-        result = subprocess.run(
-            [*command, "-x", "c++", "-"], input=ops.source_of(shape), text=True, capture_output=True
-        )
-        assert result.returncode == 0, result.stderr
+        assert_compiles(shape)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed: the kernel cannot be emulated")
+@pytest.mark.parametrize("bits, group_size", [(16, 0), (8, 128), (4, 16), (3, 16), (2, 64), (1.58, 64)])
+def test_other_shapes_fit(bits, group_size):
+    sizes = [(64, 64), (128, 4096), (640, 1280), (768, 256), (1280, 1280), (1280, 2560)]
+    shapes = [ops.Shape(*size, 32, 448, 1500, False, bits, group_size, 132, 232448) for size in sizes]
+    served = [shape for shape in shapes if ops.why_not(shape) is None and not (group_size and shape.ffn % group_size)]
+    assert served
+    for shape in served:
+        assert_compiles(shape)
+        assert_compiles(shape._replace(vocab=51866, chooses=True))
 
 
 def op_arguments(model, slot, offset):

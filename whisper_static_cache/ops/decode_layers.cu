@@ -364,6 +364,19 @@ constexpr int meta_bytes(int depth) { return BITS == 16 ? 0 : up(ROWS * meta_str
 constexpr int vector_bytes = up(ROWS * 4, 16) + 16;
 constexpr int behind_rows(int depth) { return 2 * meta_bytes(depth) + 2 * vector_bytes; }
 
+// Of a product with `WIDTH` elements a warp takes `OWN` runs. Those that are left over, fewer than there are warps, are
+// shared: packed ones, and those of several rows, by their blocks, which are dealt to the warps one after another; in 16
+// bits and for one row each by `SHARERS` warps, of which one takes the first eight rows, the next the second, and so on
+// around.
+constexpr int OWN = runs(WIDTH) / WARPS, LEFT = runs(WIDTH) % WARPS, SHARERS = LEFT ? WARPS / LEFT : 1;
+// Two runs of packed weights that have a group in common go to one warp, one behind the other.
+constexpr bool fuses(int depth) {
+  return BITS != 16 && BITS != 158 && GROUP % 64 == 0 && plane(depth) % 64 == 0 && runs(depth) / WARPS % 2 == 0;
+}
+constexpr int FUSED = BATCH == 1 && fuses(WIDTH) ? 2 : 1;
+constexpr int OWN_BLOCKS = OWN * DIGITS, LATE = ratio(LEFT * DIGITS, WARPS), OF_WARP = OWN_BLOCKS + LATE;
+constexpr int HIDDEN_BLOCKS = turns(FFN) * DIGITS;
+
 // Where all of a layer's weights and keys fit into shared memory, each step has a home of its own there, which its next
 // layer's fill as soon as they have been read. Where only some do, steps half a layer apart have one in common. Else chunks
 // follow each other around a ring.
@@ -382,9 +395,9 @@ constexpr int SELF_RUN = 16 * WARPS, SELF_SPLITS = ratio(SLOTS, SELF_RUN), OWN_K
 constexpr int ALL_HOMES = (6 + FFN_CHUNKS) * HOME + KEYS_HOME + HIDDEN_HOME + OWN_KEYS * 256;
 // What is for `Shared` at most: activations or attention's runs, sums of them, sums, what there is of each layer, slot and
 // chunk, and the rest.
-constexpr int BESIDE = most(most(WARPS * 64 * turns(FFN) * DIGITS, 4 * WIDTH), WARPS * 560) +
-                       (BITS == 16 ? 0 : WARPS * 16 * up(turns(FFN) * DIGITS, 4)) + 64 * up(most(3, FFN_CHUNKS) * ROWS, 16) +
-                       52 * LAYERS + up(SLOTS, 16) + 64 * (7 + FFN_CHUNKS) + 3832;
+constexpr int BESIDE = most(most(WARPS * 64 * most(HIDDEN_BLOCKS, OF_WARP * (BITS == 16 ? 2 : 1)), 4 * WIDTH), WARPS * 560) +
+                       (BITS == 16 ? 0 : WARPS * 16 * up(most(HIDDEN_BLOCKS, OF_WARP), 4)) +
+                       64 * up(most(3, FFN_CHUNKS) * ROWS, 16) + 52 * LAYERS + up(SLOTS, 16) + 64 * (7 + FFN_CHUNKS) + 3832;
 // How many of the pairs `OUT_PAIR`, `DEEP_PAIR` and `QUERY_PAIR` have a home in common: the outputs of the two attentions, the
 // second feed-forward product and the keys of cross-attention, the query and the first feed-forward product.
 enum { OUT_PAIR = 1, DEEP_PAIR, QUERY_PAIR };
@@ -496,18 +509,6 @@ static_assert(BATCH > 1 || finishers(QKV) <= FINISHERS && finishers(FC1) <= FINI
 // back; and, for one row, one for each layer norm's moments, one for the last layer's result, one for the choice of a
 // token, and one for its being known.
 enum { WRITTEN, TABLES, STEP_DONE, PUBLISHED = STEP_DONE + STEPS, MOMENTS, RESULT = MOMENTS + 3, READY, CHOICE = TABLES };
-// Of a product with `WIDTH` elements a warp takes `OWN` runs. Those that are left over, fewer than there are warps, are
-// shared: packed ones, and those of several rows, by their blocks, which are dealt to the warps one after another; in 16
-// bits and for one row each by `SHARERS` warps, of which one takes the first eight rows, the next the second, and so on
-// around.
-constexpr int OWN = runs(WIDTH) / WARPS, LEFT = runs(WIDTH) % WARPS, SHARERS = LEFT ? WARPS / LEFT : 1;
-// Two runs of packed weights that have a group in common go to one warp, one behind the other.
-constexpr bool fuses(int depth) {
-  return BITS != 16 && BITS != 158 && GROUP % 64 == 0 && plane(depth) % 64 == 0 && runs(depth) / WARPS % 2 == 0;
-}
-constexpr int FUSED = BATCH == 1 && fuses(WIDTH) ? 2 : 1;
-constexpr int OWN_BLOCKS = OWN * DIGITS, LATE = ratio(LEFT * DIGITS, WARPS), OF_WARP = OWN_BLOCKS + LATE;
-constexpr int HIDDEN_BLOCKS = turns(FFN) * DIGITS;
 // Eights of rows of the larger product, and lines of rows.
 constexpr int MOST_EIGHTS = ratio(most(3, FFN_CHUNKS) * ROWS, 8), LINES = AT_HOME ? 0 : 2 * 8 * MOST_EIGHTS + 16;
 #if BATCH > 1
@@ -807,8 +808,8 @@ struct Fetching {
 __device__ __forceinline__ void keep_pace(Fetching& f, u32 bytes) {
   for (u32 looks = 0; looks < bytes / 64 && (int)(cycles() - f.due) < 0; looks++) continue;
   // Packed weights that go around a ring have less time until they are needed.
-  constexpr u32 MOST = AT_HOME || BITS == 16 ? PACE : PACE * 5 / 3;
-  f.due = cycles() + bytes / MOST;
+  constexpr u32 AT_MOST = AT_HOME || BITS == 16 ? PACE : PACE * 5 / 3;
+  f.due = cycles() + bytes / AT_MOST;
 }
 // At home: where a chunk goes, its barrier, and whether it is the first of a step, which waits for the room of all.
 struct Home {
@@ -1085,8 +1086,8 @@ __device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory
       ahead.keep(sh.pointers[IN_PAIRS ? layer & 1 : 0]);
       ahead.load(a.table, CHOOSES && layer + 1 == LAYERS ? 0 : layer + 1);
     }
-    // At home half of cross-attention's keys comes behind the next weights: all together would be in the way of the words
-    // that are waited for.
+    // At home most of cross-attention's keys come behind the next weights, and the last in front of the last product's: all
+    // together would be in the way of the words that are waited for.
     constexpr int FIRST_KEYS = AT_HOME ? least(1, KEY_CHUNKS) : KEY_CHUNKS, LAST_KEYS = most(KEY_CHUNKS - 1, FIRST_KEYS);
     const Plan* plan = sh.plans;
 #pragma unroll 1
