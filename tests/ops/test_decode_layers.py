@@ -336,7 +336,7 @@ SMALL = ops.Shape(128, 512, 2, 300, 50, False, 16, 0, 12, 120_000)
         # Steps that share a home in shared memory, two by two: one pair, two, all three.
         {"memory": 100_000},
         {"bits": 8, "group_size": 64, "memory": 72_000},
-        {"memory": 90_000, "vocab": 2999, "bfloat16": True},
+        {"memory": 91_000, "vocab": 2999, "bfloat16": True},
         # Weights that go around a ring, as they do not fit into shared memory.
         {"memory": 72_000},
         {"bits": 4, "group_size": 64, "memory": 50_000},
@@ -424,11 +424,12 @@ def test_emulated_on_all_of_a_gpu(rows):
     compare(Model(shape), 260, 3, emulate)
 
 
-def assert_compiles(shape):
-    """What the source asserts of itself holds for `shape`."""
+def assert_compiles(shape, claim="true"):
+    """What the source asserts of itself, and `claim`, hold for `shape`."""
     defines = [f"-D{name}={value}" for name, value in ops.definitions(shape).items()]
     command = ["g++", "-std=c++17", "-w", "-fsyntax-only", "-DEMULATED", *defines, "-include", str(EMULATION)]
-    result = subprocess.run([*command, "-x", "c++", "-"], input=ops.source_of(shape), text=True, capture_output=True)
+    source = f'{ops.source_of(shape)}\nstatic_assert({claim}, "");\n'
+    result = subprocess.run([*command, "-x", "c++", "-"], input=source, text=True, capture_output=True)
     assert result.returncode == 0, result.stderr
 
 
@@ -459,6 +460,28 @@ def test_other_shapes_fit(bits, group_size):
     for shape in served:
         assert_compiles(shape)
         assert_compiles(shape._replace(vocab=51866, chooses=True))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed: the kernel cannot be emulated")
+@pytest.mark.parametrize(
+    "changes, pairs",
+    [
+        ({}, 0),
+        ({"memory": 100_000}, 1),
+        ({"bits": 8, "group_size": 64, "memory": 72_000}, 2),
+        ({"memory": 91_000, "vocab": 2999, "bfloat16": True}, 3),
+        ({"bits": 8, "group_size": 64, "memory": 70_000, "vocab": 3001, "chooses": True}, 3),
+    ],
+)
+def test_steps_share_homes(changes, pairs):
+    """The emulated cases above that are to have steps share homes do, as many as they say."""
+    assert_compiles(SMALL._replace(**changes), f"AT_HOME && PAIRS == {pairs}")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed: the kernel cannot be emulated")
+@pytest.mark.parametrize("memory, changes", [(72_000, {}), (50_000, {"bits": 4, "group_size": 64})])
+def test_what_does_not_fit_goes_around_a_ring(memory, changes):
+    assert_compiles(SMALL._replace(memory=memory, **changes), "!AT_HOME")
 
 
 def op_arguments(model, slot, offset):

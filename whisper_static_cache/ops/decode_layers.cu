@@ -457,7 +457,8 @@ constexpr int norm_of(int product) { return product < QUERY ? 0 : product < FC1 
 constexpr int side_of(int product) { return from_stream(product) ? 0 : 1; }  // Sums alternate.
 // Whether a step shares its home with the one three steps before or behind it, its pair.
 constexpr bool pairs(int step) {
-  return AT_HOME && step > OWN_ATTENTION && PAIRS >= (step % 3 == OWN_OUT % 3 ? OUT_PAIR : step % 3 == FC2 % 3 ? DEEP_PAIR : QUERY_PAIR);
+  return AT_HOME && step > OWN_ATTENTION &&
+         PAIRS >= (step % 3 == OWN_OUT % 3 ? OUT_PAIR : step % 3 == FC2 % 3 ? DEEP_PAIR : QUERY_PAIR);
 }
 constexpr int paired(int step) { return step < CROSS_OUT ? step + 3 : step - 3; }
 constexpr int home_of(int step) {
@@ -827,7 +828,8 @@ __device__ __forceinline__ u32 make_room(Shared& sh, Fetching& f, int step, cons
   bool first = true;
   if (AT_HOME) {
     at = home.place, barrier = shared_address(&sh.full[home.full]), first = home.first;
-    // Of two steps with one home, the other one is what has been there. Who does not attend has no keys to leave.
+    // Of two steps with one home, the other one is what has been there. Who does not attend has no keys to leave, and fetches the
+    // product of the layer before: its own last one is two layers back.
     const bool alone = !pairs(step) || step == FC2 && !f.attends_cross;
     empty = shared_address(&sh.empty[alone ? step : paired(step)]), phase = f.layer & 1;
     if (pairs(FC2) && alone && step == FC2) phase ^= 1;
@@ -925,7 +927,8 @@ __device__ __forceinline__ void fetch_chunk(Shared& sh, u32 memory, Fetching& f,
   constexpr bool TWOS = AT_HOME && BY_TWOS;
   const bool whole = TWOS && step == FC2;
   u32 barrier;
-  const u32 place = memory + make_room(sh, f, step, {plan.home, step, first}, plan.all, whole ? AT_ONCE : plan.all, barrier, [&] {
+  const u32 at_first = whole ? AT_ONCE : plan.all;
+  const u32 place = memory + make_room(sh, f, step, {plan.home, step, first}, plan.all, at_first, barrier, [&] {
     if (!elected()) return;
     // Rows that follow each other are prefetched together.
     const bool joined = plan.row_size == plan.apart;
