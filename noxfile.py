@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import sysconfig
 import time
@@ -90,7 +91,9 @@ def install_release(session, release):
 
 
 def write_row(name, row):
-    """Put `row` into a results file in place of the one of the same release."""
+    """Put `row`, and the commit, into a results file in place of the one of the same release."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    row = {**row, "commit": commit.stdout.strip()}
     path = RESULTS / name
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     rows = [r for r in rows if r["release"] != row["release"]] + [row]

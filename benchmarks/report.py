@@ -297,7 +297,7 @@ def releases_section():
         counts = [str(row[key]) for key in ("passed", "skipped", "parity_identical")]
         lines.append([name, *counts, f"{row['seconds']} s", ratio, same])
     first = tests[0]
-    where = f"torch {first['torch']}, Python {first['python']}; `{first['command']}`"
+    where = f"torch {first['torch']}, Python {first['python']}, {commits_of(tests)}; `{first['command']}`"
     if speeds:
         one = next(iter(speeds.values()))
         load = max(row["load"] for row in speeds.values())
@@ -317,8 +317,7 @@ def releases_section():
     ]
     return (
         "Releases of transformers, each in an environment of its own, on tiny random models. Skipped, by name, is "
-        f"what needs a GPU and what stock itself fails at or does not have on that release. The run is that "
-        f"of commit 7d01d9a, before beam search and the Triton engine ({where}):\n\n"
+        f"what needs a GPU and what stock itself fails at or does not have on that release ({where}):\n\n"
         f"{table(header, lines)}\n"
     )
 

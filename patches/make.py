@@ -1,6 +1,6 @@
 """Make the patch series for a release of transformers from this package's own modules.
 
-    python patches/make.py 5.23.0            # rewrites patches/5.23.0/
+    python patches/make.py 5.24.0            # rewrites patches/5.24.0/
     python patches/make.py --check           # every release in RELEASES: fails where a series is not up to date
 
 A module of the package becomes a new file beside Whisper's own, with its imports rewritten and the seams of `_compat`
@@ -26,9 +26,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTS = ROOT / "patches" / "parts"
 RUFF = ("--config", str(ROOT / "patches" / "ruff.toml"))  # upstream's settings
 WHEELS = ROOT / "build" / "wheels"
-RELEASES = ("4.57.6", "5.17.0", "5.23.0")
+RELEASES = ("4.57.6", "5.17.0", "5.24.0")
 CASE = ("shape", "bits", "batch", "timestamps", "dtype")  # what a row of benchmarks/results was measured on
 WHISPER = "src/transformers/models/whisper"
+OLD_NAME = "past_key_values"  # of the cache, in the package's own texts and in `parts/`; from 5.24 it is another
 
 LICENSE = """\
 # Copyright 2026 The HuggingFace Inc. team.
@@ -88,6 +89,12 @@ class Tree(dict):
             raise ValueError(f"{path} exists in transformers {self.release} already: choose another name.")
         self[path] = text
 
+    @property
+    def cache_name(self):
+        """What the release calls the cache, as an argument and in what is returned."""
+        fields = self["src/transformers/generation/utils.py"]
+        return "cache" if "\n    cache: Cache" in fields else OLD_NAME
+
     def edit(self, path, pattern, replacement):
         """Replace the one match of a regular expression."""
         self[path] = substitute(self[path], pattern, replacement, path)
@@ -146,10 +153,11 @@ def taken(module, name):
     return ast.get_source_segment(source, definition(ast.parse(source), name))
 
 
-def ported(module, drop=(), edits=(), append=""):
+def ported(tree, module, drop=(), edits=(), append=""):
     """A module of the package as a file upstream.
 
     Args:
+        tree: the release's `Tree`.
         module: its name in the package.
         drop: definitions that stay in the package, as `name` or `Class.method`.
         edits: pairs of regular expression and replacement, each for one match.
@@ -162,6 +170,15 @@ def ported(module, drop=(), edits=(), append=""):
     for pattern, replacement in edits:
         source = substitute(source, pattern, replacement, module)
     source = f"{source}\n\n{append}" if append else source
+    name = tree.cache_name
+    for pattern, replacement in (
+        (r"_compat\.cache_of\(arguments\)", f'arguments.get("{name}")'),
+        (r"\*\*\{_compat\.CACHE_NAME: (.*)\}", rf"{name}=\1"),
+        (r"\{(?:_compat\.)?CACHE_NAME\}", name),
+        (r"_compat\.CACHE_NAME", f'"{name}"'),
+        (OLD_NAME, name),
+    ):
+        source = re.sub(pattern, replacement, source)
     for pattern, replacement in IMPORTS:
         source = re.sub(pattern, replacement, source, flags=re.MULTILINE)
     for name, upstream in MODULES.items():
@@ -209,7 +226,7 @@ OWN_CACHE = '''\
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get("{cache_name}")
         if isinstance(cache, EncoderDecoderStaticCache):
             # Each decode is a recording, a window or a temperature of its own.
             cache.reset()
@@ -220,6 +237,7 @@ OWN_CACHE = '''\
 def static_cache(tree):
     is_v4 = tree.release.startswith("4.")
     source = ported(
+        tree,
         "cache_utils",
         edits=(
             (r"^from \._compat import .*\n", "from transformers.utils.import_utils import requires\n"),
@@ -231,6 +249,7 @@ def static_cache(tree):
             (r"^        init_cache\(self, layers\)", "        Cache.__init__(self, layers=layers)"),
             (r"^        init_module\(self\)\n", ""),
             (r" does under `patch\(\)`", " does"),
+            (r"^    From transformers 5\.24 on .*\n\n", ""),
             # `crop(0)` keeps nothing in 4.57 and removes nothing in 5.x
             (r"tokens > 0 or CROP_ZERO_EMPTIES:", "tokens >= 0:" if is_v4 else "tokens > 0:"),
             (r"^class EncoderDecoderStaticCache", '@requires(backends=("torch",))\n\\g<0>'),
@@ -238,7 +257,7 @@ def static_cache(tree):
         append='__all__ = ["EncoderDecoderStaticCache"]\n',
     )
     tree.add(f"{WHISPER}/cache_whisper.py", source)
-    tree.add(f"{WHISPER}/{MODULES['int8_states']}.py", ported("int8_states"))
+    tree.add(f"{WHISPER}/{MODULES['int8_states']}.py", ported(tree, "int8_states"))
     configuration = r"^ *from \.configuration_whisper"
     tree.edit(f"{WHISPER}/__init__.py", configuration, "    from .cache_whisper import *\n\\g<0>")
     path = f"{WHISPER}/generation_whisper.py"
@@ -247,7 +266,8 @@ def static_cache(tree):
     name, rest = ("_prepare_static_cache", "prefill_chunk_size, model_kwargs")
     if is_v4:
         name, rest = ("_get_cache", "model_kwargs")
-    own = OWN_CACHE.format(name=name, arguments=f"cache_implementation, batch_size, max_cache_len, {rest}")
+    arguments = f"cache_implementation, batch_size, max_cache_len, {rest}"
+    own = OWN_CACHE.format(name=name, arguments=arguments, cache_name=tree.cache_name)
     tree.edit(path, r"^    def generate_with_fallback\(", method(own) + r"\g<0>")
     # The batch of a long recording shrinks; rows were added back for a cache that could not.
     padding = r'if generation_config\.cache_implementation == "static" and cur_bsz < batch_size:'
@@ -295,16 +315,18 @@ LOOP = """\
 
 
 def device_loop(tree):
-    tree.add(f"{WHISPER}/{MODULES['cuda_graphs']}.py", ported("cuda_graphs", drop=["StepCounter", "_LOOKS"]))
-    tree.add(f"{WHISPER}/{MODULES['modeling_whisper']}.py", ported("modeling_whisper"))
-    tree.add(f"{WHISPER}/{MODULES['logits_processors']}.py", ported("logits_processors"))
+    tree.add(f"{WHISPER}/{MODULES['cuda_graphs']}.py", ported(tree, "cuda_graphs", drop=["StepCounter", "_LOOKS"]))
+    tree.add(f"{WHISPER}/{MODULES['modeling_whisper']}.py", ported(tree, "modeling_whisper"))
+    tree.add(f"{WHISPER}/{MODULES['logits_processors']}.py", ported(tree, "logits_processors"))
     tree.add(
-        f"{WHISPER}/{MODULES['logits_process']}.py", ported("logits_process", drop=["ProcessorPlan.greedy_rules"])
+        f"{WHISPER}/{MODULES['logits_process']}.py",
+        ported(tree, "logits_process", drop=["ProcessorPlan.greedy_rules"]),
     )
-    tree.add(f"{WHISPER}/{MODULES['run_report']}.py", ported("run_report"))
+    tree.add(f"{WHISPER}/{MODULES['run_report']}.py", ported(tree, "run_report"))
     tree.add(
         f"{WHISPER}/{MODULES['engines']}.py",
         ported(
+            tree,
             "engines",
             edits=[(r"^\n# Last, since its class.*\n.*triton_engine.*\n", "")],
         ),
@@ -313,10 +335,11 @@ def device_loop(tree):
         r"^ +# What an engine keeps for this session, by the engine's name\.\n.*\n",
         r"^ +# What stands in for the encoder; .*\n.*\n",
     )
-    tree.add(f"{WHISPER}/{MODULES['sessions']}.py", ported("sessions", edits=[(line, "") for line in kept]))
+    tree.add(f"{WHISPER}/{MODULES['sessions']}.py", ported(tree, "sessions", edits=[(line, "") for line in kept]))
     tree.add(
         f"{WHISPER}/{MODULES['token_choice']}.py",
         ported(
+            tree,
             "token_choice",
             drop=["RuledChoice"],
             edits=(
@@ -332,6 +355,7 @@ def device_loop(tree):
     tree.add(
         f"{WHISPER}/{MODULES['generation_whisper']}.py",
         ported(
+            tree,
             "generation_whisper",
             drop=["warmup", "_warmup_job", "default_engine", "encoder_for_call", "_has_content"],
             edits=(
@@ -386,7 +410,9 @@ def shared_beams(tree):
     tree.add(
         f"{WHISPER}/{MODULES['beam_search']}.py",
         ported(
-            "beam_search", edits=[(r"_compat\.mask_moves_positions\(\)", "True"), (r"this package's", "Whisper's")]
+            tree,
+            "beam_search",
+            edits=[(r"_compat\.mask_moves_positions\(\)", "True"), (r"this package's", "Whisper's")],
         ),
     )
     path = f"{WHISPER}/generation_whisper.py"
@@ -413,8 +439,8 @@ def series(release):
         step(tree)
         for path in sorted((PARTS / name).rglob("*")):
             if path.is_file() and path.name != "pull_request.md":
-                tree.add(str(path.relative_to(PARTS / name)), path.read_text())
-        text = (PARTS / name / "pull_request.md").read_text().rstrip()
+                tree.add(str(path.relative_to(PARTS / name)), path.read_text().replace(OLD_NAME, tree.cache_name))
+        text = (PARTS / name / "pull_request.md").read_text().rstrip().replace(OLD_NAME, tree.cache_name)
         for field, value in (("{release}", release), ("{rows}", parity_rows()), ("{numbers}", numbers())):
             text = text.replace(field, value)
         known = {path: before[path] if path in before else original(tree, path) for path in tree}

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from transformers import WhisperForConditionalGeneration
 
 import whisper_static_cache
+from whisper_static_cache._compat import CACHE_NAME
 from whisper_static_cache.cache_utils import EncoderDecoderStaticCache
 from whisper_static_cache.modeling_whisper import _cross_attention
 from whisper_static_cache.sessions import state_of
@@ -78,20 +79,20 @@ def test_a_cache_of_the_users(model, max_inputs):
     expected = stock(model, features, num_beams=3, language="en")
     cache = EncoderDecoderStaticCache(model.config, max_batch_size=6, max_inputs=max_inputs)
     for _ in range(2):
-        tokens = model.generate(features, num_beams=3, language="en", past_key_values=cache)
+        tokens = model.generate(features, num_beams=3, language="en", **{CACHE_NAME: cache})
         assert torch.equal(expected, tokens)
         assert whisper_static_cache.last_run(model).engine == "eager"
     # Where it has a row for each beam it is left filled, as after any other call.
     assert cache.batch_size == (6 if max_inputs is None else 0)
     with pytest.raises(ValueError, match="max_batch_size=6 and the call has 10 rows"):
-        model.generate(features, num_beams=5, language="en", past_key_values=cache)
+        model.generate(features, num_beams=5, language="en", **{CACHE_NAME: cache})
 
 
 def test_a_cache_with_too_few_inputs_is_refused(model):
     whisper_static_cache.patch()
     cache = EncoderDecoderStaticCache(model.config, max_batch_size=6, max_inputs=1)
     with pytest.raises(ValueError, match="max_inputs=1 and the call has 2 inputs"):
-        model.generate(tiny_features(2), num_beams=3, language="en", past_key_values=cache)
+        model.generate(tiny_features(2), num_beams=3, language="en", **{CACHE_NAME: cache})
 
 
 def test_the_cache_is_smaller_by_what_beams_share():

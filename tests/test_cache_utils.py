@@ -7,6 +7,7 @@ from torch._dynamo.testing import CompileCounter
 from transformers import EncoderDecoderCache, WhisperConfig, WhisperForConditionalGeneration
 from transformers.cache_utils import DynamicCache
 
+from whisper_static_cache._compat import CACHE_NAME
 from whisper_static_cache.cache_utils import EncoderDecoderStaticCache, LayerBuffers
 
 from .conftest import tiny_config, tiny_features, tiny_model
@@ -36,7 +37,7 @@ def forward(model, ids, encoded, cache, position=None, step=None):
     arguments = {"cache_position": position} if position is not None and TAKES_CACHE_POSITION else {}
     with torch.no_grad():
         return (step or model)(
-            encoder_outputs=(encoded[0],), decoder_input_ids=ids, past_key_values=cache, use_cache=True, **arguments
+            encoder_outputs=(encoded[0],), decoder_input_ids=ids, **{CACHE_NAME: cache}, use_cache=True, **arguments
         ).logits.clone()
 
 
@@ -184,7 +185,7 @@ class TestByHand:
 
     def test_without_no_grad_the_buffers_stay_out_of_the_graph(self, model):
         cache = EncoderDecoderStaticCache(model.config)
-        outputs = model(encoder_outputs=(encode(model)[0],), decoder_input_ids=tokens(length=3), past_key_values=cache)
+        outputs = model(encoder_outputs=(encode(model)[0],), decoder_input_ids=tokens(length=3), **{CACHE_NAME: cache})
         assert outputs.logits.requires_grad
         assert not any(buffer.requires_grad for layer in cache.layer_buffers for buffer in layer)
 

@@ -12,6 +12,7 @@ from transformers import DynamicCache, EncoderDecoderCache, LogitsProcessor, Log
 
 import whisper_static_cache
 from whisper_static_cache import EncoderDecoderStaticCache, _compat, engines, modeling_whisper, sessions
+from whisper_static_cache._compat import CACHE_NAME
 from whisper_static_cache.engines import CompileEngine, EagerEngine
 
 from .conftest import tiny_features, tiny_model
@@ -78,7 +79,7 @@ def test_a_cache_of_the_users_serves_every_smaller_batch(model, engine):
     expected = [stock(model, features(size, seed=size)) for size in sizes]
     with whisper_static_cache.patched(model, engine=engine):
         for size, tokens in zip(sizes, expected):
-            assert torch.equal(model.generate(features(size, seed=size), past_key_values=cache), tokens)
+            assert torch.equal(model.generate(features(size, seed=size), **{CACHE_NAME: cache}), tokens)
             assert whisper_static_cache.last_run(model).engine == engine
             assert cache.get_seq_length() > 0
             if size == 1:
@@ -87,13 +88,24 @@ def test_a_cache_of_the_users_serves_every_smaller_batch(model, engine):
     assert buffers == [buffer.data_ptr() for layer in cache.layer_buffers for buffer in layer]
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+@pytest.mark.parametrize("name", _compat._CACHE_NAMES)
+def test_a_cache_of_the_users_goes_by_every_name_that_the_release_takes(model, name):
+    cache = EncoderDecoderStaticCache(model.config, 1)
+    with whisper_static_cache.patched(model):
+        tokens = model.generate(features(), **{name: cache})
+        assert whisper_static_cache.last_run(model).engine == "eager"
+    assert cache.get_seq_length() > 0
+    assert torch.equal(tokens, stock(model, features()))
+
+
 def test_a_cache_of_the_users_for_a_long_recording(model):
     cache = EncoderDecoderStaticCache(model.config, 1)
     recording = features(windows=3.3)
     expected = stock(model, recording, return_timestamps=True)
     with whisper_static_cache.patched(model):
         for _ in range(2):
-            tokens = model.generate(recording, return_timestamps=True, past_key_values=cache)
+            tokens = model.generate(recording, return_timestamps=True, **{CACHE_NAME: cache})
             assert torch.equal(tokens, expected)
 
 
@@ -117,13 +129,13 @@ def test_what_a_users_cache_cannot_hold_fails_before_anything_is_computed(
     monkeypatch.setattr(model.model.encoder, "forward", never)
     call = dict(call)
     with whisper_static_cache.patched(model), pytest.raises(ValueError, match=message):
-        model.generate(features(call.pop("batch_size", 1)), past_key_values=cache, **call)
+        model.generate(features(call.pop("batch_size", 1)), **{CACHE_NAME: cache}, **call)
 
 
 def test_a_cache_of_another_model_is_refused(model):
     cache = EncoderDecoderStaticCache(tiny_model(decoder_layers=1).config, 1)
     with whisper_static_cache.patched(model), pytest.raises(ValueError, match=r"layers"):
-        model.generate(features(), past_key_values=cache)
+        model.generate(features(), **{CACHE_NAME: cache})
 
 
 def test_nothing_compiles_after_warmup():
@@ -220,11 +232,11 @@ def test_a_cache_in_use_is_not_shared(model):
     class Nested(LogitsProcessor):
         def __call__(self, input_ids, scores):
             with pytest.raises(ValueError, match="in use by another generate call"):
-                model.generate(features(), past_key_values=cache)
+                model.generate(features(), **{CACHE_NAME: cache})
             return scores
 
     with whisper_static_cache.patched(model):
-        model.generate(features(), past_key_values=cache, logits_processor=LogitsProcessorList([Nested()]))
+        model.generate(features(), **{CACHE_NAME: cache}, logits_processor=LogitsProcessorList([Nested()]))
 
 
 def test_a_call_within_a_call(model):
@@ -476,7 +488,7 @@ def test_a_collected_model_takes_its_buffers_along():
         (
             # With a language given: detecting it would fill the caller's cache, and stock fail.
             lambda model: {
-                "past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache()),
+                CACHE_NAME: EncoderDecoderCache(DynamicCache(), DynamicCache()),
                 "language": "en",
             },
             "of the caller's",

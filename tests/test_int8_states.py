@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import whisper_static_cache
+from whisper_static_cache._compat import CACHE_NAME
 from whisper_static_cache.cache_utils import EncoderDecoderStaticCache, Int8LayerBuffers, LayerBuffers
 from whisper_static_cache.int8_states import dequantize, quantize
 from whisper_static_cache.sessions import state_of
@@ -152,7 +153,7 @@ class TestGenerate:
         assert 0 < error < 3 / 127
         assert torch.equal(again, actual)
         # What the caller is handed is what stock's loop would hand out: in full.
-        cross = result.past_key_values.cross_attention_cache
+        cross = result[CACHE_NAME].cross_attention_cache
         assert cross.layers[0].keys.dtype == torch.float32 and cross.layers[0].keys.shape == (2, 4, 30, 8)
 
     def test_sessions_with_and_without_do_not_mix(self, model):
@@ -175,13 +176,13 @@ class TestGenerate:
         features = tiny_features(2)
         with whisper_static_cache.patched(model, engine="eager"):
             cache = int8_cache()
-            first = generate(model, features, past_key_values=cache)
+            first = generate(model, features, **{CACHE_NAME: cache})
             assert whisper_static_cache.last_run(model).cross_dtype == torch.int8
-            assert torch.equal(generate(model, features, past_key_values=cache), first)
+            assert torch.equal(generate(model, features, **{CACHE_NAME: cache}), first)
         with whisper_static_cache.patched(model, engine="eager", cross_dtype=torch.int8):
             assert torch.equal(generate(model, features), first)
             plain = EncoderDecoderStaticCache(model.config, 2)
-            generate(model, features, past_key_values=plain)
+            generate(model, features, **{CACHE_NAME: plain})
             assert whisper_static_cache.last_run(model).cross_dtype is None
 
     def test_beams_share_rows_and_scales(self, model):
@@ -193,10 +194,10 @@ class TestGenerate:
             report = whisper_static_cache.last_run(model)
             cache = int8_cache(6)
             # With a result object the prompt is part of the sequences.
-            assert torch.equal(generate(model, features, num_beams=3, past_key_values=cache), shared.sequences[:, -8:])
+            assert torch.equal(generate(model, features, num_beams=3, **{CACHE_NAME: cache}), shared.sequences[:, -8:])
         if report.engine == "eager":  # stock serves beams before 4.50
             assert report.cross_dtype == torch.int8
-            handed, full = (r.past_key_values.cross_attention_cache.layers[0].keys for r in (shared, plain))
+            handed, full = (r[CACHE_NAME].cross_attention_cache.layers[0].keys for r in (shared, plain))
             # The first layer's are those of the encoder alone, and the same whichever tokens were chosen.
             torch.testing.assert_close(handed, full, rtol=0, atol=full.abs().max().item() / 253)
             assert cache.cross_attention_cache.layers[0].keys.shape == (6, 4, 30, 8)

@@ -21,6 +21,7 @@ pytest.importorskip("triton", reason="needs the triton package")
 
 from transformers import DynamicCache, EncoderDecoderCache
 
+from whisper_static_cache._compat import CACHE_NAME
 from whisper_static_cache.cache_utils import EncoderDecoderStaticCache
 from whisper_static_cache.ops import decode_dot, launch
 from whisper_static_cache.sessions import Session
@@ -40,9 +41,9 @@ def stock_logits(model, tokens, states):
     with torch.no_grad():
         for token in tokens:
             output = model(
-                encoder_outputs=(states,), decoder_input_ids=token.view(1, 1), past_key_values=cache, use_cache=True
+                encoder_outputs=(states,), decoder_input_ids=token.view(1, 1), **{CACHE_NAME: cache}, use_cache=True
             )
-            cache = output.past_key_values
+            cache = output[CACHE_NAME]
             steps.append(output.logits[0, -1].float())
     return torch.stack(steps)
 

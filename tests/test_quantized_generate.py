@@ -6,6 +6,7 @@ import transformers
 from torch._dynamo.utils import counters
 
 import whisper_static_cache
+from whisper_static_cache._compat import CACHE_NAME
 
 from .conftest import tiny_features, tiny_model
 
@@ -182,7 +183,7 @@ def test_hooks_of_accelerate_go_to_stock_with_the_remedy_in_the_reason():
     expected = generate(model, inputs)
     # As HqqConfig leaves a model loaded with device_map="cpu".
     hooks.attach_align_device_hook(model, torch.device("cpu"))
-    hooks.add_hook_to_module(model, hooks.AlignDevicesHook(io_same_device=True, skip_keys="past_key_values"))
+    hooks.add_hook_to_module(model, hooks.AlignDevicesHook(io_same_device=True, skip_keys=CACHE_NAME))
     for module in model.modules():
         hooks.add_hook_to_module(module, hooks.AlignDevicesHook(torch.device("cpu")), append=True)
     with whisper_static_cache.patched(model, engine="compile"):

@@ -13,6 +13,7 @@ import transformers
 from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import configuration_utils
+from transformers.generation.utils import GenerateEncoderDecoderOutput
 
 
 # Cause: from 4.54 a cache is a list of layer objects, and attention reads `cache.layers[i].keys` of cross-attention.
@@ -26,10 +27,22 @@ StaticLayer = getattr(cache_utils, "StaticLayer", object)
 # Goes away: with support for the last release that calls it `maximum_length`.
 CROP_ZERO_EMPTIES = "maximum_length" in inspect.signature(EncoderDecoderCache.crop).parameters
 
+# Cause: from 5.24 the cache is called `cache`, as an argument and as a field of what is returned; before that it is
+# `past_key_values`, which `generate` still takes, and warns of.
+# Goes away: with support for 5.23.
+CACHE_NAME = "cache" if "cache" in GenerateEncoderDecoderOutput.__dataclass_fields__ else "past_key_values"
+# Names that `generate` takes it by.
+_CACHE_NAMES = ("cache", "past_key_values", "cache_params") if CACHE_NAME == "cache" else (CACHE_NAME,)
+
 # Cause: `Cache.__init__` takes the finished layers from 4.56 only. In 4.54 and 4.55 it makes them itself from the
 # configuration of a model, and before that there is nothing to take.
 # Goes away: with support for 4.55.
 _CACHE_TAKES_LAYERS = "layers" in inspect.signature(Cache.__init__).parameters
+
+
+def cache_of(arguments):
+    """The cache among the arguments of a `generate` call, or None."""
+    return next((arguments[name] for name in _CACHE_NAMES if arguments.get(name) is not None), None)
 
 
 def init_cache(cache, layers):

@@ -48,7 +48,7 @@ class BeamJob(Job):
 
     def _decode(self, engine, session, padded_rows, clock):
         rows = session.rows(self.batch_size, self.beams)
-        kwargs = {**self.kwargs, "past_key_values": None}
+        kwargs = {**self.kwargs, _compat.CACHE_NAME: None}
         stand_in = _StandIn(self, engine, rows, clock)
         result = self.stock(
             stand_in,
@@ -64,7 +64,7 @@ class BeamJob(Job):
         if self.user_cache is not None:
             self._fill_user_cache(rows, cached)
         if self.config.return_dict_in_generate:
-            result.past_key_values = self._visible_cache(rows.buffers, cached)
+            result[_compat.CACHE_NAME] = self._visible_cache(rows.buffers, cached)
         return result, stand_in.steps
 
     def _visible_cache(self, buffers, cached):
@@ -138,14 +138,14 @@ class _StandIn:
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs):
         # Anything but None has the cache reordered, and asks `_reorder_cache` how.
-        return {**model_kwargs, "past_key_values": self}
+        return {**model_kwargs, _compat.CACHE_NAME: self}
 
-    def _reorder_cache(self, past_key_values, beam_idx):
+    def _reorder_cache(self, cache, beam_idx):
         end = self.length - 1
         for keys, values, *_ in self._rows.buffers:
             keys[:, :, :end] = keys[:, :, :end].index_select(0, beam_idx)
             values[:, :, :end] = values[:, :, :end].index_select(0, beam_idx)
-        return past_key_values
+        return cache
 
     _temporary_reorder_cache = _reorder_cache
 

@@ -6,7 +6,7 @@ import torch
 from transformers import WhisperConfig
 from transformers.cache_utils import EncoderDecoderCache, StaticCache
 
-from ._compat import CROP_ZERO_EMPTIES, LayerColumns, StaticLayer, init_cache, init_module
+from ._compat import CACHE_NAME, CROP_ZERO_EMPTIES, LayerColumns, StaticLayer, init_cache, init_module
 from .int8_states import check_cross_dtype, dequantize, store
 
 
@@ -330,6 +330,8 @@ class EncoderDecoderStaticCache(EncoderDecoderCache):
             cache.reset()
             ids = model.generate(features, past_key_values=cache)
 
+    From transformers 5.24 on the argument is called `cache`.
+
     By hand, `model(..., past_key_values=cache)` takes it like any other cache, compiled with `fullgraph=True` or not.
     What is written is detached: no gradient flows through the cache.
 
@@ -496,35 +498,35 @@ class EncoderDecoderStaticCache(EncoderDecoderCache):
         here, there = (first.num_layers, first.num_heads, first.head_dim), _decoder_shape(config)
         if here != there:
             raise ValueError(
-                f"`past_key_values` has {here[0]} layers of {here[1]} heads of {here[2]} and the model has {there[0]} "
+                f"`{CACHE_NAME}` has {here[0]} layers of {here[1]} heads of {here[2]} and the model has {there[0]} "
                 f"layers of {there[1]} heads of {there[2]}; create EncoderDecoderStaticCache from this model's config."
             )
         if batch_size > self.max_batch_size:
             raise ValueError(
-                f"`past_key_values` has max_batch_size={self.max_batch_size} and the call has {batch_size} rows; "
+                f"`{CACHE_NAME}` has max_batch_size={self.max_batch_size} and the call has {batch_size} rows; "
                 f"create EncoderDecoderStaticCache with max_batch_size={batch_size} or more."
             )
         inputs = batch_size if inputs is None else inputs
         if inputs > self.max_inputs:
             raise ValueError(
-                f"`past_key_values` has max_inputs={self.max_inputs} and the call has {inputs} inputs; "
+                f"`{CACHE_NAME}` has max_inputs={self.max_inputs} and the call has {inputs} inputs; "
                 f"create EncoderDecoderStaticCache with max_inputs={inputs} or more."
             )
         if length > self.max_cache_len:
             raise ValueError(
-                f"`past_key_values` has max_cache_len={self.max_cache_len} and the prompt and `max_new_tokens` need "
+                f"`{CACHE_NAME}` has max_cache_len={self.max_cache_len} and the prompt and `max_new_tokens` need "
                 f"{length}; lower `max_new_tokens`, or create EncoderDecoderStaticCache with a larger max_cache_len."
             )
         if dtype != self.dtype:
             raise ValueError(
-                f"`past_key_values` is of {self.dtype} and the model computes in {dtype}; "
+                f"`{CACHE_NAME}` is of {self.dtype} and the model computes in {dtype}; "
                 f"create EncoderDecoderStaticCache with dtype={dtype}."
             )
         # An empty tensor knows which index a bare "cuda" means.
         device = torch.empty(0, device=device).device
         if device != self.device:
             raise ValueError(
-                f'`past_key_values` is on {self.device} and the model on {device}; move it with to("{device}").'
+                f'`{CACHE_NAME}` is on {self.device} and the model on {device}; move it with to("{device}").'
             )
 
     def mark_filled(self, batch_size, length, source_length=None):

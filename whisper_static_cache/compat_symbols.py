@@ -24,6 +24,7 @@ RELEASES = (
     "5.10.4",
     "5.17.0",
     "5.23.0",
+    "5.24.0",
 )
 NEWEST = RELEASES[-1]
 # What setup.py allows: from the first, up to and without the second.
@@ -40,7 +41,7 @@ class Symbol:
         file: the file of this package to look at when the row breaks.
         signatures: the signatures known, each a string of parameters; one must hold. Empty: the name is all there is.
         exact: whether a further optional parameter is a difference too, as where ours overrides the method.
-        attributes: names set by a class (in its body or on `self`) or by a function (on any object).
+        attributes: names set by a class (in its body or on `self`) or by a function (on any object); "a|b" is either.
         asks: all that a method may ask of `self`, where ours calls it with a stand-in; told from sources only.
         since, until: first release with the name and first release without it, where not all supported ones have it.
         otherwise: what happens without it; empty if `patch()` must refuse.
@@ -149,7 +150,10 @@ SYMBOLS = (
                 )
             },
         ),
-        ("WhisperPositionalEmbedding.forward", ("self, input_ids, past_key_values_length, position_ids",)),
+        (
+            "WhisperPositionalEmbedding.forward",
+            ("self, input_ids, cache_length, position_ids", "self, input_ids, past_key_values_length, position_ids"),
+        ),
         ("WhisperSdpaAttention", (), {"until": "4.53"}),
         ("WhisperFlashAttention2", (), {"until": "4.53"}),
     ),
@@ -180,7 +184,8 @@ SYMBOLS = (
         (
             "GenerateEncoderDecoderOutput",
             (),
-            {"attributes": ("sequences", "scores", "logits", "past_key_values")},
+            # Up to 5.23 `past_key_values`.
+            {"attributes": ("sequences", "scores", "logits", "cache|past_key_values")},
         ),
         ("GenerationMixin._prepare_special_tokens", (), {"attributes": ("_pad_token_tensor",)}),
     ),
@@ -390,9 +395,9 @@ def difference(symbol, found):
         if not any(_holds(signature, found.parameters, symbol.exact) for signature in symbol.signatures):
             wanted = " or ".join(f"({signature})" for signature in symbol.signatures)
             return f"has the parameters {_show(found.parameters)} where {wanted} were expected"
-    missing = [name for name in symbol.attributes if name not in found.attributes]
+    missing = [name for name in symbol.attributes if found.attributes.isdisjoint(name.split("|"))]
     if missing:
-        return f"no longer sets {', '.join(missing)}"
+        return f"no longer sets {', '.join(missing).replace('|', ' or ')}"
     unknown = sorted(found.asked - symbol.asks) if symbol.asks else []
     return f"now asks {', '.join(unknown)} of the model" if unknown else None
 

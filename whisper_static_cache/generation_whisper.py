@@ -29,9 +29,14 @@ from .token_choice import choice_for
 logger = logging.getLogger(__name__)
 
 # Arguments of `_sample` that the loop understands; any other that is set means something it would silently drop.
-_UNDERSTOOD = frozenset(
-    ("encoder_outputs", "past_key_values", "decoder_attention_mask", "attention_mask", "use_cache", "cache_position")
-)
+_UNDERSTOOD = {
+    "encoder_outputs",
+    _compat.CACHE_NAME,
+    "decoder_attention_mask",
+    "attention_mask",
+    "use_cache",
+    "cache_position",
+}
 # Implementations of stock's that this package's cache stands in for.
 _REPLACED_CACHES = (None, "static")
 
@@ -97,11 +102,11 @@ def _describe(model, engine, arguments):
             value = getattr(config, name, None)
         return getattr(model.generation_config, name, None) if value is None else value
 
-    cache = arguments.get("past_key_values")
+    cache = _compat.cache_of(arguments)
     implementation = setting("cache_implementation")
     stock_reason = None
     if cache is not None and not isinstance(cache, EncoderDecoderStaticCache):
-        stock_reason = f"past_key_values is a {type(cache).__name__} of the caller's"
+        stock_reason = f"{_compat.CACHE_NAME} is a {type(cache).__name__} of the caller's"
     elif implementation not in _REPLACED_CACHES:
         stock_reason = f'cache_implementation="{implementation}"'
     features = arguments.get("input_features")
@@ -199,7 +204,7 @@ class Job:
         self.kwargs = model_kwargs
         self.call = call
         self.batch_size, self.prompt_length = input_ids.shape
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(_compat.CACHE_NAME)
         self.user_cache = cache if isinstance(cache, EncoderDecoderStaticCache) else None
         lengths = [c.max_length for c in stopping_criteria if type(c) is MaxLengthCriteria]
         self.max_length = min(lengths) if lengths else None
@@ -230,8 +235,8 @@ class Job:
             return "compile_config insists on transformers' own compilation"
         if config.cache_implementation and self.call.keeps_results and self.call.is_shortform:
             return f'the caller sees the cache of cache_implementation="{config.cache_implementation}"'
-        if self.user_cache is None and _has_content(kwargs.get("past_key_values")):
-            return "past_key_values has content"
+        if self.user_cache is None and _has_content(kwargs.get(_compat.CACHE_NAME)):
+            return f"{_compat.CACHE_NAME} has content"
         states = first_tensor(kwargs.get("encoder_outputs"))
         device = decoder_device(self.model)
         if states is None or states.dim() != 3 or states.shape[0] != self.batch_size:
@@ -341,11 +346,11 @@ class Job:
             sequences=sequences,
             scores=choice.scores(steps),
             logits=choice.raw_logits(steps),
-            past_key_values=self._visible_cache(rows.buffers, cached),
+            **{_compat.CACHE_NAME: self._visible_cache(rows.buffers, cached)},
         )
 
     def _visible_cache(self, buffers, cached):
-        """What the caller is handed as `past_key_values`, `cached` tokens long."""
+        """The cache that the caller is handed, `cached` tokens long."""
         cache = self.user_cache
         if cache is None:
             # Nobody sees the cache of a long recording: transformers drops it, and only its presence counts. That of a

@@ -134,7 +134,7 @@ def patch(model=None, *, engine="auto", cross_dtype=None):
             an engine cannot serve goes to the next one in this order, with the reason in `last_run`.
         cross_dtype: None holds the encoder's keys and values in what the decoder computes in. `torch.int8` holds them
             in 8 bits, as `EncoderDecoderStaticCache` does: less memory to hold and to read, and no longer exactly
-            stock's tokens. A call with a cache of this package in `past_key_values` goes by that cache's.
+            stock's tokens. A call with a cache of this package goes by that cache's.
 
     Raises:
         ValueError: the engine is not known, or `cross_dtype` is another than `torch.int8`.

@@ -159,7 +159,9 @@ class ModelState:
             if user_cache is not None:
                 session = self.user_sessions.get(user_cache)
                 if session is _IN_USE:
-                    raise ValueError("`past_key_values` is in use by another generate call: give each thread its own.")
+                    raise ValueError(
+                        "The cache is in use by another generate call: give each thread a cache of its own."
+                    )
                 if session is None or not session.works_on(user_cache):
                     session = Session(user_cache)
                 self.user_sessions[user_cache] = _IN_USE

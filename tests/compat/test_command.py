@@ -9,6 +9,7 @@ import pytest
 import transformers
 
 from whisper_static_cache import compat
+from whisper_static_cache._compat import CACHE_NAME
 from whisper_static_cache.compat_symbols import SYMBOLS
 
 
@@ -78,6 +79,7 @@ def test_an_unknown_release_that_has_everything_is_supported(release, capsys, wh
         (SAMPLE, "def _sample_tokens(\n", "WhisperForConditionalGeneration._sample is missing, expected with"),
         (SAMPLE, "def _sample(\n        extra,\n", "_sample has the parameters (extra, self, input_ids"),
         ("self.fc1 = ", "self.up = ", "WhisperDecoderLayer no longer sets fc1"),
+        (f"    {CACHE_NAME}: ", "    kept: ", "GenerateEncoderDecoderOutput no longer sets cache or past_key_values"),
         ("class MaxLengthCriteria(", "class LengthCriteria(", "MaxLengthCriteria is missing"),
     ],
 )

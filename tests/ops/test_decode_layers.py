@@ -152,12 +152,13 @@ class Model:
 @functools.cache
 def emulated(shape):
     """The source as a library for the CPU, which also looks for races in shared memory."""
-    folder = Path(tempfile.mkdtemp(prefix="whisper_static_cache_"))
-    wrapper = folder / "wrapper.cpp"
-    wrapper.write_text(f"{ops.source_of(shape)}\nEMULATED_ENTRY(decode_layers, Arguments)\n")
     defines = [f"-D{name}={value}" for name, value in ops.definitions(shape).items()]
-    compile_emulated(wrapper, folder / "kernel.so", "-w", *defines, races=True)
-    library = ctypes.CDLL(str(folder / "kernel.so"))
+    # A library that is loaded outlives its file.
+    with tempfile.TemporaryDirectory(prefix="whisper_static_cache_") as folder:
+        wrapper, kernel = Path(folder) / "wrapper.cpp", Path(folder) / "kernel.so"
+        wrapper.write_text(f"{ops.source_of(shape)}\nEMULATED_ENTRY(decode_layers, Arguments)\n")
+        compile_emulated(wrapper, kernel, "-w", *defines, races=True)
+        library = ctypes.CDLL(str(kernel))
     library.decode_layers_message.restype = ctypes.c_char_p
     return library
 
