@@ -140,12 +140,13 @@ class _StandIn:
         # Anything but None has the cache reordered, and asks `_reorder_cache` how.
         return {**model_kwargs, _compat.CACHE_NAME: self}
 
-    def _reorder_cache(self, cache, beam_idx):
+    # By position or, up to 4.53, by these names.
+    def _reorder_cache(self, past_key_values, beam_idx):
         end = self.length - 1
         for keys, values, *_ in self._rows.buffers:
             keys[:, :, :end] = keys[:, :, :end].index_select(0, beam_idx)
             values[:, :, :end] = values[:, :, :end].index_select(0, beam_idx)
-        return cache
+        return past_key_values
 
     _temporary_reorder_cache = _reorder_cache
 
