@@ -69,7 +69,11 @@ def several(seed):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_rows_together_give_stocks_result(models, seed):
-    """Or stock's error, but that early releases have no static cache that holds Whisper's encoder."""
+    """Or stock's error, but for what early releases fail at: a static cache of its size, no-speech in 4.50."""
+    mistakes = {
+        "cache_implementation": "index_copy_",
+        "no_speech_threshold": "forward() got an unexpected keyword argument 'input_ids'",
+    }
 
     def attempt(model, row):
         try:
@@ -79,8 +83,8 @@ def test_rows_together_give_stocks_result(models, seed):
 
     for names, shape, row in several(seed):
         expected = attempt(models[shape], row)
-        failed = isinstance(expected["result"], str)
-        if failed and "index_copy_" in expected["result"] and "cache_implementation" in row.arguments(models[shape]):
+        arguments, result = row.arguments(models[shape]), expected["result"]
+        if any(name in arguments and isinstance(result, str) and text in result for name, text in mistakes.items()):
             continue
         with whisper_static_cache.patched(engine="eager"):
             assert_same(expected, attempt(models[shape], row), f"{names} of {shape}, batch {row.batch}")
