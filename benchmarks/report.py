@@ -248,7 +248,7 @@ def cross_section():
         "Cross-attention's keys and values in 8 bits (`patch(cross_dtype=torch.int8)`), greedy, 50 utterances of "
         f"LibriSpeech {first['set']}, by themselves and joined by chapter ({first['dtype']}, a CPU, "
         f"{first['threads']} thread, {first['engine']} engine, batch {first['batch']}, torch {first['torch']}, "
-        f"transformers {first['transformers']}, {commits_of(found)} and not since; `{first['command']}`; other work "
+        f"transformers {first['transformers']}, {commits_of(found)}; `{first['command']}`; other work "
         "shared the machine, so the seconds are rough):\n\n"
         f"{table(header, lines)}\n\n"
         "What a row of the cache holds for cross-attention, and a step reads of it, worked out from the shapes:\n\n"
