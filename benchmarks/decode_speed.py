@@ -6,7 +6,8 @@ Every case generates 64 and 192 forced tokens several times; the speed is the sl
 the encoder, the prompt and the call itself cancel out. Weights are random at the real shape: speed needs no others.
 Each case's tokens are compared with those of the run's first case, which should be stock; the share that agrees is
 in the row, since in half precision random weights make near-ties. With `--bits` below 16 the decoder's linears are
-rounded to that width, by plain rounding since the values do not matter, and stock's generate runs on them as it can.
+rounded to that width, by plain rounding since the values do not matter, and stock's generate runs on them as it can;
+with `--head-bits` the output head is, too.
 One JSON line a case, with the machine and the versions. A first call counts as one where it is the process's first.
 
     python benchmarks/decode_speed.py --window --shapes large-v2 --cases stock-static triton
@@ -188,8 +189,8 @@ def never_chosen_timestamps(model):
     Of every two in a row `generate` makes a segment, by a dozen small kernels behind the loop. A row that happens to
     repeat them takes 80 us a token longer, none of it decoding.
     """
-    first = model.generation_config.no_timestamps_token_id + 1
-    weight = model.get_output_embeddings().weight.detach()
+    first, head = model.generation_config.no_timestamps_token_id + 1, model.get_output_embeddings()
+    weight = head.scales if hasattr(head, "packed") else head.weight.detach()
     kept = weight[first:].clone()
     weight[first:] = 0
     try:
@@ -255,19 +256,21 @@ def time_case(case, model, batch, timestamps, repeats, reference, cross_dtype=No
             whisper_static_cache.unpatch(model)
 
 
+def linear_bytes(*modules):
+    """Bytes of linears' weights, scales and zero points."""
+    tensors = [t for m in modules for t in ((m.packed, m.scales, m.zeros) if hasattr(m, "packed") else (m.weight,))]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
 def step_bytes(model, batch, cross_dtype=None):
     """Bytes that one step must read: decoder linears with their scales, output head, cross-attention K/V."""
     config, decoder = model.config, model.model.decoder
     # Cross-attention's own k and v are projected once a window, not once a step.
     once = {id(m) for layer in decoder.layers for m in (layer.encoder_attn.k_proj, layer.encoder_attn.v_proj)}
-    total = model.proj_out.weight.numel() * model.proj_out.weight.element_size()
-    for module in decoder.modules():
-        if id(module) in once:
-            continue
-        if isinstance(module, torch.nn.Linear):
-            total += module.weight.numel() * module.weight.element_size()
-        elif hasattr(module, "packed"):
-            total += sum(t.numel() * t.element_size() for t in (module.packed, module.scales, module.zeros))
+    linears = [
+        module for module in decoder.modules() if isinstance(module, torch.nn.Linear) or hasattr(module, "packed")
+    ]
+    total = linear_bytes(model.proj_out, *(module for module in linears if id(module) not in once))
     size = decoder.embed_positions.weight.element_size()
     vectors = 2 * batch * config.decoder_layers * config.max_source_positions * config.decoder_attention_heads
     head_dim = config.d_model // config.decoder_attention_heads
@@ -295,26 +298,18 @@ def break_down(model, bandwidth, by_kernels=False, tokens=96):
     if report.engine != "triton":
         raise SystemExit(f"--breakdown needs the triton engine, but {report.engine} served: {report.reason}")
 
-    def linears(*modules):
-        tensors = [
-            t
-            for m in modules
-            for t in ((m.packed, m.scales, m.zeros) if hasattr(m, "packed") else (m.weight,))
-        ]  # fmt: skip
-        return sum(t.numel() * t.element_size() for t in tensors)
-
     first = decoder.layers[0]
     own, cross = first.self_attn, first.encoder_attn
     states_bytes = 2 * states.numel() * states.element_size()
     kinds = [
-        ("query, key, value", linears(own.q_proj, own.k_proj, own.v_proj)),
+        ("query, key, value", linear_bytes(own.q_proj, own.k_proj, own.v_proj)),
         ("self-attention", 0),
-        ("its output", linears(own.out_proj)),
-        ("cross-attention's query", linears(cross.q_proj)),
+        ("its output", linear_bytes(own.out_proj)),
+        ("cross-attention's query", linear_bytes(cross.q_proj)),
         ("cross-attention", states_bytes),
-        ("its output", linears(cross.out_proj)),
-        ("fc1", linears(first.fc1)),
-        ("fc2", linears(first.fc2)),
+        ("its output", linear_bytes(cross.out_proj)),
+        ("fc1", linear_bytes(first.fc1)),
+        ("fc2", linear_bytes(first.fc2)),
     ]
     names = ["embedding", *range(len(kinds)), "head", "best of each block", "choice"]
     order = [names[0], *list(range(len(kinds))) * layers, *names[-3:]]
@@ -329,13 +324,13 @@ def break_down(model, bandwidth, by_kernels=False, tokens=96):
         several, took = 2 * CHAINED_STEPS, [event.time_range.end - event.time_range.start for event in kernels]
         kernels = [event for event, us in zip(kernels, took) if us > max(took) / 2]
         starts = range(len(kernels) + 1)
-        size = layers * sum(size for _, size in kinds) + linears(model.proj_out)
+        size = layers * sum(size for _, size in kinds) + linear_bytes(model.proj_out)
         kinds, names, order, layers = [("embedding, layers, head, choice", size)], [0], [0], 1
     elif one.startswith("decode_layers"):
         # One kernel for the embedding and all layers, and for the head if no kernel of its own comes next.
         size = layers * sum(size for _, size in kinds)
         if following.startswith("_best"):
-            kinds, names = [("embedding, layers, head", size + linears(model.proj_out))], [0, *names[-2:]]
+            kinds, names = [("embedding, layers, head", size + linear_bytes(model.proj_out))], [0, *names[-2:]]
         else:
             kinds, names = [("embedding and layers", size)], [0, *names[-3:]]
         order, layers = names, 1
@@ -351,7 +346,7 @@ def break_down(model, bandwidth, by_kernels=False, tokens=96):
     rows = []
     for name in names:
         calls = layers if isinstance(name, int) else 1
-        label, size = kinds[name] if isinstance(name, int) else (name, linears(model.proj_out) * (name == "head"))
+        label, size = kinds[name] if isinstance(name, int) else (name, linear_bytes(model.proj_out) * (name == "head"))
         us = total[name] / (len(steps) * several)
         row = {"kernel": label, "calls": calls, "us": round(us, 1), "us_per_call": round(us / calls, 2)}
         row["bytes"] = size * calls
@@ -444,16 +439,19 @@ def main():
             del model
         return
     bandwidth = copy_bandwidth(device)
-    for shape, bits in itertools.product(options.shapes, options.bits):
+    for shape, bits, head_bits in itertools.product(options.shapes, options.bits, options.head_bits):
         model = build_model(shape, device, dtype)
         group_size = GROUP_SIZES.get(bits)
+        of_model = {"shape": shape, "bits": 8 * dtype.itemsize, "group_size": group_size}
         if group_size:
-            bits = bits if bits == 1.58 else int(bits)
-            whisper_static_cache.quantize_decoder(
-                model, bits, group_size, method="rtn", backend="torch", progress=False
-            )
+            of_model["bits"] = bits if bits == 1.58 else int(bits)
+            # Groups as each width has them by default, the head's by its own.
+            arguments = {"method": "rtn", "backend": "torch", "progress": False, "head_bits": head_bits or None}
+            whisper_static_cache.quantize_decoder(model, of_model["bits"], **arguments)
+            if head_bits:
+                of_model["head_bits"] = head_bits
         if options.breakdown:
-            row = {"shape": shape, "bits": bits if group_size else 8 * dtype.itemsize, "group_size": group_size}
+            row = dict(of_model)
             row.update(engine="triton", dtype=options.dtype, copy_bandwidth_tb_s=round(bandwidth / 1e12, 3))
             write({**row, **break_down(model, bandwidth, options.by_kernels)})
             del model
@@ -469,7 +467,7 @@ def main():
                         case, model, batch, timestamps, options.repeats, reference, cross_dtype, options.window
                     )
                 reference = tokens if reference is None else reference
-                row = {"shape": shape, "bits": bits if group_size else 8 * dtype.itemsize, "group_size": group_size}
+                row = dict(of_model)
                 row.update(batch=batch, timestamps=timestamps, dtype=options.dtype, **measured)
                 if cross_dtype is not None:
                     row["cross_dtype"] = name

@@ -49,14 +49,15 @@ def first_call(row):
 def decode_table(found):
     """The table of one GPU."""
     lines = []
-    case = ("shape", "bits", "batch", "timestamps", "dtype", "command", "commit")
+    case = ("shape", "bits", "head_bits", "batch", "timestamps", "dtype", "command", "commit")
     for row in found:
         if row["engine"].startswith("stock"):
             continue
-        same = [r for r in found if r["engine"].startswith("stock") and all(r[k] == row[k] for k in case)]
+        same = [r for r in found if r["engine"].startswith("stock") and all(r.get(k) == row.get(k) for k in case)]
         best = max((r["tok_s"] for r in same), default=None)
         agree = row.get("tokens_equal_to_first_case")
         name = f"{row['shape']}, " + (f"{row['bits']:g}:{row['group_size']}, " if row["group_size"] else "")
+        name += f"head in {row['head_bits']} bits, " if row.get("head_bits") else ""
         name += f"{row['dtype']}, batch {row['batch']}" + (", timestamps" if row["timestamps"] else "")
         name += ", cross-attention in int8" if row.get("cross_dtype") else ""
         lines.append(

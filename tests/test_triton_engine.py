@@ -341,9 +341,10 @@ def test_a_kernel_that_does_not_compile_goes_without_the_head_and_then_kernel_by
     rows, buffers = session.rows(count), engine._buffers(session)
     built = []
 
-    def shape_for(config, layer, weight, device, vocab, may_choose):
+    def shape_for(config, layer, weight, device, head, may_choose):
         size = 128, 512, 2, session.slots, session.source_length, False, 4, 64, 12, 120_000
-        return ops.Shape(*size, len(layer[0]), vocab=vocab, chooses=may_choose and vocab > 0)
+        joined = {} if head is None else {"vocab": head.out_features, "chooses": may_choose}
+        return ops.Shape(*size, len(layer[0]), **joined)
 
     def kernel_for(shape, device):
         built.append((shape.batch, shape.vocab))
@@ -369,18 +370,25 @@ def test_a_kernel_that_does_not_compile_goes_without_the_head_and_then_kernel_by
 
 
 @pytest.mark.skipif(DEVICE != "cpu" or shutil.which("g++") is None, reason="emulates CUDA threads, with g++")
-@pytest.mark.parametrize("bits", [16, 4])
-@pytest.mark.parametrize("head", ["apart", "joined"])
-def test_all_layers_in_one_kernel_are_those_kernel_by_kernel(head, bits):
+@pytest.mark.parametrize(
+    ("bits", "head", "head_bits"),
+    [(16, "apart", 16), (4, "apart", 16), (16, "joined", 16), (4, "joined", 16), (4, "joined", 4), (16, "joined", 8)],
+)
+def test_all_layers_in_one_kernel_are_those_kernel_by_kernel(bits, head, head_bits):
     # What the persistent kernel is told of a model's modules; a GPU runs it, emulated threads do here.
     from whisper_static_cache.ops import decode_layers as ops
 
-    from .ops.test_decode_layers import launch_emulated
+    from .ops.test_decode_layers import launch_as_emulated
 
     heads = {"d_model": 128, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 512}
     model = served_model(decoder_layers=2, **heads).half()
+    plan = {"method": "rtn", "backend": "torch", "progress": False}
     if bits < 16:
-        whisper_static_cache.quantize_decoder(model, bits, 64, method="rtn", backend="torch", progress=False)
+        plan["head_bits"] = head_bits if head_bits < 16 else None
+        whisper_static_cache.quantize_decoder(model, bits, 64, **plan)
+    elif head_bits < 16:
+        # The head alone.
+        whisper_static_cache.quantize_decoder(model, None, 64, modules={"*": None}, head_bits=head_bits, **plan)
     engine = TritonEngine(model)
     with torch.no_grad():
         session = Session(EncoderDecoderStaticCache(model.config, 2, dtype=torch.float16, device="cpu"))
@@ -392,15 +400,16 @@ def test_all_layers_in_one_kernel_are_those_kernel_by_kernel(head, bits):
         shape = ops.Shape(128, 512, 2, session.slots, session.source_length, False, bits, group_size, 12, 120_000)
         if head == "joined":
             assert engine._head_joins(rows.one_by_one()[1], torch.float16)
-            shape = shape._replace(vocab=model.config.vocab_size)
+            packed = {"head_bits": head_bits, "head_group_size": 64} if head_bits < 16 else {}
+            shape = shape._replace(vocab=model.config.vocab_size, **packed)
         assert ops.why_not(shape) is None
-        parts = [engine._whole_arguments(row, buffers, shape) for row in rows.one_by_one()]
+        all_stats = buffers.stats_for(shape.givers, 2)
+        parts = [engine._whole_arguments(row, buffers, shape, all_stats[:, row.span]) for row in rows.one_by_one()]
         rows.tokens[:, :2] = torch.tensor([[5, 17], [9, 3]])
         for fed in (1, 2):
             session.length.fill_(fed)
-            for layers, joined, choice in parts:
-                arguments = *layers[:3], *layers[4:14], buffers.going_on, *joined, *choice
-                launch_emulated(shape, ops.arguments_for(*arguments, count=0))
+            for part in parts:
+                launch_as_emulated(shape, *part.layers, buffers.going_on, *part.head, *part.choice, 0)
             gained, logits = buffers.gained[:2].clone(), buffers.logits[:2].clone()
             stats = torch.cat([part.layers[1] for part in parts], 1).sum(-1)
             expected = engine._logits(rows, buffers, buffers.going_on)
@@ -418,7 +427,7 @@ def test_all_layers_in_one_kernel_are_those_kernel_by_kernel(head, bits):
 def test_several_steps_in_one_launch_are_those_kernel_by_kernel(monkeypatch, stamped):
     from whisper_static_cache.ops import decode_layers as ops
 
-    from .ops.test_decode_layers import launch_emulated
+    from .ops.test_decode_layers import launch_as_emulated
 
     heads = {"d_model": 128, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 512}
     model = served_model(decoder_layers=2, **heads).half()
@@ -430,10 +439,9 @@ def test_several_steps_in_one_launch_are_those_kernel_by_kernel(monkeypatch, sta
     shape = ops.Shape(*size, vocab=vocab, chooses=True)
     launches = []
 
-    def emulated(gained, stats, work, caches, *rest):
-        launches.append(rest[-1])
-        arguments = ops.arguments_for(gained, stats, work, *rest[:10], *rest[13:-1], count=rest[-1])
-        launch_emulated(shape, arguments)
+    def emulated(*arguments):
+        launches.append(arguments[-1])
+        launch_as_emulated(shape, *arguments)
 
     rules = {"min_length": 0, "eos_count": 1, "prompt_length": 2, "timestamp_begin": vocab, "begin_index": 0}
     rules |= {"no_timestamps": -1, "text_end": 0, "detect": 0}
@@ -444,7 +452,7 @@ def test_several_steps_in_one_launch_are_those_kernel_by_kernel(monkeypatch, sta
     with torch.no_grad():
         buffers.states.normal_(generator=torch.Generator().manual_seed(0))
         engine._enter(rows, buffers)
-        parts = [engine._whole_arguments(rows, buffers, shape)]
+        parts = [engine._whole_arguments(rows, buffers, shape, buffers.stats_for(shape.givers, 1))]
         for whole in (parts, None):
             monkeypatch.setattr(engine, "_whole", lambda rows, buffers, whole=whole: whole)
             engine.set_rules(rows, rules, (3, 4), (5,), torch.tensor([vocab - 1]), torch.tensor(0))
@@ -462,3 +470,66 @@ def test_several_steps_in_one_launch_are_those_kernel_by_kernel(monkeypatch, sta
     assert counts == wanted_counts == (7, 5, 5, 0)
     assert torch.equal(tokens, wanted)
     torch.testing.assert_close(logprobs, wanted_logprobs, rtol=0, atol=3e-2)
+
+
+@pytest.mark.parametrize(
+    ("count", "inputs", "firsts", "half"),
+    [(24, 24, (0, 12), 12), (17, 17, (0, 8), 9), (20, 4, (0, 10), 10), (15, 3, (0, 5), 10)],
+)
+def test_halves_have_all_rows(count, inputs, firsts, half):
+    config = served_model().config
+    cache = EncoderDecoderStaticCache(config, count, max_inputs=inputs, dtype=torch.float16, device="cpu")
+    rows = Session(cache).rows(count, count // inputs)
+    halves = rows.halves()
+    assert [(part.span.start, part.count) for part in halves] == [(first, half) for first in firsts]
+    for part in halves:
+        for whole, buffers in zip(rows.buffers, part.buffers):
+            inputs_of_part = slice(part.span.start * inputs // count, part.span.stop * inputs // count)
+            assert (
+                torch.equal(buffers[0], whole[0][part.span])
+                and buffers[0].data_ptr() == whole[0][part.span].data_ptr()
+            )
+            assert buffers[2].data_ptr() == whole[2][inputs_of_part].data_ptr()
+            assert len(buffers[2]) * (count // inputs) == half
+
+
+@pytest.mark.skipif(DEVICE != "cpu" or shutil.which("g++") is None, reason="emulates CUDA threads, with g++")
+@pytest.mark.parametrize("count", [17, 18])
+def test_more_rows_than_a_launch_takes_go_in_two(monkeypatch, count):
+    from whisper_static_cache.ops import decode_layers as ops
+
+    from .ops.test_decode_layers import launch_as_emulated
+
+    heads = {"d_model": 128, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 512}
+    model = served_model(decoder_layers=2, **heads).half()
+    engine = TritonEngine(model)
+    session = Session(EncoderDecoderStaticCache(model.config, count, dtype=torch.float16, device="cpu"))
+    rows, buffers = session.rows(count), engine._buffers(session)
+    size = 128, 512, 2, session.slots, session.source_length, False, 16, 0, 12, 200_000
+    shapes = []
+
+    def shape_for(config, layer, weight, device, head, may_choose):
+        assert head is None
+        return ops.Shape(*size, len(layer[0]))
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: ops.CAPABILITY)
+    monkeypatch.setattr(ops, "shape_for", shape_for)
+    monkeypatch.setattr(ops, "kernel_for", lambda shape, device: shapes.append(shape))
+    monkeypatch.setattr(ops, "decode_layers", lambda *arguments: launch_as_emulated(shapes[0], *arguments))
+    found = []
+    with torch.no_grad():
+        buffers.states.normal_(generator=torch.Generator().manual_seed(0))
+        engine._enter(rows, buffers)
+        parts = engine._made_whole(rows, buffers)
+        assert len(parts) == 2 and [shape.batch for shape in shapes] == [9]
+        for whole in (parts, None):
+            monkeypatch.setattr(engine, "_whole", lambda rows, buffers, whole=whole: whole)
+            rows.tokens[:, :2] = torch.randint(100, (count, 2), generator=torch.Generator().manual_seed(1))
+            for fed in (1, 2):
+                session.length.fill_(fed)
+                logits = engine._logits(rows, buffers, buffers.going_on).clone()
+            found.append((logits, [layer[0][:, :, :2].clone() for layer in rows.buffers]))
+    (logits, caches), (expected, expected_caches) = found
+    torch.testing.assert_close(logits, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
+    for mine, theirs in zip(caches, expected_caches):
+        torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-2 * theirs.abs().max().item())

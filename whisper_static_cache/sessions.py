@@ -82,6 +82,14 @@ class Rows:
         """Each of these rows by itself."""
         return [Rows(self.session, 1, self.beams, row) for row in range(self.span.start, self.span.stop)]
 
+    def halves(self):
+        """Two of as many rows each that have all of these; some are in both where it does not come out even."""
+        # Rows that share an input stay together. Where only some rows were asked for, buffers tell how many do.
+        beams = self.count // len(self.buffers[0][2])
+        half = -(-self.count // (2 * beams)) * beams
+        firsts = self.span.start, self.span.stop - half
+        return [Rows(self.session, half, beams, first) for first in firsts]
+
 
 class ModelState:
     """What is kept for a model between calls: engines, sessions, the last report."""

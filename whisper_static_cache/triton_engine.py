@@ -4,8 +4,9 @@ A step is eight kernels a layer, one for the embedding, one for the head and two
 other thing that a step does (layer norms, residual sums, the cache update, the merge of split attention) is part of
 one of them; `ops` says how. Up to 2 rows, of float32 8, are multiplied row by row, up to 32 on the tensor cores;
 larger batches go to the next engine. Up to 16 rows in half precision have their layers in one persistent kernel on a
-GPU of compute capability 9.0. A single row has its head there, too, and of packed weights the choice of the token and
-with it several steps to a launch; two rows of packed weights go one after the other: `ops.decode_layers`.
+GPU of compute capability 9.0, and up to 32 in two launches of it. A single row has its head there, too, and of packed
+weights the choice of the token and with it several steps to a launch; two rows of packed weights go one after the
+other: `ops.decode_layers`.
 """
 
 import importlib.util
@@ -60,11 +61,15 @@ class _Layer(NamedTuple):
 
 
 class _Whole(NamedTuple):
-    """The arguments of `decode_layers`: those in front of the finished flag, the head's, and the choice's."""
+    """The arguments of `decode_layers`: those in front of the finished flag, the head's, and the choice's.
+
+    `stats` is where the sums of these rows, the second argument, belong among those of all rows.
+    """
 
     layers: tuple
     head: tuple
     choice: tuple
+    stats: torch.Tensor
 
     @property
     def has_head(self):
@@ -421,9 +426,9 @@ class TritonEngine(EagerEngine):
             return None
 
         def served(part):
-            vocab = self.proj_out.out_features if self._head_joins(part, dtype) else 0
+            head = self._head.weights[0] if self._head_joins(part, dtype) else None
             # Of several rows, tokens are chosen together.
-            shape = decode_layers.shape_for(self._config, part.buffers[0], weights[0], device, vocab, rows.count == 1)
+            shape = decode_layers.shape_for(self._config, part.buffers[0], weights[0], device, head, rows.count == 1)
             return shape, decode_layers.why_not(shape, torch.cuda.get_device_capability(device)) is None
 
         parts = [rows]
@@ -432,12 +437,15 @@ class TritonEngine(EagerEngine):
             each = rows.one_by_one()
             if self._head_joins(each[0], dtype) and served(each[0])[1]:
                 parts = each
+        elif rows.count > decode_layers.MAX_ROWS:
+            parts = rows.halves()
         shape, can = served(parts[0])
         if not can or (parts[0].count > 1 and not decode_layers.scales_fit(weights)):
             return None
         try:
             decode_layers.kernel_for(shape, self._head.constant.device.index)
-            return [self._whole_arguments(part, buffers, shape) for part in parts]
+            all_stats = buffers.stats_for(shape.givers, rows.count)
+            return [self._whole_arguments(part, buffers, shape, all_stats[:, part.span]) for part in parts]
         except (RuntimeError, ValueError, OSError) as error:
             if shape.vocab:
                 self._joined_failed = True
@@ -447,13 +455,13 @@ class TritonEngine(EagerEngine):
             logger.warning("The kernel of all layers cannot be used (%s): they go kernel by kernel.", error)
 
     def _head_joins(self, rows, dtype):
-        """Whether the kernel of all layers can have the head and the choice as well, where a token has 16 bits."""
-        values = self._head.weights[0].values
-        fits = values.dtype == dtype and values.data_ptr() % 16 == 0 and len(values) < 1 << 16
-        return rows.count == 1 and not self._joined_failed and fits
+        """Whether the kernel of all layers can have the head as well."""
+        from .ops.decode_layers import why_no_head
 
-    def _whole_arguments(self, rows, buffers, shape):
-        """The `_Whole` of these rows and a kernel of `shape`."""
+        return rows.count == 1 and not self._joined_failed and why_no_head(self._head.weights[0], dtype) is None
+
+    def _whole_arguments(self, rows, buffers, shape, stats):
+        """The `_Whole` of these rows and a kernel of `shape`; `stats` are theirs among those of all rows."""
         from .ops import decode_layers
 
         device = rows.session.device
@@ -466,13 +474,14 @@ class TritonEngine(EagerEngine):
             for layer, norm, caches in zip(self._layers, following, rows.buffers)
         ]
         eps = [[layer.qkv.eps, layer.query.eps, layer.fc1.eps] for layer in self._layers]
-        head, joined = self._head, (None, None, None, None, None, 0.0)
+        head, joined = self._head, ((None,) * 7 + (16, 0, 0.0))
         if shape.vocab:
-            vectors = head.norm.weight, head.constant, head.folded
-            joined = buffers.logits[rows.span], head.weights[0].values, *vectors, head.eps
+            weight, vectors = head.weights[0], (head.norm.weight, head.constant, head.folded)
+            packed = weight.scales, weight.zeros, shape.head_bits, shape.head_group_size
+            joined = buffers.logits[rows.span], weight.values, *vectors, *packed, head.eps
         layers = (
             buffers.gained[rows.span],
-            torch.zeros(2, rows.count, shape.givers, device=device),
+            stats.contiguous(),
             decode_layers.work_space(shape, device),
             [tensor for tensors in rows.buffers for tensor in tensors],
             decode_layers.pointer_table(table),
@@ -493,7 +502,7 @@ class TritonEngine(EagerEngine):
         if shape.chooses:
             written = rows.token_logprobs, buffers.unfinished[:1], buffers.steps, buffers.counter.tensor
             choice = *written, buffers.table, buffers.rules, buffers.ends
-        return _Whole(layers, joined, choice)
+        return _Whole(layers, joined, choice, stats)
 
     def _logits(self, rows, buffers, finished):
         """Logits of the newest tokens, or what they were where `finished` is set."""
@@ -508,7 +517,10 @@ class TritonEngine(EagerEngine):
                 decode_layers(*part.layers, finished, *part.head, *part.choice, 0)
             if whole[0].has_head:
                 return logits
-            stats = whole[0].layers[1]
+            if len(whole) > 1:
+                for part in whole:
+                    part.stats.copy_(part.layers[1])
+            stats = buffers.stats_for(whole[0].stats.shape[2], rows.count)
         gained, head = buffers.gained[: rows.count], self._head
         decode_linear(logits, gained, *head.arguments, head.constant, STORE, 1.0, head.folded, stats, head.eps)
         return logits

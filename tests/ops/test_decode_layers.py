@@ -36,17 +36,14 @@ class Model:
         def random(*size, scale=1.0, mean=0.0):
             return (mean + scale * torch.randn(*size, generator=generator, device=device)).to(dtype)
 
-        def weight(rows, depth):
-            if shape.bits == 16:
+        def weight(rows, depth, bits=shape.bits, group_size=shape.group_size):
+            if bits == 16:
                 return Weight(random(rows, depth, scale=depth**-0.5), None, None, 16, 0, depth)
-            values = torch.randint(
-                0, LEVELS[shape.bits], (rows, depth), generator=generator, dtype=torch.uint8, device=device
-            )
-            levels = LEVELS[shape.bits]
-            groups = depth // shape.group_size
+            levels, groups = LEVELS[bits], depth // group_size
+            values = torch.randint(0, levels, (rows, depth), generator=generator, dtype=torch.uint8, device=device)
             scales = random(rows, groups, scale=0.1, mean=1.0) * (2.0 / levels * depth**-0.5)
             zeros = random(rows, groups, scale=0.02 * levels, mean=(levels - 1) / 2)
-            return Weight(pack(values, shape.bits), scales, zeros, shape.bits, shape.group_size, depth)
+            return Weight(pack(values, bits), scales, zeros, bits, group_size, depth)
 
         self.shape, self.device, self.dtype = shape, device, dtype
         self.layers, rows = [], []
@@ -94,12 +91,22 @@ class Model:
         self.finished = torch.zeros(1, dtype=torch.uint8, device=device)
         self.gained = torch.full((shape.batch, width), torch.nan, device=device)
         self.stats = torch.full((2, shape.batch, shape.givers), torch.nan, device=device)
-        self.head, self.choice, self.count = [None] * 5, [None] * 7, 0
+        self.head, self.choice, self.count = [None] * 7, [None] * 7, 0
         if shape.vocab:
             logits = torch.full((1, shape.vocab + 1), torch.nan, dtype=dtype, device=device)
-            weight, self.last_bias = random(shape.vocab, width, scale=width**-0.5), random(width, scale=0.1)
-            constant, folded = (weight.double() @ v.double() for v in (self.last_bias, self.last_norm))
-            self.head = [logits, weight, self.last_norm, constant.float(), folded.float()]
+            head = weight(shape.vocab, width, shape.head_bits, shape.head_group_size)
+            assert ops.why_no_head(head, dtype) is None
+            self.last_bias, self.head_weight = random(width, scale=0.1), head.dense().double()
+            constant, folded = (self.head_weight @ v.double() for v in (self.last_bias, self.last_norm))
+            self.head = [
+                logits,
+                head.values,
+                self.last_norm,
+                constant.float(),
+                folded.float(),
+                head.scales,
+                head.zeros,
+            ]
         self.valid = torch.ones(shape.batch, shape.slots, dtype=torch.bool, device=device)
         self.tokens = torch.randint(0, ROWS, (shape.batch, shape.slots + 1), generator=generator, device=device)
 
@@ -174,6 +181,18 @@ def emulate(model, slot, offset=0, seed=0):
     launch_emulated(model.shape, ops.arguments_for(*outputs, *inputs, *model.choice, count=model.count), seed)
 
 
+def launch_as_emulated(shape, gained, stats, work, caches, *others):
+    """What `ops.decode_layers` does with its arguments, on emulated threads."""
+    inputs, (scale, _, _, _), (*head, _, _, eps), (*choice, count) = (
+        others[:9],
+        others[9:13],
+        others[13:24],
+        others[24:],
+    )
+    arguments = *inputs, scale, *head, eps, *choice
+    launch_emulated(shape, ops.arguments_for(gained, stats, work, *arguments, count=count))
+
+
 def compare(model, slot, offset, run):
     model.operands(slot, offset)
     x, caches = model.expected(slot, offset)
@@ -186,7 +205,7 @@ def compare(model, slot, offset, run):
     bound = {torch.float16: 4e-3, torch.bfloat16: 3e-2}[model.dtype]
     if logits is not None:
         normed = F.layer_norm(x, x.shape[-1:], model.last_norm.double(), model.last_bias.double(), EPS)
-        wanted = normed @ model.head[1].double().T
+        wanted = normed @ model.head_weight.T
         error = (logits[:, :-1].double() - wanted).norm() / wanted.norm()
         assert error < bound, error
         # Nothing behind the vocabulary was written.
@@ -351,6 +370,10 @@ SMALL = ops.Shape(128, 512, 2, 300, 50, False, 16, 0, 12, 120_000)
         {"bits": 4, "group_size": 64, "vocab": 3001},
         {"memory": 72_000, "vocab": 2999, "bfloat16": True},
         {"bits": 3, "group_size": 64, "programs": 16, "memory": 60_000, "vocab": 1500},
+        # Packed itself: lanes that have nothing of a row, groups that two of a row's halves share, float16 layers.
+        {"bits": 4, "group_size": 64, "vocab": 3001, "head_bits": 4, "head_group_size": 64},
+        {"bits": 2, "group_size": 16, "vocab": 3001, "head_bits": 8, "head_group_size": 16, "bfloat16": True},
+        {"width": 192, "ffn": 768, "programs": 16, "vocab": 2999, "head_bits": 4, "head_group_size": 192},
         # Programs that have none of the hidden layer.
         {"ffn": 192, "programs": 16, "layers": 4},
         {"batch": 3, "ffn": 192, "programs": 16, "layers": 4},
@@ -387,6 +410,11 @@ def test_emulated(changes):
         ({"memory": 72_000, "vocab": 2999, "bfloat16": True}, [STAMPED, MARKED]),
         ({"bits": 8, "group_size": 64, "memory": 70_000, "vocab": 3001}, [STAMPED]),
         ({"bits": 3, "group_size": 64, "programs": 16, "memory": 60_000, "vocab": 1500}, [STAMPED]),
+        (
+            {"bits": 4, "group_size": 64, "memory": 60_000, "vocab": 3001, "head_bits": 8, "head_group_size": 64},
+            [STAMPED],
+        ),
+        ({"bits": 2, "group_size": 16, "vocab": 2000, "head_bits": 4, "head_group_size": 32}, [MARKED]),
         ({"ffn": 192, "programs": 16, "layers": 4}, [MARKED]),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -415,13 +443,17 @@ def test_emulated_when_all_rows_have_finished(memory, batch, vocab):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed: the kernel cannot be emulated")
-@pytest.mark.parametrize("rows", [(1, 16, 0), (1, 4, 64), (1, 3, 32), (8, 16, 0), (4, 4, 64)], ids=str)
+@pytest.mark.parametrize(
+    "rows", [(1, 16, 0), (1, 4, 64), (1, 3, 32), (1, 2, 16, 4, 64), (8, 16, 0), (4, 4, 64)], ids=str
+)
 def test_emulated_on_all_of_a_gpu(rows):
     """The kernel as it runs for large-v2 on an H100, two layers of it: what small shapes do not have, a full ring."""
-    batch, bits, group_size = rows
+    batch, bits, group_size, *head = rows
     vocab = 20_000 if batch == 1 else 0
     shape = ops.Shape(1280, 5120, 2, 448, 1500, False, bits, group_size, 132, 232448, batch, vocab=vocab)
-    shape = shape._replace(chooses=bits == 4 and batch == 1)
+    shape = shape._replace(chooses=bits in (4, 2) and batch == 1)
+    if head:
+        shape = shape._replace(head_bits=head[0], head_group_size=head[1])
     compare(Model(shape), 260, 3, emulate)
 
 
@@ -449,6 +481,8 @@ def test_every_whisper_shape_fits(width, batch, cross_int8):
             assert bits == 1.58
             continue
         assert_compiles(shape)
+        for head in ((8, 64), (4, 64), (4, 16)) if vocab else ():
+            assert_compiles(shape._replace(head_bits=head[0], head_group_size=head[1]))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed: the kernel cannot be emulated")
@@ -489,9 +523,10 @@ def op_arguments(model, slot, offset):
     """What the op takes for a launch of `model`."""
     outputs, inputs = model.operands(slot, offset)
     caches = [buffer for layer in model.buffers for buffer in layer]
-    inputs, head = inputs[:-7], inputs[-7:]
+    inputs, head, eps = inputs[:-9], inputs[-9:-1], inputs[-1]
     weights = model.shape.ffn, float(model.shape.bits), model.shape.group_size
-    return *outputs, caches, *inputs, *weights, *head, *model.choice, model.count
+    packed = model.shape.head_bits, model.shape.head_group_size
+    return *outputs, caches, *inputs, *weights, *head, *packed, eps, *model.choice, model.count
 
 
 def run(model, slot, offset):
@@ -499,14 +534,14 @@ def run(model, slot, offset):
     torch.cuda.synchronize()
 
 
-def on_this_gpu(width, bits, group_size, dtype, *rows, vocab=0, chooses=False):
+def on_this_gpu(width, bits, group_size, dtype, *rows, **head):
     if torch.cuda.get_device_capability() != ops.CAPABILITY:
         pytest.skip(f"the persistent kernel is made for compute capability {ops.CAPABILITY[0]}.{ops.CAPABILITY[1]}")
     properties = torch.cuda.get_device_properties(0)
     programs, memory = properties.multi_processor_count, properties.shared_memory_per_block_optin
     size = width, 4 * width, 2, 448, 1500
     shape = ops.Shape(*size, dtype == "bfloat16", bits, group_size, programs, memory, *rows)
-    shape = shape._replace(vocab=vocab, chooses=chooses)
+    shape = shape._replace(**head)
     reason = ops.why_not(shape)
     if reason is not None:
         assert bits == 1.58
@@ -556,6 +591,17 @@ def test_groups_on_a_gpu(bits, group_size):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("head_bits, head_group_size", [(8, 64), (4, 64), (4, 32)])
+@pytest.mark.parametrize(
+    "width, bits, group_size", [(384, 4, 64), (768, 2, 16), (1280, 8, 64), (1280, 4, 64), (1280, 2, 16)]
+)
+def test_a_packed_head_on_a_gpu(width, bits, group_size, head_bits, head_group_size, dtype):
+    head = {"vocab": 51866, "chooses": True, "head_bits": head_bits, "head_group_size": head_group_size}
+    check_on_a_gpu(on_this_gpu(width, bits, group_size, dtype, **head))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("bits, group_size", [(16, 0), (8, 64), (4, 64), (3, 32), (2, 16), (1.58, 16)])
 @pytest.mark.parametrize(
     "width, rows", [(384, (4,)), (512, (10, False, 5)), (1280, (2, True)), (1280, (8,)), (1280, (16, True))], ids=str
@@ -575,20 +621,24 @@ def check_op(model):
     assert not all(map(torch.equal, (cache for layer in model.caches for cache in layer[:2]), before))
 
 
-CHECKED = pytest.mark.parametrize("vocab, chooses", [(0, False), (ROWS, False), (ROWS, True)])
+CHECKED = pytest.mark.parametrize(
+    "head",
+    [
+        {},
+        {"vocab": ROWS},
+        {"vocab": ROWS, "chooses": True},
+        {"vocab": ROWS, "chooses": True, "head_bits": 4, "head_group_size": 64},
+    ],
+    ids=str,
+)
 
 
 @CHECKED
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed: the kernel cannot be emulated")
-def test_opcheck_emulated(vocab, chooses):
-    model = Model(SMALL._replace(bits=4, group_size=64, vocab=vocab, chooses=chooses))
+def test_opcheck_emulated(head):
+    model = Model(SMALL._replace(bits=4, group_size=64, **head))
 
-    def on_the_cpu(gained, stats, work, caches, *others):
-        inputs, (scale, _, _, _), tail = others[:9], others[9:13], others[13:]
-        finished, *head, eps = tail[:7]
-        inputs = (*inputs, scale, finished, *head, eps)
-        launch_emulated(model.shape, ops.arguments_for(gained, stats, work, *inputs, *tail[7:-1], count=tail[-1]))
-
+    on_the_cpu = functools.partial(launch_as_emulated, model.shape)
     with torch.library._scoped_library("whisper_static_cache", "IMPL") as library:
         library.impl("decode_layers", on_the_cpu, "CPU")
         check_op(model)
@@ -596,8 +646,8 @@ def test_opcheck_emulated(vocab, chooses):
 
 @CHECKED
 @pytest.mark.gpu
-def test_opcheck_on_a_gpu(vocab, chooses):
-    check_op(Model(on_this_gpu(384, 4, 64, "float16", vocab=vocab, chooses=chooses), "cuda"))
+def test_opcheck_on_a_gpu(head):
+    check_op(Model(on_this_gpu(384, 4, 64, "float16", **head), "cuda"))
 
 
 def test_what_is_not_served():
@@ -649,6 +699,24 @@ def test_scales_that_halves_cannot_take():
     assert "runs of 32 bytes" in ops.why_not(
         SMALL._replace(bits=1.58, group_size=16, width=384, ffn=1536, programs=132)
     )
+
+
+def test_heads_that_are_not_served():
+    def head(bits=4, group_size=64, dtype=torch.float16, rows=64):
+        values = torch.zeros(rows, 32, dtype=torch.uint8)
+        scales = torch.zeros(rows, 64 // group_size, dtype=dtype)
+        return Weight(values, scales, scales.clone(), bits, group_size, 64)
+
+    whole = Weight(torch.zeros(64, 64, dtype=torch.float16), None, None, 16, 0, 64)
+    for served in (head(), head(8), whole):
+        assert ops.why_no_head(served, torch.float16) is None
+    assert "a head in 3 bits" in ops.why_no_head(head(3), torch.float16)
+    assert "a head in 32 bits" in ops.why_no_head(whole._replace(bits=32), torch.float32)
+    assert "group_size 8" in ops.why_no_head(head(group_size=8), torch.float16)
+    assert "another dtype" in ops.why_no_head(head(dtype=torch.bfloat16), torch.float16)
+    assert "another dtype" in ops.why_no_head(whole, torch.bfloat16)
+    assert "aligned" in ops.why_no_head(whole._replace(values=torch.zeros(64, 65).half()[:, 1:]), torch.float16)
+    assert "65536 tokens" in ops.why_no_head(head(rows=1 << 16), torch.float16)
 
 
 def test_tokens_are_not_chosen_without_rules():

@@ -18,7 +18,7 @@
 // Built by NVRTC without headers. Constants that the launcher defines:
 //   WIDTH, FFN, HEADS (of 64), LAYERS, SLOTS, SOURCE (keys of cross-attention), BATCH (rows), BEAMS (of these that share
 //   an input's cross-attention), VOCAB (rows of the head's weight, or 0 where the head is another kernel's, as it is for
-//   several rows), CHOOSES (1 if, with the head, it also chooses tokens, several steps to a launch), CROSS8 (1 if
+//   several rows), HEAD_BITS (of that weight: 16, 8 or 4), HEAD_GROUP (of its quantisation), CHOOSES (1 if, with the head, it also chooses tokens, several steps to a launch), CROSS8 (1 if
 //   cross-attention's keys and values are int8), CROSS_SPLITS (programs to a head where there is one row, at most 8), BF16
 //   (0 or 1), BITS (16, 8, 4, 3, 2, or 158 for 1.58), GROUP (of the quantisation), PROGRAMS, MEMORY (bytes of shared
 //   memory), PACE (bytes a cycle that a program asks for, at most, where there is one row).
@@ -604,7 +604,12 @@ struct Shared {
     // of attention's result each block's halves and their remainders. For packed weights they are integers.
     alignas(16) u16 hidden[WARPS][HIDDEN_BLOCKS][32];
     alignas(16) u16 staged[WARPS][OF_WARP][BITS == 16 ? 2 : 1][32];
-    alignas(16) float4 result[VOCAB ? WIDTH / 4 : 1];  // Of the last layer.
+    // The last layer's result: for packed weights times the last layer norm's gain as integers, and their blocks' worth.
+    alignas(16) float4 result[VOCAB && HEAD_BITS == 16 ? WIDTH / 4 : 1];
+    struct {
+      alignas(16) u16 integers[VOCAB && HEAD_BITS != 16 ? WIDTH : 1];
+      float worths[ratio(WIDTH, 128)];
+    };
   };
   alignas(16) float tops[WARPS], totals[WARPS];
   alignas(16) float2 moments[WARPS][32];  // Of what each lane has of the stream.
@@ -633,13 +638,19 @@ constexpr int MOST_CHUNKS = most(most(FFN_CHUNKS, most(KEY_CHUNKS, OWN_CHUNKS)),
 constexpr int SHARED_AT = AT_HOME ? HOMES : IN_RING * CHUNK;
 #if VOCAB
 // The head is one more product, whose weight streams through all of the shared memory in pieces of some rows for each warp
-// that multiplies. Programs have pieces in turn. The first ones come while the last layers are computed.
-constexpr int HEAD_ROW = 2 * WIDTH, HEAD_EACH = ratio(SHARED_AT, MOST_PIECES * WARPS * HEAD_ROW);
-constexpr int PIECE_ROWS = WARPS * HEAD_EACH, PIECE = PIECE_ROWS * HEAD_ROW, PIECES = SHARED_AT / PIECE;
-static_assert(PIECES > 1 && PIECES <= MOST_PIECES, "");
+// that multiplies, behind which a packed weight's scales and zero points lie. Programs have pieces in turn. The first ones
+// come while the last layers are computed.
+constexpr int HEAD_DIGITS = HEAD_BITS == 4 ? 2 : 1, HEAD_PLANE = HEAD_BITS == 16 ? 2 * WIDTH : up(ratio(WIDTH, HEAD_DIGITS), 16);
+constexpr int HEAD_METAS = HEAD_BITS == 16 ? 0 : WIDTH / HEAD_GROUP * 2;  // Bytes of a row's scales, or of its zero points.
+constexpr int HEAD_ROW = HEAD_PLANE + 2 * HEAD_METAS;
+// Of packed rows a warp takes several at a time: a lane has sixteen bytes of one in so many.
+constexpr int HEAD_LANES = HEAD_BITS == 16 ? 32 : HEAD_BITS == 8 ? 16 : 8, HEAD_AT_ONCE = 32 / HEAD_LANES;
+constexpr int HEAD_EACH = least(up(ratio(SHARED_AT, MOST_PIECES * WARPS * HEAD_ROW), HEAD_AT_ONCE), 32);
+constexpr int PIECE_ROWS = WARPS * HEAD_EACH, PIECE = PIECE_ROWS * HEAD_ROW, PIECES = least(SHARED_AT / PIECE, MOST_PIECES);
+static_assert(PIECES > 1 && (HEAD_BITS == 16 || HEAD_GROUP % 16 == 0 && WIDTH % 32 == 0), "");
 // Of those that come when the layers are done, one in so many stays in the L2 cache until the next step, up to 16 MB. Twice
 // as much would be in its own way.
-constexpr int KEPT_EVERY = ratio(VOCAB * HEAD_ROW, 16 << 20);
+constexpr int KEPT_EVERY = most(ratio(VOCAB * HEAD_ROW - (HEAD_BITS == 16 ? 0 : GIVERS * PIECES * PIECE), 16 << 20), 1);
 #endif
 static_assert(VOCAB < 1 << 16, "a token is exchanged as a half word");
 static_assert(AT_HOME || IN_RING > MOST_CHUNKS, "a step exceeds the shared memory");
@@ -670,6 +681,7 @@ struct Arguments {
   u16* logits;           // [VOCAB]
   const u16 *head, *last_gain;
   const float *head_constant, *head_folded;
+  const u16 *head_scales, *head_zeros;  // Of a packed one.
   // What the choice of tokens goes by and writes, as `decode_tokens.choose_next` has it.
   float* logprobs;
   u8* unfinished;
@@ -1041,7 +1053,8 @@ __device__ __forceinline__ void fetch_head(const Arguments& a, Shared& sh, u32 m
   Places places = {first_piece(f.cursor), f.pieces};
 #pragma unroll 1
   for (int i = 0; i < count; i++) {
-    const int first = (program() + i * GIVERS) * PIECE_ROWS, bytes = least(PIECE_ROWS, VOCAB - first) * HEAD_ROW;
+    const int first = (program() + i * GIVERS) * PIECE_ROWS, rows = least(PIECE_ROWS, VOCAB - first);
+    const int of_rows = rows * HEAD_PLANE, of_metas = up(rows * HEAD_METAS, 16), bytes = of_rows + 2 * of_metas;
     const int place = places.place;
     const u32 full = shared_address(&sh.full[RINGS + place]);
 #if CHOOSES
@@ -1056,8 +1069,13 @@ __device__ __forceinline__ void fetch_head(const Arguments& a, Shared& sh, u32 m
     places.use();
     if (elected()) {
       barrier_expect(full, bytes);
-      copy_async(memory + place * PIECE, (const u8*)a.head + (long long)first * HEAD_ROW, bytes, full,
-                 i >= PIECES && i % KEPT_EVERY == 0);
+      const u32 to = memory + place * PIECE;
+      const bool kept = i >= PIECES && i % KEPT_EVERY == 0;
+      copy_async(to, (const u8*)a.head + (long long)first * HEAD_PLANE, of_rows, full, kept);
+      if (HEAD_BITS != 16) {
+        copy_async(to + PIECE_ROWS * HEAD_PLANE, (const u8*)a.head_scales + first * HEAD_METAS, of_metas, full, kept);
+        copy_async(to + PIECE_ROWS * (HEAD_PLANE + HEAD_METAS), (const u8*)a.head_zeros + first * HEAD_METAS, of_metas, full, kept);
+      }
     }
     __syncwarp();
     places.next(i);
@@ -1386,6 +1404,25 @@ __device__ __forceinline__ u32 row_of_lane() {
 template <int STEP>
 constexpr int ZEROS_BEHIND = metas_behind(STEP, 0, true) - metas_behind(STEP, 0, false);
 
+// Activations are made integers of 14 bits and a sign, multiples of a power of two that the largest one of their warp's
+// sets. Multiplied by packed integers as they are, their sums are exact.
+struct Grain {
+  float up, down;  // The power's inverse and the power.
+};
+__device__ __forceinline__ u32 magnitude(float x) { return __float_as_uint(x) & 0x7FFFFFFF; }
+// From the largest magnitude of a lane, for all that a warp multiplies.
+__device__ __forceinline__ Grain grain_of(u32 largest) {
+  const u32 exponent = most(largest_of_warp(largest) >> 23, 32);
+  // What is no number is to stay none.
+  return {__uint_as_float(267 - exponent << 23), __uint_as_float(exponent == 255 ? 0x7FC00000 : exponent - 13 << 23)};
+}
+
+// An integer, in the mantissa of what lies behind 1.5 * 2 ** 23; and two of them, as half words.
+__device__ __forceinline__ u32 integer_of(float x, const Grain& grain) { return __float_as_uint(x * grain.up + 12582912.0f); }
+__device__ __forceinline__ u32 integers_of(float x, float y, const Grain& grain) {
+  return byte_permute(integer_of(x, grain), integer_of(y, grain), 0x5410);
+}
+
 #if BITS == 16
 // -- A product's weights and activations in 16 bits
 
@@ -1517,19 +1554,6 @@ __device__ __forceinline__ Staged stage_eight(Shared& sh, const Lane&, const flo
 #else
 // -- A product's weights, in low-bit integers, and activations
 
-// Activations are made integers of 14 bits and a sign, multiples of a power of two that the largest one of their warp's
-// sets. Multiplied by packed integers as they are, their sums are exact.
-struct Grain {
-  float up, down;  // The power's inverse and the power.
-};
-__device__ __forceinline__ u32 magnitude(float x) { return __float_as_uint(x) & 0x7FFFFFFF; }
-// From the largest magnitude of a lane, for all that a warp multiplies.
-__device__ __forceinline__ Grain grain_of(u32 largest) {
-  const u32 exponent = most(largest_of_warp(largest) >> 23, 32);
-  // What is no number is to stay none.
-  return {__uint_as_float(267 - exponent << 23), __uint_as_float(exponent == 255 ? 0x7FC00000 : exponent - 13 << 23)};
-}
-
 // Bytes that hold digit `digit` of eight packed ones times 2 ** byte_place(digit).
 constexpr int byte_place(int digit) { return BITS == 158 ? 0 : BITS == 3 ? least(2 * digit, 4) : LOW_BITS * digit; }
 __device__ __forceinline__ void bytes_of(u32 (&q)[2], const Packed& packed, int digit) {
@@ -1650,10 +1674,9 @@ struct Staged {
 };
 // A lane's eight activations of a block, as integers, and their sum.
 __device__ __forceinline__ void stage_integers(u16* to, int* total, bool there, const float (&x)[8], const Grain& grain) {
-  // In the mantissa of what lies behind 1.5 * 2 ** 23.
   u32 in[8];
 #pragma unroll
-  for (int i = 0; i < 8; i++) in[i] = __float_as_uint(x[i] * grain.up + 12582912.0f);
+  for (int i = 0; i < 8; i++) in[i] = integer_of(x[i], grain);
   const uint4 halves = {byte_permute(in[0], in[1], 0x5410), byte_permute(in[2], in[3], 0x5410),
                         byte_permute(in[4], in[5], 0x5410), byte_permute(in[6], in[7], 0x5410)};
   const int sum = (int)(in[0] + in[1] + (in[2] + in[3]) + (in[4] + in[5] + (in[6] + in[7])) - 8 * 0x4B400000u);
@@ -2407,6 +2430,24 @@ __device__ __forceinline__ void product_of_hidden(const Arguments& a, const Lane
 }
 #endif
 
+// The sums of what all lanes that multiply have of values and of their squares.
+__device__ __forceinline__ float2 all_moments(const Shared& sh) {
+  static_assert(WARPS == 8, "");
+  const int lane = thread() % 32;
+  float sum = 0, squares = 0;
+#pragma unroll
+  for (int i = 0; i < WARPS; i += 2) {
+    const float4 two = *(const float4*)&sh.moments[i + lane / 16][lane % 16 * 2];
+    sum += two.x + two.z, squares += two.y + two.w;
+  }
+  // Even lanes go on with the values, odd ones with the squares.
+  float moment = (lane % 2 ? squares : sum) + __shfl_xor_sync(~0u, lane % 2 ? sum : squares, 1);
+#pragma unroll
+  for (int step = 2; step < 32; step *= 2) moment += __shfl_xor_sync(~0u, moment, step);
+  const float other = __shfl_xor_sync(~0u, moment, 1);
+  return {lane % 2 ? other : moment, lane % 2 ? moment : other};
+}
+
 // What becomes of a product's sums: four lanes of a finishing warp to a pair of features, of which one does not know of
 // the other's.
 __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh, int layer, int step) {
@@ -2446,22 +2487,11 @@ __device__ __forceinline__ void finish(const Arguments& a, State& s, Shared& sh,
   // Of the layer norm, what sums are multiplied by and what is added.
   float factor = 1;
   if (from_stream(step)) {
-    static_assert(WARPS == 8, "");
     bar_sync(MOMENTS + norm_of(step), 32 * (WARPS + finishers(step)));
-    float sum = 0, squares = 0;
-#pragma unroll
-    for (int i = 0; i < WARPS; i += 2) {
-      const float4 two = *(const float4*)&sh.moments[i + lane / 16][lane % 16 * 2];
-      sum += two.x + two.z, squares += two.y + two.w;
-    }
-    // Even lanes go on with the values, odd ones with the squares.
-    float moment = (lane % 2 ? squares : sum) + __shfl_xor_sync(~0u, lane % 2 ? sum : squares, 1);
-#pragma unroll
-    for (int step = 2; step < 32; step *= 2) moment += __shfl_xor_sync(~0u, moment, step);
-    const float other = __shfl_xor_sync(~0u, moment, 1);
-    sum = lane % 2 ? other : moment, squares = lane % 2 ? moment : other;
+    const float2 moments = all_moments(sh);
     // Of values times `SHRINK`.
-    const float mean = sum * (GROW / WIDTH), variance = fmaxf(squares * (GROW * GROW / WIDTH) - mean * mean, 0.0f);
+    const float mean = moments.x * (GROW / WIDTH);
+    const float variance = fmaxf(moments.y * (GROW * GROW / WIDTH) - mean * mean, 0.0f);
     const float deviation = rsqrt_fast(variance + eps), shift = mean * deviation;
     factor = deviation * GROW;
 #pragma unroll
@@ -2584,15 +2614,171 @@ __device__ __forceinline__ void finish_attention(const Arguments& a, State& s, S
 #if VOCAB
 // -- The head ------------------------------------------------------------------------------------------------------
 
+// The last layer's result comes in units of four elements, which the program's threads ask for in turn.
+constexpr int RESULT_UNITS = ratio(WIDTH / 4, 32 * WARPS);
+__device__ __forceinline__ bool has_unit(int i) { return i * 32 * WARPS + (int)thread() < WIDTH / 4; }
+// Without their tags, which are others in every other launch.
+__device__ __forceinline__ float4 values_of_unit(const uint4& unit) {
+  return {__uint_as_float(unit.x & ~1u), __uint_as_float(unit.y & ~1u), __uint_as_float(unit.z & ~1u), __uint_as_float(unit.w & ~1u)};
+}
+
+#if HEAD_BITS == 16
+// What a lane multiplies the head's rows by: of every 256 elements it has eight.
+struct OfHead {
+  static constexpr int TILES = ratio(WIDTH, 256);
+  uint4 gains[TILES];
+  float x[TILES][8];
+
+  static __device__ __forceinline__ bool there(int tile) { return tile * 256 + (int)thread() % 32 * 8 < WIDTH; }
+  __device__ __forceinline__ void ask_for_gains(const Arguments& a) {
+#pragma unroll
+    for (int i = 0; i < TILES; i++) {
+      gains[i] = {};
+      if (there(i)) gains[i] = fetch16(a.last_gain + i * 256 + thread() % 32 * 8);
+    }
+  }
+  // The result, by those that asked for it, for all.
+  __device__ __forceinline__ void stage(Shared& sh, const uint4 (&units)[RESULT_UNITS]) const {
+#pragma unroll
+    for (int i = 0; i < RESULT_UNITS; i++)
+      if (has_unit(i)) sh.result[i * 32 * WARPS + thread()] = values_of_unit(units[i]);
+  }
+  // From there; the sums of the values and of their squares.
+  __device__ __forceinline__ float2 load(const Shared& sh) {
+    const int lane = thread() % 32;
+    float sum = 0, squares = 0;
+#pragma unroll
+    for (int i = 0; i < TILES; i++) {
+      float4 two[2] = {};
+      if (there(i)) two[0] = sh.result[i * 64 + lane * 2], two[1] = sh.result[i * 64 + lane * 2 + 1];
+      const u32 gain[4] = {gains[i].x, gains[i].y, gains[i].z, gains[i].w};
+#pragma unroll
+      for (int j = 0; j < 8; j++) {
+        const float4& four = two[j / 4];
+        const float value = j % 4 == 0 ? four.x : j % 4 == 1 ? four.y : j % 4 == 2 ? four.z : four.w;
+        sum += value, squares += value * value;
+        x[i][j] = value * (j % 2 ? high_of(gain[j / 2]) : low_of(gain[j / 2]));
+      }
+    }
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2)
+      sum += __shfl_xor_sync(~0u, sum, step), squares += __shfl_xor_sync(~0u, squares, step);
+    return {sum, squares};
+  }
+  // A lane's part of the product with a row of a piece.
+  __device__ __forceinline__ float multiply(const u8* piece, int row) const {
+    const u8* at = piece + row * HEAD_PLANE + thread() % 32 * 16;
+    float parts[4] = {};
+#pragma unroll
+    for (int k = 0; k < TILES; k++) {
+      u32 w[4] = {};
+      if (there(k)) load16(w, at + k * 512);
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        parts[j] += low_of(w[j]) * x[k][2 * j];
+        parts[j] += high_of(w[j]) * x[k][2 * j + 1];
+      }
+    }
+    return parts[0] + parts[1] + (parts[2] + parts[3]);
+  }
+};
+#else
+// What a lane multiplies packed rows by, integers: sixteen elements for each digit of sixteen bytes, a unit of so many.
+struct OfHead {
+  static constexpr int UNITS = HEAD_PLANE / 16, TURNS = ratio(UNITS, HEAD_LANES);
+  uint2 gains[RESULT_UNITS];  // Of what a thread asks for.
+  u32 x[TURNS][HEAD_DIGITS][8];
+  // What sums of them are to be multiplied by, where a digit lies in its bytes; and what zero points are.
+  float worth[TURNS][HEAD_DIGITS], total[TURNS][HEAD_DIGITS];
+
+  static __device__ __forceinline__ bool there(int turn) {
+    return (turn + 1) * HEAD_LANES <= UNITS || turn * HEAD_LANES + (int)thread() % HEAD_LANES < UNITS;
+  }
+  __device__ __forceinline__ void ask_for_gains(const Arguments& a) {
+#pragma unroll
+    for (int i = 0; i < RESULT_UNITS; i++) {
+      gains[i] = {};
+      if (has_unit(i)) gains[i] = *(const uint2*)(a.last_gain + (i * 32 * WARPS + thread()) * 4);
+    }
+  }
+  // The result times the gains, by those that asked for it, for all: a warp's units are a block, with a grain of its own.
+  __device__ __forceinline__ void stage(Shared& sh, const uint4 (&units)[RESULT_UNITS]) const {
+    const int warp = thread() / 32, lane = thread() % 32;
+    float sum = 0, squares = 0;
+#pragma unroll
+    for (int i = 0; i < RESULT_UNITS; i++) {
+      const float4 four = values_of_unit(units[i]);
+      sum += four.x + four.y + (four.z + four.w);
+      squares += four.x * four.x + four.y * four.y + (four.z * four.z + four.w * four.w);
+      const float y[4] = {four.x * low_of(gains[i].x), four.y * high_of(gains[i].x), four.z * low_of(gains[i].y),
+                          four.w * high_of(gains[i].y)};
+      u32 largest = 0;
+#pragma unroll
+      for (int j = 0; j < 4; j++) largest = most(largest, magnitude(y[j]));
+      const Grain grain = grain_of(largest);
+      if (!has_unit(i)) continue;
+      *(uint2*)&sh.integers[(i * 32 * WARPS + thread()) * 4] = {integers_of(y[0], y[1], grain), integers_of(y[2], y[3], grain)};
+      if (lane == 0) sh.worths[i * WARPS + warp] = grain.down;
+    }
+    sh.moments[warp][lane] = {sum, squares};
+  }
+  // From there; the sums of the values and of their squares.
+  __device__ __forceinline__ float2 load(const Shared& sh) {
+#pragma unroll
+    for (int turn = 0; turn < TURNS; turn++)
+#pragma unroll
+      for (int digit = 0; digit < HEAD_DIGITS; digit++) {
+        u32(&to)[8] = x[turn][digit];
+        const int element = digit * HEAD_PLANE + (turn * HEAD_LANES + thread() % HEAD_LANES) * 16;
+        u32 two[2][4] = {};
+        float of_block = 0;
+        if (there(turn)) {
+          load16(two[0], (const u8*)&sh.integers[element]), load16(two[1], (const u8*)&sh.integers[element + 8]);
+          of_block = sh.worths[element / 128];
+        }
+        int sum = 0;
+#pragma unroll
+        for (int j = 0; j < 8; j++) to[j] = two[j / 4][j % 4], sum = dot_low(to[j], 0x0101, sum);
+        worth[turn][digit] = of_block / (digit ? 16 : 1), total[turn][digit] = -of_block * __int2float_rn(sum);
+      }
+    return all_moments(sh);
+  }
+  // A lane's part of the product with a row of a piece.
+  __device__ __forceinline__ float multiply(const u8* piece, int row) const {
+    const int in = thread() % HEAD_LANES * 16;
+    const u8 *at = piece + row * HEAD_PLANE + in, *metas = piece + PIECE_ROWS * HEAD_PLANE + row * HEAD_METAS;
+    float dot = 0;
+#pragma unroll
+    for (int turn = 0; turn < TURNS; turn++) {
+      if (!there(turn)) continue;
+      u32 raw[4];
+      load16(raw, at + turn * (HEAD_LANES * 16));
+#pragma unroll
+      for (int digit = 0; digit < HEAD_DIGITS; digit++) {
+        const u32(&of)[8] = x[turn][digit];
+        int sum = 0;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          const u32 q = HEAD_BITS == 8 ? raw[j] : raw[j] & (digit ? 0xF0F0F0F0 : 0x0F0F0F0F);
+          sum = dot_high(of[2 * j + 1], q, dot_low(of[2 * j], q, sum));
+        }
+        constexpr int G = most(HEAD_GROUP, 1);
+        const int begin = digit * HEAD_PLANE + turn * (HEAD_LANES * 16);
+        const u8* meta = metas + (begin % G ? (begin + in) / G : begin / G + in / G) * 2;
+        const u32 steps = *(const u16*)meta | (u32)*(const u16*)(meta + PIECE_ROWS * HEAD_METAS) << 16;
+        dot += low_of(steps) * (__int2float_rn(sum) * worth[turn][digit] + high_of(steps) * total[turn][digit]);
+      }
+    }
+    return dot;
+  }
+};
+#endif
+
 __device__ __forceinline__ void multiply_head(const Arguments& a, State& s, Shared& sh) {
-  // Of every 256 elements a lane has eight.
-  constexpr int TILES = ratio(WIDTH, 256), UNITS = ratio(WIDTH / 4, 32 * WARPS);
   const u32 id = thread();
   const int warp = id / 32, lane = id % 32;
-  uint4 gains[TILES] = {};
-#pragma unroll
-  for (int i = 0; i < TILES; i++)
-    if (i * 256 + lane * 8 < WIDTH) gains[i] = fetch16(a.last_gain + i * 256 + lane * 8);
+  OfHead input;
+  input.ask_for_gains(a);
   // Layer norm's vectors of the rows of a piece: a lane has those of one row.
   auto ask_for_vectors = [&](int i) {
     const int row = (program() + i * GIVERS) * PIECE_ROWS + lane * WARPS + warp;
@@ -2609,47 +2795,25 @@ __device__ __forceinline__ void multiply_head(const Arguments& a, State& s, Shar
 
   // All warps want all of the result: each thread asks for some of it.
   const float* from = a.result + program() % COPIES * WIDTH;
-  uint4 units[UNITS] = {};
+  uint4 units[RESULT_UNITS] = {};
   u32 missing = 0;
 #pragma unroll
-  for (int i = 0; i < UNITS; i++)
-    if (i * 32 * WARPS + (int)id < WIDTH / 4) missing |= 1u << i;
+  for (int i = 0; i < RESULT_UNITS; i++)
+    if (has_unit(i)) missing |= 1u << i;
   Patience patience;
   while (__any_sync(~0u, missing)) {
 #pragma unroll
-    for (int i = 0; i < UNITS; i++)
+    for (int i = 0; i < RESULT_UNITS; i++)
       if (missing >> i & 1) units[i] = peek16(from + (i * 32 * WARPS + id) * 4);
 #pragma unroll
-    for (int i = 0; i < UNITS; i++)
+    for (int i = 0; i < RESULT_UNITS; i++)
       if ((missing >> i & 1) && all_fresh(units[i], s.result_tag)) missing &= ~(1u << i);
     patience.spend();
   }
-  // Without their tags, which are others in every other launch.
-  auto value_of = [](u32 word) { return __uint_as_float(word & ~1u); };
-#pragma unroll
-  for (int i = 0; i < UNITS; i++)
-    if (i * 32 * WARPS + (int)id < WIDTH / 4)
-      sh.result[i * 32 * WARPS + id] = {value_of(units[i].x), value_of(units[i].y), value_of(units[i].z), value_of(units[i].w)};
+  input.stage(sh, units);
   bar_sync(RESULT, 32 * WARPS);
-  float x[TILES][8], sum = 0, squares = 0;
-#pragma unroll
-  for (int i = 0; i < TILES; i++) {
-    const bool there = i * 256 + lane * 8 < WIDTH;
-    float4 two[2] = {};
-    if (there) two[0] = sh.result[i * 64 + lane * 2], two[1] = sh.result[i * 64 + lane * 2 + 1];
-    const u32 gain[4] = {gains[i].x, gains[i].y, gains[i].z, gains[i].w};
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-      const float4& four = two[j / 4];
-      const float value = j % 4 == 0 ? four.x : j % 4 == 1 ? four.y : j % 4 == 2 ? four.z : four.w;
-      sum += value, squares += value * value;
-      x[i][j] = value * (j % 2 ? high_of(gain[j / 2]) : low_of(gain[j / 2]));
-    }
-  }
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2)
-    sum += __shfl_xor_sync(~0u, sum, step), squares += __shfl_xor_sync(~0u, squares, step);
-  const float mean = sum / WIDTH, inverse = rsqrt_fast(fmaxf(squares / WIDTH - mean * mean, 0.0f) + a.head_eps);
+  const float2 moments = input.load(sh);
+  const float mean = moments.x / WIDTH, inverse = rsqrt_fast(fmaxf(moments.y / WIDTH - mean * mean, 0.0f) + a.head_eps);
 
   const int count = pieces_of_program();
 #if CHOOSES
@@ -2665,31 +2829,20 @@ __device__ __forceinline__ void multiply_head(const Arguments& a, State& s, Shar
     const int place = places.place;
     await(shared_address(&sh.full[RINGS + place]), places.parity());
     places.use();
-    float dots[HEAD_EACH];
+    const u8* piece = dynamic_shared() + place * PIECE;
+    constexpr int TURNS = HEAD_EACH / HEAD_AT_ONCE;
+    float dots[TURNS];
 #pragma unroll
-    for (int e = 0; e < HEAD_EACH; e++) {
-      const u8* at = dynamic_shared() + place * PIECE + (e * WARPS + warp) * HEAD_ROW + lane * 16;
-      float parts[4] = {};
-#pragma unroll
-      for (int k = 0; k < TILES; k++) {
-        u32 w[4] = {};
-        if (k * 256 + lane * 8 < WIDTH) load16(w, at + k * 512);
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-          parts[j] += low_of(w[j]) * x[k][2 * j];
-          parts[j] += high_of(w[j]) * x[k][2 * j + 1];
-        }
-      }
-      dots[e] = parts[0] + parts[1] + (parts[2] + parts[3]);
-    }
+    for (int e = 0; e < TURNS; e++) dots[e] = input.multiply(piece, (e * HEAD_AT_ONCE + lane / HEAD_LANES) * WARPS + warp);
     __syncwarp();
     if (lane == 0) barrier_arrive(shared_address(&sh.empty[RINGS + place]));
     float dot = 0;
 #pragma unroll
-    for (int e = 0; e < HEAD_EACH; e++) {
+    for (int e = 0; e < TURNS; e++) {
 #pragma unroll
-      for (int step = 1; step < 32; step *= 2) dots[e] += __shfl_xor_sync(~0u, dots[e], step);
-      if (lane == e) dot = dots[e];
+      for (int step = 1; step < HEAD_LANES; step *= 2) dots[e] += __shfl_xor_sync(~0u, dots[e], step);
+      if (HEAD_AT_ONCE > 1) dots[e] = __shfl_sync(~0u, dots[e], lane % HEAD_AT_ONCE * HEAD_LANES);
+      if (lane / HEAD_AT_ONCE == e) dot = dots[e];
     }
     const int row = (program() + i * GIVERS) * PIECE_ROWS + lane * WARPS + warp;
     const float y = (dot - mean * vectors.x) * inverse + vectors.y;

@@ -25,6 +25,8 @@ from .packing import PLANES, plane_width
 HEAD_DIM = 64
 # Programs that a head's keys are split among at most: the kernel's buffers have so many runs to a head.
 MAX_SPLITS = 8
+# Widths of the head's weight that the kernel for one row knows.
+HEAD_BITS = (16, 8, 4)
 # Rows that the kernel for several takes at most.
 MAX_ROWS = 16
 # Device pointers of a layer, in the order of the kernel's table; with 8-bit cross-attention two more.
@@ -56,7 +58,8 @@ class Shape(NamedTuple):
     `bits` is 16 for weights in float16 or bfloat16, else the width of packed ones, all of one `group_size`;
     `programs` is the number of multiprocessors and `memory` a program's bytes of shared memory. Of the `batch` rows,
     `beams` have one input's cross-attention in common. `vocab` is the size of the vocabulary where the head is part of
-    the kernel, else 0; `chooses` says whether the choice of tokens is, too, with several steps to a launch.
+    the kernel, else 0, and `head_bits` and `head_group_size` are of its weight; `chooses` says whether the choice of
+    tokens is, too, with several steps to a launch.
     `bandwidth` is how many bytes the device's memory moves in a cycle of the multiprocessors' clock, at most.
     """
 
@@ -76,6 +79,8 @@ class Shape(NamedTuple):
     vocab: int = 0
     chooses: bool = False
     bandwidth: int = 1693  # Of an H100: 3.35 TB/s at 1.98 GHz.
+    head_bits: int = 16
+    head_group_size: int = 0
 
     @property
     def heads(self):
@@ -122,7 +127,7 @@ def bandwidth_of(properties):
     return max(round(memory_clock * 2 * bits / 8 / clock), 1)
 
 
-def shape_for(config, cache_layer, weight, device, vocab=0, may_choose=False):
+def shape_for(config, cache_layer, weight, device, head=None, may_choose=False):
     """The `Shape` of a model's step on `device`.
 
     Args:
@@ -130,7 +135,7 @@ def shape_for(config, cache_layer, weight, device, vocab=0, may_choose=False):
         cache_layer: the buffers of a layer of the cache.
         weight: a `decode_linear.Weight` of the decoder.
         device: a CUDA device.
-        vocab: size of the vocabulary if the head is to be part of the kernel.
+        head: the head's `decode_linear.Weight` if it is to be part of the kernel.
         may_choose: whether the choice may be as well. It is where that is faster.
     """
     properties = torch.cuda.get_device_properties(device)
@@ -148,10 +153,11 @@ def shape_for(config, cache_layer, weight, device, vocab=0, may_choose=False):
         len(cache_layer[0]),
         cache_layer[2].dtype == torch.int8,
         len(cache_layer[0]) // len(cache_layer[2]),
-        vocab,
+        0 if head is None else head.out_features,
         # In 16 bits what it adds to the code costs more than it saves, if there are 32 layers (`benchmarks/NOTES.md`).
-        may_choose and vocab > 0 and weight.bits != 16,
+        may_choose and head is not None and weight.bits != 16,
         bandwidth_of(properties),
+        *((16, 0) if head is None else (head.bits, head.group_size)),
     )
 
 
@@ -189,6 +195,23 @@ def why_not(shape, capability=CAPABILITY):
             return f"group_size {shape.group_size} is no multiple of 16"
         if plane_width(PLANES[shape.bits][0], shape.width) % 32:
             return f"in {shape.bits} bits, a width of {shape.width} does not divide into runs of 32 bytes"
+    return None
+
+
+def why_no_head(weight, dtype):
+    """Why the kernel for one row cannot have this head, a `decode_linear.Weight` of a model in `dtype`, or None."""
+    packed = weight.scales is not None
+    if weight.bits not in HEAD_BITS:
+        return f"a head in {weight.bits:g} bits; the persistent kernel takes {', '.join(map(str, HEAD_BITS))}"
+    if packed and weight.group_size % 16:
+        return f"the head's group_size {weight.group_size} is no multiple of 16"
+    if (weight.scales if packed else weight.values).dtype != dtype:
+        return "the head is of another dtype than the layers"
+    tensors = (weight.values, weight.scales, weight.zeros) if packed else (weight.values,)
+    if any(tensor.data_ptr() % 16 or not tensor.is_contiguous() for tensor in tensors):
+        return "the head is not contiguous or not aligned to 16 bytes"
+    if weight.out_features >= 1 << 16:
+        return f"{weight.out_features} tokens; the persistent kernel exchanges them as 16 bits"
     return None
 
 
@@ -254,6 +277,8 @@ def definitions(shape):
         "CROSS8": int(shape.cross_int8),
         "BEAMS": shape.beams,
         "VOCAB": shape.vocab,
+        "HEAD_BITS": shape.head_bits,
+        "HEAD_GROUP": max(shape.head_group_size, 1),
         "CHOOSES": int(shape.chooses),
         "CROSS_SPLITS": shape.cross_splits,
         "BF16": int(shape.bfloat16),
@@ -305,6 +330,7 @@ class Arguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("embedding", "positions", "first_gain", "gained", "last_stats")),
         *((name, ctypes.c_void_p) for name in ("eps", "finished", "logits")),
         *((name, ctypes.c_void_p) for name in ("head", "last_gain", "head_constant", "head_folded")),
+        *((name, ctypes.c_void_p) for name in ("head_scales", "head_zeros")),
         *((name, ctypes.c_void_p) for name in ("logprobs", "unfinished", "steps", "seen", "marks", "rules", "ends")),
         *((name, ctypes.c_float) for name in ("scale", "head_eps")),
         *((name, ctypes.c_int) for name in ("count", "token_stride", "valid_stride")),
@@ -379,11 +405,11 @@ def work_space(shape, device):
 
 def arguments_for(gained, stats, work, table, tokens, length, position_offset, valid, embedding, positions,
                   first_gain, eps, scale, finished, logits, head, last_gain, head_constant, head_folded,
-                  head_eps, *choice, count):  # fmt: skip
+                  head_scales, head_zeros, head_eps, *choice, count):  # fmt: skip
     """`Arguments` with the addresses of the tensors that `decode_layers` takes."""
     tensors = (
         *(table, *work, tokens, length, position_offset, valid, embedding, positions, first_gain, gained, stats, eps),
-        *(finished, logits, head, last_gain, head_constant, head_folded, *choice),
+        *(finished, logits, head, last_gain, head_constant, head_folded, head_scales, head_zeros, *choice),
     )
     addresses = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
     return Arguments(*addresses, scale, head_eps, count, tokens.stride(0), valid.stride(0))
@@ -421,6 +447,10 @@ def decode_layers(
     last_gain: torch.Tensor | None,
     head_constant: torch.Tensor | None,
     head_folded: torch.Tensor | None,
+    head_scales: torch.Tensor | None,
+    head_zeros: torch.Tensor | None,
+    head_bits: int,
+    head_group_size: int,
     head_eps: float,
     logprobs: torch.Tensor | None,
     unfinished: torch.Tensor | None,
@@ -454,9 +484,13 @@ def decode_layers(
         bits, group_size: of the weights, 16 and 0 where they are not quantised.
         finished: uint8 ``(1,)``: where it is not 0, nothing is done, but that `seen` tells so if `count` is not 0.
         logits: ``(1, vocab_size or more)`` in the dtype of `embedding`, written if `head` is given.
-        head: ``(vocab_size, d_model)`` in that dtype, contiguous and aligned to 16 bytes, or None.
+        head: ``(vocab_size, d_model)`` in that dtype, or in 8 or 4 bits as packed by `ops.packing`, contiguous and
+            aligned to 16 bytes, or None.
         last_gain, head_constant, head_folded, head_eps: the last layer norm's weight, what `decode_linear.fold_norms`
             makes of it for `head`, and its eps.
+        head_scales, head_zeros: ``(vocab_size, d_model // head_group_size)`` in that dtype, contiguous and aligned to
+            16 bytes, or None where `head` is not packed.
+        head_bits, head_group_size: of `head`, 16 and 0 where it is not packed.
         logprobs, unfinished, steps, seen, marks, rules, ends: what `decode_tokens.choose_next` writes and chooses
             tokens by, with `marks` for its `table`; `tokens`, `length` and `finished` are written, too.
             Without them the kernel is another, which only gives logits.
@@ -487,6 +521,8 @@ def decode_layers(
         0 if head is None else len(head),
         marks is not None,
         bandwidth_of(properties),
+        head_bits,
+        head_group_size,
     )
     arguments = arguments_for(
         gained,
@@ -508,6 +544,8 @@ def decode_layers(
         last_gain,
         head_constant,
         head_folded,
+        head_scales,
+        head_zeros,
         head_eps,
         *(logprobs, unfinished, steps, seen, marks, rules, ends),
         count=count,
