@@ -393,9 +393,13 @@ constexpr int HIDDEN_HOME = up(ROWS * HIDDEN_STRIDE + behind_rows(FFN), 128);
 // Self-attention is split where one program's keys end: as many as all warps take at once.
 constexpr int SELF_RUN = 16 * WARPS, SELF_SPLITS = ratio(SLOTS, SELF_RUN), OWN_KEYS = least(SELF_RUN, up(SLOTS, 8));
 constexpr int ALL_HOMES = (6 + FFN_CHUNKS) * HOME + KEYS_HOME + HIDDEN_HOME + OWN_KEYS * 256;
+// Of a packed head: lanes to a row, each of which takes sixteen bytes at a time, and rows that a warp has at once; as many sums of
+// lanes as a warp keeps until it adds them up.
+constexpr int HEAD_LANES = HEAD_BITS == 16 ? 32 : HEAD_BITS == 8 ? 16 : 8, HEAD_AT_ONCE = 32 / HEAD_LANES, MOST_PARTS = 6;
+constexpr int OF_HEAD = VOCAB && HEAD_BITS != 16 ? 2 * WIDTH + WIDTH / 2 + WARPS * MOST_PARTS * 128 : 4 * WIDTH;
 // What is for `Shared` at most: activations or attention's runs, sums of them, sums, what there is of each layer, slot and
 // chunk, and the rest.
-constexpr int BESIDE = most(most(WARPS * 64 * most(HIDDEN_BLOCKS, OF_WARP * (BITS == 16 ? 2 : 1)), 4 * WIDTH), WARPS * 560) +
+constexpr int BESIDE = most(most(WARPS * 64 * most(HIDDEN_BLOCKS, OF_WARP * (BITS == 16 ? 2 : 1)), OF_HEAD), WARPS * 560) +
                        (BITS == 16 ? 0 : WARPS * 16 * up(most(HIDDEN_BLOCKS, OF_WARP), 4)) +
                        64 * up(most(3, FFN_CHUNKS) * ROWS, 16) + 52 * LAYERS + up(SLOTS, 16) + 64 * (7 + FFN_CHUNKS) + 3832;
 // How many of the pairs `OUT_PAIR`, `DEEP_PAIR` and `QUERY_PAIR` have a home in common: the outputs of the two attentions, the
@@ -604,12 +608,16 @@ struct Shared {
     // of attention's result each block's halves and their remainders. For packed weights they are integers.
     alignas(16) u16 hidden[WARPS][HIDDEN_BLOCKS][32];
     alignas(16) u16 staged[WARPS][OF_WARP][BITS == 16 ? 2 : 1][32];
-    // The last layer's result: for packed weights times the last layer norm's gain as integers, and their blocks' worth.
-    alignas(16) float4 result[VOCAB && HEAD_BITS == 16 ? WIDTH / 4 : 1];
+    alignas(16) float4 result[VOCAB && HEAD_BITS == 16 ? WIDTH / 4 : 1];  // Of the last layer.
+#if HEAD_BITS != 16
+    // For packed weights times the last layer norm's gain, as integers: of every sixteen the first eight and the others, what
+    // they are worth and what zero points are. And sums of lanes.
     struct {
-      alignas(16) u16 integers[VOCAB && HEAD_BITS != 16 ? WIDTH : 1];
-      float worths[ratio(WIDTH, 128)];
+      alignas(16) u16 integers[2][WIDTH / 16][8];
+      float2 sixteens[WIDTH / 16];
+      alignas(16) float parts[WARPS][MOST_PARTS][32];
     };
+#endif
   };
   alignas(16) float tops[WARPS], totals[WARPS];
   alignas(16) float2 moments[WARPS][32];  // Of what each lane has of the stream.
@@ -643,11 +651,11 @@ constexpr int SHARED_AT = AT_HOME ? HOMES : IN_RING * CHUNK;
 constexpr int HEAD_DIGITS = HEAD_BITS == 4 ? 2 : 1, HEAD_PLANE = HEAD_BITS == 16 ? 2 * WIDTH : up(ratio(WIDTH, HEAD_DIGITS), 16);
 constexpr int HEAD_METAS = HEAD_BITS == 16 ? 0 : WIDTH / HEAD_GROUP * 2;  // Bytes of a row's scales, or of its zero points.
 constexpr int HEAD_ROW = HEAD_PLANE + 2 * HEAD_METAS;
-// Of packed rows a warp takes several at a time: a lane has sixteen bytes of one in so many.
-constexpr int HEAD_LANES = HEAD_BITS == 16 ? 32 : HEAD_BITS == 8 ? 16 : 8, HEAD_AT_ONCE = 32 / HEAD_LANES;
-constexpr int HEAD_EACH = least(up(ratio(SHARED_AT, MOST_PIECES * WARPS * HEAD_ROW), HEAD_AT_ONCE), 32);
+constexpr int HEAD_EACH = least(up(ratio(SHARED_AT, MOST_PIECES * WARPS * HEAD_ROW), HEAD_AT_ONCE), MOST_PARTS * HEAD_AT_ONCE);
+// Of a piece a lane has so many sums. Those of several packed ones are added up together.
+constexpr int HEAD_TURNS = HEAD_EACH / HEAD_AT_ONCE, TOGETHER = HEAD_BITS == 16 ? 1 : most(MOST_PARTS / HEAD_TURNS, 1);
 constexpr int PIECE_ROWS = WARPS * HEAD_EACH, PIECE = PIECE_ROWS * HEAD_ROW, PIECES = least(SHARED_AT / PIECE, MOST_PIECES);
-static_assert(PIECES > 1 && (HEAD_BITS == 16 || HEAD_GROUP % 16 == 0 && WIDTH % 32 == 0), "");
+static_assert(PIECES > 1 && HEAD_EACH <= 32 && (HEAD_BITS == 16 || HEAD_GROUP % 16 == 0 && WIDTH % 32 == 0), "");
 // Of those that come when the layers are done, one in so many stays in the L2 cache until the next step, up to 16 MB. Twice
 // as much would be in its own way.
 constexpr int KEPT_EVERY = most(ratio(VOCAB * HEAD_ROW - (HEAD_BITS == 16 ? 0 : GIVERS * PIECES * PIECE), 16 << 20), 1);
@@ -2683,16 +2691,16 @@ struct OfHead {
   }
 };
 #else
-// What a lane multiplies packed rows by, integers: sixteen elements for each digit of sixteen bytes, a unit of so many.
+// What a lane multiplies packed rows by, integers: sixteen elements for each digit of sixteen bytes.
 struct OfHead {
-  static constexpr int UNITS = HEAD_PLANE / 16, TURNS = ratio(UNITS, HEAD_LANES);
+  static constexpr int SIXTEENS = HEAD_PLANE / 16, TURNS = ratio(SIXTEENS, HEAD_LANES);
   uint2 gains[RESULT_UNITS];  // Of what a thread asks for.
   u32 x[TURNS][HEAD_DIGITS][8];
   // What sums of them are to be multiplied by, where a digit lies in its bytes; and what zero points are.
   float worth[TURNS][HEAD_DIGITS], total[TURNS][HEAD_DIGITS];
 
   static __device__ __forceinline__ bool there(int turn) {
-    return (turn + 1) * HEAD_LANES <= UNITS || turn * HEAD_LANES + (int)thread() % HEAD_LANES < UNITS;
+    return (turn + 1) * HEAD_LANES <= SIXTEENS || turn * HEAD_LANES + (int)thread() % HEAD_LANES < SIXTEENS;
   }
   __device__ __forceinline__ void ask_for_gains(const Arguments& a) {
 #pragma unroll
@@ -2701,9 +2709,8 @@ struct OfHead {
       if (has_unit(i)) gains[i] = *(const uint2*)(a.last_gain + (i * 32 * WARPS + thread()) * 4);
     }
   }
-  // The result times the gains, by those that asked for it, for all: a warp's units are a block, with a grain of its own.
+  // The result times the gains, by those that asked for it, for all: a warp's units have a grain of their own.
   __device__ __forceinline__ void stage(Shared& sh, const uint4 (&units)[RESULT_UNITS]) const {
-    const int warp = thread() / 32, lane = thread() % 32;
     float sum = 0, squares = 0;
 #pragma unroll
     for (int i = 0; i < RESULT_UNITS; i++) {
@@ -2716,11 +2723,16 @@ struct OfHead {
 #pragma unroll
       for (int j = 0; j < 4; j++) largest = most(largest, magnitude(y[j]));
       const Grain grain = grain_of(largest);
+      const uint2 four_integers = {integers_of(y[0], y[1], grain), integers_of(y[2], y[3], grain)};
+      int total = dot_low(four_integers.x, 0x0101, dot_low(four_integers.y, 0x0101, 0));
+#pragma unroll
+      for (int step = 1; step < 4; step *= 2) total += __shfl_xor_sync(~0u, total, step);
       if (!has_unit(i)) continue;
-      *(uint2*)&sh.integers[(i * 32 * WARPS + thread()) * 4] = {integers_of(y[0], y[1], grain), integers_of(y[2], y[3], grain)};
-      if (lane == 0) sh.worths[i * WARPS + warp] = grain.down;
+      const int unit = i * 32 * WARPS + thread(), sixteen = unit / 4;
+      *(uint2*)&sh.integers[unit % 4 / 2][sixteen][unit % 2 * 4] = four_integers;
+      if (unit % 4 == 0) sh.sixteens[sixteen] = {grain.down, -grain.down * __int2float_rn(total)};
     }
-    sh.moments[warp][lane] = {sum, squares};
+    sh.moments[thread() / 32][thread() % 32] = {sum, squares};
   }
   // From there; the sums of the values and of their squares.
   __device__ __forceinline__ float2 load(const Shared& sh) {
@@ -2728,18 +2740,16 @@ struct OfHead {
     for (int turn = 0; turn < TURNS; turn++)
 #pragma unroll
       for (int digit = 0; digit < HEAD_DIGITS; digit++) {
-        u32(&to)[8] = x[turn][digit];
-        const int element = digit * HEAD_PLANE + (turn * HEAD_LANES + thread() % HEAD_LANES) * 16;
-        u32 two[2][4] = {};
-        float of_block = 0;
+        const int sixteen = digit * SIXTEENS + turn * HEAD_LANES + thread() % HEAD_LANES;
+        u32 eights[2][4] = {};
+        float2 of = {};
         if (there(turn)) {
-          load16(two[0], (const u8*)&sh.integers[element]), load16(two[1], (const u8*)&sh.integers[element + 8]);
-          of_block = sh.worths[element / 128];
+          load16(eights[0], (const u8*)sh.integers[0][sixteen]), load16(eights[1], (const u8*)sh.integers[1][sixteen]);
+          of = sh.sixteens[sixteen];
         }
-        int sum = 0;
 #pragma unroll
-        for (int j = 0; j < 8; j++) to[j] = two[j / 4][j % 4], sum = dot_low(to[j], 0x0101, sum);
-        worth[turn][digit] = of_block / (digit ? 16 : 1), total[turn][digit] = -of_block * __int2float_rn(sum);
+        for (int j = 0; j < 8; j++) x[turn][digit][j] = eights[j / 4][j % 4];
+        worth[turn][digit] = of.x / (digit ? 16 : 1), total[turn][digit] = of.y;
       }
     return all_moments(sh);
   }
@@ -2747,7 +2757,7 @@ struct OfHead {
   __device__ __forceinline__ float multiply(const u8* piece, int row) const {
     const int in = thread() % HEAD_LANES * 16;
     const u8 *at = piece + row * HEAD_PLANE + in, *metas = piece + PIECE_ROWS * HEAD_PLANE + row * HEAD_METAS;
-    float dot = 0;
+    float dots[2] = {};
 #pragma unroll
     for (int turn = 0; turn < TURNS; turn++) {
       if (!there(turn)) continue;
@@ -2765,30 +2775,37 @@ struct OfHead {
         constexpr int G = most(HEAD_GROUP, 1);
         const int begin = digit * HEAD_PLANE + turn * (HEAD_LANES * 16);
         const u8* meta = metas + (begin % G ? (begin + in) / G : begin / G + in / G) * 2;
-        const u32 steps = *(const u16*)meta | (u32)*(const u16*)(meta + PIECE_ROWS * HEAD_METAS) << 16;
-        dot += low_of(steps) * (__int2float_rn(sum) * worth[turn][digit] + high_of(steps) * total[turn][digit]);
+        const float scale = widen(*(const u16*)meta), zero = widen(*(const u16*)(meta + PIECE_ROWS * HEAD_METAS));
+        dots[turn % 2] += scale * (__int2float_rn(sum) * worth[turn][digit] + zero * total[turn][digit]);
       }
     }
-    return dot;
+    return dots[0] + dots[1];
   }
 };
 #endif
+
+// The row of the head's weight of which a lane has the sum, of the pieces from `i` on that are added up together.
+__device__ __forceinline__ int row_of_head(int i) {
+  const int lane = thread() % 32, turn = lane / HEAD_AT_ONCE, piece = i + (TOGETHER > 1 ? turn / HEAD_TURNS : 0);
+  const int each = (TOGETHER > 1 ? turn % HEAD_TURNS : turn) * HEAD_AT_ONCE + lane % HEAD_AT_ONCE;
+  return turn < HEAD_TURNS * TOGETHER ? (program() + piece * GIVERS) * PIECE_ROWS + thread() / 32 * HEAD_EACH + each : VOCAB;
+}
 
 __device__ __forceinline__ void multiply_head(const Arguments& a, State& s, Shared& sh) {
   const u32 id = thread();
   const int warp = id / 32, lane = id % 32;
   OfHead input;
   input.ask_for_gains(a);
-  // Layer norm's vectors of the rows of a piece: a lane has those of one row.
+  // Layer norm's vectors of the rows of some pieces: a lane has those of one row.
   auto ask_for_vectors = [&](int i) {
-    const int row = (program() + i * GIVERS) * PIECE_ROWS + lane * WARPS + warp;
+    const int row = row_of_head(i);
     float2 vectors = {};
-    if (lane < HEAD_EACH && row < VOCAB) vectors = {a.head_folded[row], a.head_constant[row]};
+    if (row < VOCAB) vectors = {a.head_folded[row], a.head_constant[row]};
     return vectors;
   };
   auto ask_for_mark = [&](int i) {
-    const int row = (program() + i * GIVERS) * PIECE_ROWS + lane * WARPS + warp;
-    return CHOOSES && a.count && lane < HEAD_EACH && row < VOCAB ? a.marks[row] : (u8)0xFF;
+    const int row = row_of_head(i);
+    return CHOOSES && a.count && row < VOCAB ? a.marks[row] : (u8)0xFF;
   };
   float2 next = ask_for_vectors(0);
   u8 next_mark = ask_for_mark(0);
@@ -2822,31 +2839,48 @@ __device__ __forceinline__ void multiply_head(const Arguments& a, State& s, Shar
 #endif
   Places places = {first_piece(s.cursor), s.pieces};
 #pragma unroll 1
-  for (int i = 0; i < count; i++) {
+  for (int i = 0; i < count; i += TOGETHER) {
     const float2 vectors = next;
     const int mark = next_mark;
-    next = ask_for_vectors(i + 1), next_mark = ask_for_mark(i + 1);
-    const int place = places.place;
-    await(shared_address(&sh.full[RINGS + place]), places.parity());
-    places.use();
-    const u8* piece = dynamic_shared() + place * PIECE;
-    constexpr int TURNS = HEAD_EACH / HEAD_AT_ONCE;
-    float dots[TURNS];
+    next = ask_for_vectors(i + TOGETHER), next_mark = ask_for_mark(i + TOGETHER);
+    float dots[HEAD_TURNS], dot = 0;
+#pragma unroll 1
+    for (int j = i; j < least(i + TOGETHER, count); j++) {
+      const int place = places.place;
+      await(shared_address(&sh.full[RINGS + place]), places.parity());
+      places.use();
+      const u8* piece = dynamic_shared() + place * PIECE;
 #pragma unroll
-    for (int e = 0; e < TURNS; e++) dots[e] = input.multiply(piece, (e * HEAD_AT_ONCE + lane / HEAD_LANES) * WARPS + warp);
-    __syncwarp();
-    if (lane == 0) barrier_arrive(shared_address(&sh.empty[RINGS + place]));
-    float dot = 0;
+      for (int e = 0; e < HEAD_TURNS; e++)
+        dots[e] = input.multiply(piece, warp * HEAD_EACH + e * HEAD_AT_ONCE + lane / HEAD_LANES);
+      __syncwarp();
+      if (lane == 0) barrier_arrive(shared_address(&sh.empty[RINGS + place]));
+      places.next(j);
+#if HEAD_BITS != 16
 #pragma unroll
-    for (int e = 0; e < TURNS; e++) {
-#pragma unroll
-      for (int step = 1; step < HEAD_LANES; step *= 2) dots[e] += __shfl_xor_sync(~0u, dots[e], step);
-      if (HEAD_AT_ONCE > 1) dots[e] = __shfl_sync(~0u, dots[e], lane % HEAD_AT_ONCE * HEAD_LANES);
-      if (lane / HEAD_AT_ONCE == e) dot = dots[e];
+      for (int e = 0; e < HEAD_TURNS; e++) sh.parts[warp][(j - i) * HEAD_TURNS + e][lane] = dots[e];
+#endif
     }
-    const int row = (program() + i * GIVERS) * PIECE_ROWS + lane * WARPS + warp;
+#if HEAD_BITS == 16
+#pragma unroll
+    for (int e = 0; e < HEAD_TURNS; e++) {
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) dots[e] += __shfl_xor_sync(~0u, dots[e], step);
+      if (lane == e) dot = dots[e];
+    }
+#else
+    __syncwarp();
+    const float* parts = &sh.parts[warp][least(lane / HEAD_AT_ONCE, MOST_PARTS - 1)][lane % HEAD_AT_ONCE * HEAD_LANES];
+#pragma unroll
+    for (int k = 0; k < HEAD_LANES; k += 4) {
+      const float4 four = *(const float4*)(parts + k);
+      dot += four.x + four.y + (four.z + four.w);
+    }
+    __syncwarp();
+#endif
+    const int row = row_of_head(i);
     const float y = (dot - mean * vectors.x) * inverse + vectors.y;
-    if (lane < HEAD_EACH && row < VOCAB) {
+    if (row < VOCAB) {
       const u16 logit = (u16)pack(y, 0);
       a.logits[row] = logit;
 #if CHOOSES
@@ -2856,14 +2890,13 @@ __device__ __forceinline__ void multiply_head(const Arguments& a, State& s, Shar
       if (may && row >= allowed.begin && row >= allowed.stamps) of[1][0].add(widen(logit), row);
 #endif
     }
-    places.next(i);
   }
 #if CHOOSES
   s.result_tag ^= 1;
   if (!a.count) return;
 #pragma unroll
   for (int kind = 0; kind < 2; kind++) {
-    if (HEAD_EACH > 1) of[kind][0] = best_of_warp(of[kind]);
+    if (HEAD_EACH * TOGETHER > 1) of[kind][0] = best_of_warp(of[kind]);
     if (lane == 0) sh.best[kind][warp] = of[kind][0];
   }
   __syncwarp();
