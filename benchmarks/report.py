@@ -212,6 +212,29 @@ def cpu_quantized_section():
 CROSS_SHAPES = {"base": (6, 512), "small": (12, 768), "medium": (24, 1024), "large-v2": (32, 1280), "turbo": (4, 1280)}
 
 
+def head_section():
+    """Word error rate with the output head quantised as well."""
+    found = rows("head_*.jsonl")
+    if not found:
+        return ""
+    errors = {(row["model"], row["style"], row["head_bits"]): row for row in found}
+    widths = list(dict.fromkeys(row["head_bits"] for row in found))
+    lines = []
+    for model, style in dict.fromkeys(key[:2] for key in errors):
+        group = [errors[model, style, width] for width in widths]
+        sizes = ", ".join(f"{row['decoder_bytes'] / 2**20:.0f}" for row in group)
+        lines.append([f"{model}, {style}", *(f"{row['wer']:.2f}" for row in group), f"{sizes} MiB"])
+    first = found[0]
+    names = ["its own precision" if width is None else f"{width} bits" for width in widths]
+    return (
+        "The output head quantised as well (`head_bits`): word error rate in %, plain HQQ, the decoder in "
+        f"{first['bits']:g}:{first['group_size']}, greedy, 50 utterances of LibriSpeech {first['set']}, by themselves "
+        f"and joined by chapter ({first['dtype']} arithmetic, a CPU, torch {first['torch']}, transformers "
+        f"{first['transformers']}, {commits_of(found)}; `{first['command']}`):\n\n"
+        f"{table(['model, form', *(f'head in {name}' for name in names), 'decoder'], lines)}\n"
+    )
+
+
 def cross_section():
     """Word error rate with cross-attention in 8 bits, and the bytes that it saves."""
     found = rows("cross_int8_*.jsonl")
@@ -336,6 +359,7 @@ def main():
         transcription_section,
         cpu_quantized_section,
         wer_section,
+        head_section,
         cross_section,
         quantising_section,
         releases_section,

@@ -155,15 +155,14 @@ def configure(original, configuration, options):
     else:
         dtype = getattr(torch, options.dtype)
         model = model.to(dtype)
-        bits, _, group_size = configuration.partition(":")
+        bits, group_size, head_bits = (*configuration.split(":"), "", "")[:3]
         bits = float(bits) if "." in bits else int(bits)
-        group_size = int(group_size) if group_size else None
-        whisper_static_cache.quantize_decoder(
-            model, bits, group_size, method=options.method, backend=options.backend, progress=False
-        )
+        group_size, head_bits = (int(number) if number else None for number in (group_size, head_bits))
+        arguments = {"method": options.method, "backend": options.backend, "head_bits": head_bits}
+        whisper_static_cache.quantize_decoder(model, bits, group_size, progress=False, **arguments)
         model = model.to(options.device)
         linears = [m for m in model.model.decoder.modules() if hasattr(m, "requested_backend")]
-        row = {"bits": bits, "group_size": linears[0].group_size, "method": options.method}
+        row = {"bits": bits, "group_size": linears[0].group_size, "head_bits": head_bits, "method": options.method}
         row["solved_on"] = str(options.solve_on or options.device)
         row["backends"] = sorted({linear.backend for linear in linears})
     model = model.to(options.device)
@@ -227,7 +226,7 @@ def parse(argv=None):
         "--configurations",
         nargs="+",
         default=["fp32", "8:64", "4:64", "3:32", "2:16", "1.58:16"],
-        help="fp32, fp16, bf16, or bits:group_size",
+        help="fp32, fp16, bf16, bits:group_size, or bits:group_size:head_bits",
     )
     parser.add_argument("--method", choices=("hqq", "rtn"), default="hqq")
     parser.add_argument("--backend", default="auto", help="as quantize_decoder takes it")

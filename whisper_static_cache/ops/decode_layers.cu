@@ -18,10 +18,11 @@
 // Built by NVRTC without headers. Constants that the launcher defines:
 //   WIDTH, FFN, HEADS (of 64), LAYERS, SLOTS, SOURCE (keys of cross-attention), BATCH (rows), BEAMS (of these that share
 //   an input's cross-attention), VOCAB (rows of the head's weight, or 0 where the head is another kernel's, as it is for
-//   several rows), HEAD_BITS (of that weight: 16, 8 or 4), HEAD_GROUP (of its quantisation), CHOOSES (1 if, with the head, it also chooses tokens, several steps to a launch), CROSS8 (1 if
-//   cross-attention's keys and values are int8), CROSS_SPLITS (programs to a head where there is one row, at most 8), BF16
-//   (0 or 1), BITS (16, 8, 4, 3, 2, or 158 for 1.58), GROUP (of the quantisation), PROGRAMS, MEMORY (bytes of shared
-//   memory), PACE (bytes a cycle that a program asks for, at most, where there is one row).
+//   several rows), HEAD_BITS (of that weight: 16, 8 or 4), HEAD_GROUP (of its quantisation), CHOOSES (1 if, with the head, it
+//   also chooses tokens, several steps to a launch), CROSS8 (1 if cross-attention's keys and values are int8), CROSS_SPLITS
+//   (programs to a head where there is one row, at most 8), BF16 (0 or 1), BITS (16, 8, 4, 3, 2, or 158 for 1.58), GROUP (of
+//   the quantisation), PROGRAMS, MEMORY (bytes of shared memory), PACE (bytes a cycle that a program asks for, at most,
+//   where there is one row).
 //
 // Why every buffer can be used again without being cleared: a program that writes the next result into a buffer holds
 // values that depend on every reader's having read the last one; who gives nothing that others wait for reads nothing.
