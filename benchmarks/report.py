@@ -208,10 +208,6 @@ def cpu_quantized_section():
     )
 
 
-# Decoder layers and d_model of the shapes whose saving is worked out (openai/whisper model cards).
-CROSS_SHAPES = {"base": (6, 512), "small": (12, 768), "medium": (24, 1024), "large-v2": (32, 1280), "turbo": (4, 1280)}
-
-
 def head_section():
     """Word error rate with the output head quantised as well."""
     found = rows("head_*.jsonl")
@@ -233,6 +229,10 @@ def head_section():
         f"{first['transformers']}, {commits_of(found)}; `{first['command']}`):\n\n"
         f"{table(['model, form', *(f'head in {name}' for name in names), 'decoder'], lines)}\n"
     )
+
+
+# Decoder layers and d_model of the shapes whose saving is worked out (openai/whisper model cards).
+CROSS_SHAPES = {"base": (6, 512), "small": (12, 768), "medium": (24, 1024), "large-v2": (32, 1280), "turbo": (4, 1280)}
 
 
 def cross_section():
