@@ -899,6 +899,8 @@ static inline u32 half_fma(u32 a, u32 b, u32 c) { return emulation::half_fma(a, 
 
 static inline int dot_low(u32 x, u32 q, int c) { return c + int16_t(x) * int(q & 0xFF) + int16_t(x >> 16) * int(q >> 8 & 0xFF); }
 static inline int dot_high(u32 x, u32 q, int c) { return dot_low(x, q >> 16, c); }
+static inline int dot_low_signed(u32 x, u32 q, int c) { return c + int16_t(x) * int8_t(q) + int16_t(x >> 16) * int8_t(q >> 8); }
+static inline int dot_high_signed(u32 x, u32 q, int c) { return dot_low_signed(x, q >> 16, c); }
 static inline u32 byte_permute(u32 a, u32 b, u32 selector) {
     const u64 from = u64(b) << 32 | a;
     u32 result = 0;

@@ -374,6 +374,12 @@ SMALL = ops.Shape(128, 512, 2, 300, 50, False, 16, 0, 12, 120_000)
         {"bits": 4, "group_size": 64, "vocab": 3001, "head_bits": 4, "head_group_size": 64},
         {"bits": 2, "group_size": 16, "vocab": 3001, "head_bits": 8, "head_group_size": 16, "bfloat16": True},
         {"width": 192, "ffn": 768, "programs": 16, "vocab": 2999, "head_bits": 4, "head_group_size": 192},
+        # Cross-attention in 8 bits: some keys to a program, several tiles of them, in homes of their own, shared, around a ring.
+        {"cross_int8": True},
+        {"cross_int8": True, "source": 1130, "bits": 4, "group_size": 64},
+        {"cross_int8": True, "source": 947, "bits": 8, "group_size": 64, "memory": 94_000, "bfloat16": True},
+        {"cross_int8": True, "source": 1500, "memory": 118_000},
+        {"cross_int8": True, "source": 947, "bits": 8, "group_size": 64, "memory": 80_000, "vocab": 2999},
         # Programs that have none of the hidden layer.
         {"ffn": 192, "programs": 16, "layers": 4},
         {"batch": 3, "ffn": 192, "programs": 16, "layers": 4},
@@ -415,6 +421,7 @@ def test_emulated(changes):
             [STAMPED],
         ),
         ({"bits": 2, "group_size": 16, "vocab": 2000, "head_bits": 4, "head_group_size": 32}, [MARKED]),
+        ({"bits": 4, "group_size": 64, "cross_int8": True, "source": 1130}, [STAMPED]),
         ({"ffn": 192, "programs": 16, "layers": 4}, [MARKED]),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -444,16 +451,24 @@ def test_emulated_when_all_rows_have_finished(memory, batch, vocab):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed: the kernel cannot be emulated")
 @pytest.mark.parametrize(
-    "rows", [(1, 16, 0), (1, 4, 64), (1, 3, 32), (1, 2, 16, 4, 64), (8, 16, 0), (4, 4, 64)], ids=str
+    "batch, bits, group_size, changes",
+    [
+        (1, 16, 0, {}),
+        (1, 4, 64, {}),
+        (1, 3, 32, {}),
+        (1, 2, 16, {"head_bits": 4, "head_group_size": 64}),
+        (1, 16, 0, {"cross_int8": True}),
+        (1, 8, 64, {"cross_int8": True}),
+        (8, 16, 0, {}),
+        (4, 4, 64, {}),
+    ],
+    ids=str,
 )
-def test_emulated_on_all_of_a_gpu(rows):
+def test_emulated_on_all_of_a_gpu(batch, bits, group_size, changes):
     """The kernel as it runs for large-v2 on an H100, two layers of it: what small shapes do not have, a full ring."""
-    batch, bits, group_size, *head = rows
     vocab = 20_000 if batch == 1 else 0
     shape = ops.Shape(1280, 5120, 2, 448, 1500, False, bits, group_size, 132, 232448, batch, vocab=vocab)
-    shape = shape._replace(chooses=bits in (4, 2) and batch == 1)
-    if head:
-        shape = shape._replace(head_bits=head[0], head_group_size=head[1])
+    shape = shape._replace(chooses=bits in (8, 4, 2) and batch == 1, **changes)
     compare(Model(shape), 260, 3, emulate)
 
 
@@ -467,7 +482,7 @@ def assert_compiles(shape, claim="true"):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed: the kernel cannot be emulated")
-@pytest.mark.parametrize("batch, cross_int8", [(1, False), (2, False), (16, True)])
+@pytest.mark.parametrize("batch, cross_int8", [(1, False), (1, True), (2, False), (16, True)])
 @pytest.mark.parametrize("width", [384, 512, 768, 1024, 1280])
 def test_every_whisper_shape_fits(width, batch, cross_int8):
     """What the source asserts of itself holds for the family, on an H100's multiprocessors and shared memory."""
@@ -506,6 +521,9 @@ def test_other_shapes_fit(bits, group_size):
         ({"bits": 8, "group_size": 64, "memory": 72_000}, 2),
         ({"memory": 91_000, "vocab": 2999, "bfloat16": True}, 3),
         ({"bits": 8, "group_size": 64, "memory": 70_000, "vocab": 3001, "chooses": True}, 3),
+        ({"cross_int8": True, "source": 1130, "bits": 4, "group_size": 64}, 0),
+        ({"cross_int8": True, "source": 947, "bits": 8, "group_size": 64, "memory": 94_000, "bfloat16": True}, 2),
+        ({"cross_int8": True, "source": 1500, "memory": 118_000}, 3),
     ],
 )
 def test_steps_share_homes(changes, pairs):
@@ -514,7 +532,14 @@ def test_steps_share_homes(changes, pairs):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed: the kernel cannot be emulated")
-@pytest.mark.parametrize("memory, changes", [(72_000, {}), (50_000, {"bits": 4, "group_size": 64})])
+@pytest.mark.parametrize(
+    "memory, changes",
+    [
+        (72_000, {}),
+        (50_000, {"bits": 4, "group_size": 64}),
+        (80_000, {"cross_int8": True, "source": 947, "bits": 8, "group_size": 64, "vocab": 2999}),
+    ],
+)
 def test_what_does_not_fit_goes_around_a_ring(memory, changes):
     assert_compiles(SMALL._replace(memory=memory, **changes), "!AT_HOME")
 
@@ -580,6 +605,14 @@ def check_on_a_gpu(shape):
 )
 def test_on_a_gpu(width, vocab, chooses, bits, group_size, dtype):
     check_on_a_gpu(on_this_gpu(width, bits, group_size, dtype, vocab=vocab, chooses=chooses))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("bits, group_size", [(16, 0), (8, 64), (4, 64), (3, 32), (2, 16), (1.58, 16)])
+@pytest.mark.parametrize("width, vocab, chooses", [(384, 51865, False), (1280, 51866, True)])
+def test_cross_attention_in_8_bits_on_a_gpu(width, vocab, chooses, bits, group_size, dtype):
+    check_on_a_gpu(on_this_gpu(width, bits, group_size, dtype, 1, True, vocab=vocab, chooses=chooses))
 
 
 @pytest.mark.gpu
@@ -664,7 +697,7 @@ def test_what_is_not_served():
             assert ops.why_not(SMALL._replace(width=width, ffn=4 * width, slots=448, programs=programs)) is None
     assert "hidden layer" in ops.why_not(SMALL._replace(ffn=192))
     assert "17 rows" in ops.why_not(SMALL._replace(batch=17))
-    assert "8-bit keys" in ops.why_not(SMALL._replace(cross_int8=True))
+    assert ops.why_not(SMALL._replace(cross_int8=True)) is None
     assert ops.why_not(SMALL._replace(batch=2, slots=448 * 8)) is None
 
 

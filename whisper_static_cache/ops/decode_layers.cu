@@ -207,7 +207,7 @@ __device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, 
                ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
-// c plus two signed 16-bit integers of x times the first two bytes of q, or the last two.
+// c plus two signed 16-bit integers of x times the first two bytes of q, or the last two: bytes without a sign, or with one.
 __device__ __forceinline__ int dot_low(u32 x, u32 q, int c) {
   int d;
   asm("dp2a.lo.s32.u32 %0,%1,%2,%3;" : "=r"(d) : "r"(x), "r"(q), "r"(c));
@@ -216,6 +216,16 @@ __device__ __forceinline__ int dot_low(u32 x, u32 q, int c) {
 __device__ __forceinline__ int dot_high(u32 x, u32 q, int c) {
   int d;
   asm("dp2a.hi.s32.u32 %0,%1,%2,%3;" : "=r"(d) : "r"(x), "r"(q), "r"(c));
+  return d;
+}
+__device__ __forceinline__ int dot_low_signed(u32 x, u32 q, int c) {
+  int d;
+  asm("dp2a.lo.s32.s32 %0,%1,%2,%3;" : "=r"(d) : "r"(x), "r"(q), "r"(c));
+  return d;
+}
+__device__ __forceinline__ int dot_high_signed(u32 x, u32 q, int c) {
+  int d;
+  asm("dp2a.hi.s32.s32 %0,%1,%2,%3;" : "=r"(d) : "r"(x), "r"(q), "r"(c));
   return d;
 }
 __device__ __forceinline__ u32 largest_of_warp(u32 x) {
@@ -351,8 +361,14 @@ constexpr bool PARTED = BITS == 16 || BITS == 8 || BITS == 4;
 constexpr int turns(int depth) { return ratio(runs(depth), WARPS); }
 constexpr int groups(int depth) { return BITS == 16 ? 0 : depth / GROUP; }
 constexpr int CROSS_RUN = ratio(SOURCE, CROSS_SPLITS);
-// Of several rows there are many keys, which come by 64 at least.
-constexpr int KEYS_AT_LEAST = 256 * (BATCH > 1 ? 64 : up(ratio(CROSS_RUN, 4), 8));
+// Of several rows there are many keys, which come by 64 at least. One row's keys of 8 bits, with their values, come by halves, of
+// which one is as large as a quarter in 16 bits; behind them lie the scales of both, from the multiple of 16 bytes at or below the
+// first on.
+constexpr bool BYTE_KEYS = BATCH == 1 && CROSS8;
+constexpr int KEYS_PIECE = up(ratio(CROSS_RUN, BYTE_KEYS ? 2 : 4), 8);
+constexpr int scales_of(int keys) { return BYTE_KEYS ? 2 * keys + 16 : 0; }
+constexpr int bytes_of_keys(int keys) { return BYTE_KEYS ? 2 * (64 * keys + scales_of(keys)) : 256 * keys; }
+constexpr int KEYS_AT_LEAST = BATCH > 1 ? 256 * 64 : bytes_of_keys(KEYS_PIECE);
 constexpr int ROW_AT_LEAST = most(row_bytes(WIDTH), KEYS_AT_LEAST / ROWS - 5 * groups(FFN));
 // Rows in shared memory lie so that lanes served together meet different banks: two rows of 64 bytes, four of 32.
 constexpr int stride_of(int bytes) { return BITS == 16 ? up(bytes + 64, 128) - 64 : up(bytes + 96, 128) - 96; }
@@ -388,7 +404,7 @@ constexpr bool BY_TWOS = BATCH == 1 && BITS != 16;
 constexpr int TWO_ROWS = up(2 * row_bytes(WIDTH) + 96, 128) - 96;
 constexpr int ROWS_AT_HOME = BY_TWOS ? ROWS / 2 * TWO_ROWS : ROWS * stride_of(row_bytes(WIDTH));
 constexpr int HOME = up(ROWS_AT_HOME + behind_rows(WIDTH), 128);
-constexpr int KEYS_PIECE = up(ratio(CROSS_RUN, 4), 8), KEYS_HOME = ratio(CROSS_RUN, KEYS_PIECE) * KEYS_PIECE * 256;
+constexpr int KEYS_HOME = up(ratio(CROSS_RUN, KEYS_PIECE) * bytes_of_keys(KEYS_PIECE), 128);
 constexpr int HIDDEN_STRIDE = BY_TWOS ? row_bytes(FFN) : stride_of(row_bytes(FFN));
 constexpr int HIDDEN_HOME = up(ROWS * HIDDEN_STRIDE + behind_rows(FFN), 128);
 // Self-attention is split where one program's keys end: as many as all warps take at once.
@@ -402,7 +418,7 @@ constexpr int OF_HEAD = VOCAB && HEAD_BITS != 16 ? 2 * WIDTH + WIDTH / 2 + WARPS
 // chunk, and the rest.
 constexpr int BESIDE = most(most(WARPS * 64 * most(HIDDEN_BLOCKS, OF_WARP * (BITS == 16 ? 2 : 1)), OF_HEAD), WARPS * 560) +
                        (BITS == 16 ? 0 : WARPS * 16 * up(most(HIDDEN_BLOCKS, OF_WARP), 4)) +
-                       64 * up(most(3, FFN_CHUNKS) * ROWS, 16) + 52 * LAYERS + up(SLOTS, 16) + 64 * (7 + FFN_CHUNKS) + 3832;
+                       64 * up(most(3, FFN_CHUNKS) * ROWS, 16) + 52 * LAYERS + up(SLOTS, 16) + 64 * (7 + FFN_CHUNKS) + 3832 + 32 * BYTE_KEYS;
 // How many of the pairs `OUT_PAIR`, `DEEP_PAIR` and `QUERY_PAIR` have a home in common: the outputs of the two attentions, the
 // second feed-forward product and the keys of cross-attention, the query and the first feed-forward product.
 enum { OUT_PAIR = 1, DEEP_PAIR, QUERY_PAIR };
@@ -431,7 +447,9 @@ constexpr int ROWS_OF_CHUNK = AT_HOME ? ROWS_AT_HOME : ROWS * stride(WIDTH);
 constexpr int CHUNK = AT_HOME ? HOME : up(most(most(chunk_bytes(WIDTH), chunk_bytes(FFN)), KEYS_AT_LEAST), 128);
 #if BATCH == 1
 // Keys, with their values, of a chunk of self-attention or of cross-attention, and how many chunks there are at most.
-constexpr int chunk_keys(bool own) { return !AT_HOME ? CHUNK / 256 / 8 * 8 : own ? OWN_KEYS : KEYS_PIECE; }
+constexpr int chunk_keys(bool own) {
+  return AT_HOME ? own ? OWN_KEYS : KEYS_PIECE : (own || !BYTE_KEYS ? CHUNK / 256 : (CHUNK - 32) / 132) / 8 * 8;
+}
 constexpr int KEY_CHUNKS = ratio(CROSS_RUN, chunk_keys(false)), OWN_CHUNKS = ratio(OWN_KEYS, chunk_keys(true));
 #else
 constexpr int KEY_CHUNKS = 1, OWN_CHUNKS = 1;
@@ -983,22 +1001,31 @@ __device__ __forceinline__ void fetch_chunk(Shared& sh, u32 memory, Fetching& f,
   __syncwarp();
 }
 
-// Keys and values that this program attends to, from `at` on behind the layer's first ones.
+// Keys and values that this program attends to, from `at` on behind the layer's first ones, in bytes.
 __device__ __forceinline__ void fetch_keys(Shared& sh, u32 memory, Fetching& f, bool own, int chunk, u32 at, int count) {
   const int most_keys = own ? chunk_keys(true) : chunk_keys(false), begin = chunk * most_keys;
-  const u32 size = most(least(count - begin, most_keys), 0) * 128, from = at + begin * 128;
+  // Of a key. A scale takes a 32nd of that in 8 bits.
+  const u32 each = BYTE_KEYS && !own ? 64 : 128;
+  const u32 size = most(least(count - begin, most_keys), 0) * each, from = at + begin * each;
+  const u32 scales_from = from / 32 / 16 * 16, scales = BYTE_KEYS && !own && size ? up((from + size) / 32 - scales_from, 16) : 0;
   const u64* pointers = pointers_of(sh, f, own ? OWN_ATTENTION : CROSS_ATTENTION) + (own ? KEYS : CROSS_KEYS);
   const u8 *first = (const u8*)pointers[0] + from, *second = (const u8*)pointers[1] + from;
   const int step = own ? OWN_ATTENTION : CROSS_ATTENTION;
-  const Home home = {own ? home_of(OWN_ATTENTION) : home_of(CROSS_ATTENTION) + chunk * (KEYS_PIECE * 256u),
+  const Home home = {own ? home_of(OWN_ATTENTION) : home_of(CROSS_ATTENTION) + chunk * (u32)bytes_of_keys(KEYS_PIECE),
                      own ? step : STEPS + chunk, chunk == 0};
   u32 barrier;
-  const u32 place = memory + make_room(sh, f, step, home, 2 * size, 2 * size, barrier, [&] {
+  const u32 all = 2 * (size + scales);
+  const u32 place = memory + make_room(sh, f, step, home, all, all, barrier, [&] {
     if (size && elected()) prefetch(first, size), prefetch(second, size);
   });
   if (size && elected()) {
     copy_async(place, first, size, barrier);
-    copy_async(place + most_keys * 128, second, size, barrier);
+    copy_async(place + most_keys * each, second, size, barrier);
+    if (BYTE_KEYS && !own) {
+      const u32 to = place + 2 * most_keys * each;
+      copy_async(to, (const u8*)pointers[2] + scales_from, scales, barrier);
+      copy_async(to + scales_of(chunk_keys(false)), (const u8*)pointers[3] + scales_from, scales, barrier);
+    }
   }
   __syncwarp();
 }
@@ -1117,8 +1144,9 @@ __device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory
       ahead.load(a.table, CHOOSES && layer + 1 == LAYERS ? 0 : layer + 1);
     }
     // At home most of cross-attention's keys come behind the next weights, and the last in front of the last product's: all
-    // together would be in the way of the words that are waited for.
-    constexpr int FIRST_KEYS = AT_HOME ? least(1, KEY_CHUNKS) : KEY_CHUNKS, LAST_KEYS = most(KEY_CHUNKS - 1, FIRST_KEYS);
+    // together would be in the way of the words that are waited for. Of two halves in 8 bits the second is not the last.
+    constexpr int FIRST_KEYS = AT_HOME ? least(1, KEY_CHUNKS) : KEY_CHUNKS;
+    constexpr int LAST_KEYS = BYTE_KEYS ? KEY_CHUNKS : most(KEY_CHUNKS - 1, FIRST_KEYS);
     const Plan* plan = sh.plans;
 #pragma unroll 1
     for (int turn = 0; turn < STEPS; turn++) {
@@ -1153,7 +1181,7 @@ __device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory
 #endif
         const Span own_keys = keys_of(true, slot), cross_keys = keys_of(false, slot);
         own_at = (attender(true) % HEADS * SLOTS + own_keys.first) * 128, own_count = own_keys.count;
-        cross_at = (attender(false) % HEADS * SOURCE + cross_keys.first) * 128, cross_count = cross_keys.count;
+        cross_at = (attender(false) % HEADS * SOURCE + cross_keys.first) * (BYTE_KEYS ? 64 : 128), cross_count = cross_keys.count;
         own_chunks = chunks_of_keys(true, slot);
         attends_own = attends(true, slot), f.attends_cross = attends(false, slot);
       }
@@ -1939,13 +1967,9 @@ struct Cached {
   }
 };
 
-// Attention over them, when the query is there.
+// Each lane asks for two of the query's dimensions, as all of a warp's would be in each other's way, and hands them on.
 template <bool OWN>
-__device__ __forceinline__ void attend(const Arguments& a, State& s, Shared& sh, const Cached<OWN>& cached) {
-  constexpr int TILES = Cached<OWN>::TILES;
-  const u32 id = thread();
-  const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4, piece = g & 1;
-  // Each lane asks for two of the query's dimensions, as all of a warp's would be in each other's way, and hands them on.
+__device__ __forceinline__ uint2 await_query(const Arguments& a, const State& s, int lane) {
   const u32* query = (const u32*)(OWN ? a.heads : a.query) + attender(OWN) % HEADS * 64 + 2 * lane;
   uint2 two = peek8(query);
   Patience patience;
@@ -1953,6 +1977,22 @@ __device__ __forceinline__ void attend(const Arguments& a, State& s, Shared& sh,
     patience.spend();
     if (!fresh(two.x, s.tag) || !fresh(two.y, s.tag)) two = peek8(query);
   }
+  return two;
+}
+// A warp's share of a run is in shared memory, but for its largest score and its sum of exponentials.
+__device__ __forceinline__ void leave_run(Shared& sh, int warp, int lane, int step, float best, float total) {
+  if (lane == 0) sh.tops[warp] = best, sh.totals[warp] = total;
+  __syncwarp();
+  bar_arrive(STEP_DONE + step, 32 * (WARPS + 1));
+  bar_sync(PUBLISHED, 32 * (WARPS + 1));
+}
+// Attention over them, when the query is there.
+template <bool OWN>
+__device__ __forceinline__ void attend(const Arguments& a, State& s, Shared& sh, const Cached<OWN>& cached) {
+  constexpr int TILES = Cached<OWN>::TILES;
+  const u32 id = thread();
+  const int warp = id / 32, lane = id % 32, g = id / 4 % 8, t = id % 4, piece = g & 1;
+  const uint2 two = await_query<OWN>(a, s, lane);
   *(uint2*)&sh.queries[warp][2 * lane + lane / 16 * 4] = two;
   __syncwarp();
   float4 q[4];
@@ -2002,11 +2042,133 @@ __device__ __forceinline__ void attend(const Arguments& a, State& s, Shared& sh,
   for (int step = 4; step < 32; step *= 2) total += __shfl_xor_sync(~0u, total, step);
   gather(out);
   *(float2*)&sh.runs[warp][lane % 8 * 8 + lane / 8 * 2] = {out[0], out[1]};
-  if (lane == 0) sh.tops[warp] = best, sh.totals[warp] = total;
-  __syncwarp();
-  bar_arrive(STEP_DONE + (OWN ? OWN_ATTENTION : CROSS_ATTENTION), 32 * (WARPS + 1));
-  bar_sync(PUBLISHED, 32 * (WARPS + 1));
+  leave_run(sh, warp, lane, OWN ? OWN_ATTENTION : CROSS_ATTENTION, best, total);
 }
+
+#if CROSS8
+// Keys and values in 8 bits: of each a lane has sixteen dimensions of a tile's two rows. They are multiplied as the integers
+// that they are, by the query and by attention's weights as integers of 15 bits, as packed weights are by activations.
+template <>
+struct Cached<false> {
+  static constexpr int TILES = ratio(CROSS_RUN, 16 * WARPS);
+  u32 k[TILES][2][4], v[TILES][4][2];  // Of values pairs of rows, side by side.
+  float key_scale[TILES][2], value_scale[TILES][2];
+  int count;  // Of keys that this program has.
+
+  // Which of them is the first of an eight.
+  static __device__ __forceinline__ int eight(int tile, int half) { return (tile * WARPS + thread() / 32) * 16 + 8 * half; }
+  __device__ __forceinline__ bool seen(int tile, int half) const { return eight(tile, half) + (int)(thread() / 4 % 8) < count; }
+  __device__ __forceinline__ void load(State& s, Shared& sh) {
+    constexpr int EACH = chunk_keys(false);
+    const u32 id = thread();
+    const int g = id / 4 % 8, t = id % 4;
+    const Span span = keys_of(false, s.slot);
+    count = span.count;
+    // Where the first one's scale is; an eight's scales and rows are in one chunk.
+    const int scales_from = (attender(false) % HEADS * SOURCE + span.first) % 8 * 2 + 2 * EACH * 64;
+    const int place = take(sh, s, CROSS_ATTENTION, KEY_CHUNKS);
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) {
+      u32 rows[2][4];
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int begin = eight(tile, half), chunk = least(begin / EACH, KEY_CHUNKS - 1), key = begin % EACH + g;
+        const u8* base = dynamic_shared() + (AT_HOME ? place + chunk * bytes_of_keys(EACH) : base_of(place, chunk));
+        load16(k[tile][half], base + key * 64 + t * 16);
+        load16(rows[half], base + (EACH + key) * 64 + t * 16);
+        // What lies behind the last scale may be no number, which a weight of zero does not hide.
+        key_scale[tile][half] = value_scale[tile][half] = 0;
+        if (begin + g < count) {
+          key_scale[tile][half] = widen(*(const u16*)(base + scales_from + key * 2));
+          value_scale[tile][half] = widen(*(const u16*)(base + scales_from + scales_of(EACH) + key * 2));
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        v[tile][j][0] = byte_permute(rows[0][j], rows[1][j], 0x5140);
+        v[tile][j][1] = byte_permute(rows[0][j], rows[1][j], 0x7362);
+      }
+    }
+    release(sh, place, CROSS_ATTENTION, KEY_CHUNKS);
+  }
+};
+// Of the first `2 * LEFT` sums, of which a lane and another have parts, each of the two ends up with half.
+template <int LEFT>
+__device__ __forceinline__ void halve(int (&sums)[16]) {
+  const bool upper = thread() & 2 * LEFT;
+#pragma unroll
+  for (int j = 0; j < LEFT; j++) {
+    const int from = __shfl_xor_sync(~0u, upper ? sums[j] : sums[LEFT + j], 2 * LEFT);
+    sums[j] = (upper ? sums[LEFT + j] : sums[j]) + from;
+  }
+}
+template <>
+__device__ __forceinline__ void attend<false>(const Arguments& a, State& s, Shared& sh, const Cached<false>& cached) {
+  constexpr int TILES = Cached<false>::TILES;
+  const u32 id = thread();
+  const int warp = id / 32, lane = id % 32, t = id % 4;
+  const uint2 two = await_query<false>(a, s, lane);
+  const float one = __uint_as_float(two.x), other = __uint_as_float(two.y);
+  const Grain of_query = grain_of(most(magnitude(one), magnitude(other)));
+  u32* integers = (u32*)sh.queries[warp];
+  integers[lane] = integers_of(one, other, of_query);
+  __syncwarp();
+  u32 q[2][4];
+#pragma unroll
+  for (int i = 0; i < 2; i++) load16(q[i], (const u8*)(integers + 8 * t + 4 * i));
+
+  float score[TILES][2], best = NOTHING;
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const u32(&k)[4] = cached.k[tile][half];
+      int dots[2] = {};
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        int& dot = dots[j / 2];
+        dot = dot_low_signed(q[j / 2][j % 2 * 2], k[j], dot), dot = dot_high_signed(q[j / 2][j % 2 * 2 + 1], k[j], dot);
+      }
+      int dot = dots[0] + dots[1];
+      dot += __shfl_xor_sync(~0u, dot, 1);
+      dot += __shfl_xor_sync(~0u, dot, 2);
+      score[tile][half] = cached.seen(tile, half) ? __int2float_rn(dot) * (cached.key_scale[tile][half] * of_query.down)
+                                                  : __int_as_float(0xFF800000);
+      best = fmaxf(best, score[tile][half]);
+    }
+  best = largest_float_of_warp(best);
+  float total = 0;
+  u32 largest = 0;
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      float& weight = score[tile][half];
+      weight = exp2_fast(weight - best);
+      total += weight;
+      weight *= cached.value_scale[tile][half];
+      largest = most(largest, magnitude(weight));
+    }
+  const Grain of_weights = grain_of(largest);
+  // Sixteen dimensions, of whose sums eight lanes have parts: each ends up with two.
+  int sums[16] = {};
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++) {
+    const u32 weights = integers_of(score[tile][0], score[tile][1], of_weights);
+#pragma unroll
+    for (int j = 0; j < 16; j++) {
+      const u32 pairs = cached.v[tile][j / 4][j / 2 % 2];
+      sums[j] = j % 2 ? dot_high_signed(weights, pairs, sums[j]) : dot_low_signed(weights, pairs, sums[j]);
+    }
+  }
+#pragma unroll
+  for (int step = 4; step < 32; step *= 2) total += __shfl_xor_sync(~0u, total, step);
+  halve<8>(sums), halve<4>(sums), halve<2>(sums);
+  const int first = 16 * t + (lane & 16) / 2 + (lane & 8) / 2 + (lane & 4) / 2;
+  *(float2*)&sh.runs[warp][first] = {__int2float_rn(sums[0]) * of_weights.down, __int2float_rn(sums[1]) * of_weights.down};
+  leave_run(sh, warp, lane, CROSS_ATTENTION, best, total);
+}
+#endif
 
 // A product with the stream, and the attention behind it.
 template <int STEP>

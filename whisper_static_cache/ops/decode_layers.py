@@ -167,8 +167,6 @@ def why_not(shape, capability=CAPABILITY):
         return f"the persistent kernel is made for compute capability {CAPABILITY[0]}.{CAPABILITY[1]}"
     if shape.batch > MAX_ROWS:
         return f"{shape.batch} rows; the persistent kernel takes {MAX_ROWS}"
-    if shape.cross_int8 and shape.batch == 1:
-        return "for a single row the persistent kernel does not take 8-bit keys and values"
     if shape.width % HEAD_DIM or shape.ffn % HEAD_DIM:
         return "heads are of 64 dimensions, and decoder_ffn_dim is a multiple of 64"
     if shape.layers % 2:
