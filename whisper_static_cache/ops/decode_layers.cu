@@ -448,7 +448,7 @@ constexpr int CHUNK = AT_HOME ? HOME : up(most(most(chunk_bytes(WIDTH), chunk_by
 #if BATCH == 1
 // Keys, with their values, of a chunk of self-attention or of cross-attention, and how many chunks there are at most.
 constexpr int chunk_keys(bool own) {
-  return AT_HOME ? own ? OWN_KEYS : KEYS_PIECE : (own || !BYTE_KEYS ? CHUNK / 256 : (CHUNK - 32) / 132) / 8 * 8;
+  return !own && (AT_HOME || BYTE_KEYS) ? KEYS_PIECE : AT_HOME ? OWN_KEYS : CHUNK / 256 / 8 * 8;
 }
 constexpr int KEY_CHUNKS = ratio(CROSS_RUN, chunk_keys(false)), OWN_CHUNKS = ratio(OWN_KEYS, chunk_keys(true));
 #else
