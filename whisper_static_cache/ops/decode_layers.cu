@@ -816,13 +816,13 @@ struct Pointers {
 
 // Some barriers to a warp, by one lane: 32 lanes at once would take their turns, a hundred cycles each.
 __device__ __forceinline__ void init_barriers(Shared& sh, int readers) {
-  constexpr int USED = AT_HOME ? STEPS + KEY_CHUNKS : IN_RING;
+  constexpr int USED = AT_HOME ? STEPS : IN_RING;
   if (elected()) {
 #pragma unroll 1
     for (int i = thread() / 32; i < USED + MOST_PIECES; i += THREADS / 32) {
       const bool of_head = i >= USED;
       const int at = of_head ? RINGS + i - USED : i;
-      const int chunks = AT_HOME && !of_head && i < STEPS && !is_attention(i) ? chunks_of(i) : 1;
+      const int chunks = !AT_HOME || of_head ? 1 : i == CROSS_ATTENTION ? KEY_CHUNKS : chunks_of(i);
       barrier_init(shared_address(&sh.full[at]), chunks);
       barrier_init(shared_address(&sh.empty[at]), of_head ? WARPS : readers);
     }
@@ -831,10 +831,6 @@ __device__ __forceinline__ void init_barriers(Shared& sh, int readers) {
   __syncwarp();
 }
 
-// At home a step's chunks have a barrier in common, but for pieces of keys.
-__device__ __forceinline__ u32 home_barrier(Shared& sh, int step, int chunk) {
-  return shared_address(&sh.full[step == CROSS_ATTENTION ? STEPS + chunk : step]);
-}
 // Where the fetching warp is.
 struct Fetching {
   Cursor cursor, landed;
@@ -851,10 +847,10 @@ __device__ __forceinline__ void keep_pace(Fetching& f, u32 bytes) {
   constexpr u32 AT_MOST = AT_HOME || BITS == 16 ? PACE : PACE * 5 / 3;
   f.due = cycles() + bytes / AT_MOST;
 }
-// At home: where a chunk goes, its barrier, and whether it is the first of a step, which waits for the room of all.
+// At home, where a step's chunks have a barrier in common: where one goes, and whether it is the first, which waits for the room
+// of all.
 struct Home {
   u32 place;
-  int full;
   bool first;
 };
 // Room for a chunk of a step, when few enough are on their way; its barrier expects `bytes`, of which `at_first` are asked for
@@ -866,7 +862,7 @@ __device__ __forceinline__ u32 make_room(Shared& sh, Fetching& f, int step, cons
   u32 at, empty, phase;
   bool first = true;
   if (AT_HOME) {
-    at = home.place, barrier = shared_address(&sh.full[home.full]), first = home.first;
+    at = home.place, barrier = shared_address(&sh.full[step]), first = home.first;
     // Of two steps with one home, the other one is what has been there. Who does not attend has no keys to leave, and fetches the
     // product of the layer before: its own last one is two layers back.
     const bool alone = !pairs(step) || step == FC2 && !f.attends_cross;
@@ -895,7 +891,7 @@ __device__ __forceinline__ u32 make_room(Shared& sh, Fetching& f, int step, cons
 // What was asked for before it was known that there is nothing to do has landed: copies end before their program does.
 __device__ __forceinline__ void await_first(Shared& sh) {
   for (int chunk = 0; chunk < (AT_HOME ? 1 : chunks_of(QKV)); chunk++)
-    await(AT_HOME ? home_barrier(sh, QKV, chunk) : shared_address(&sh.full[chunk]), 0);
+    await(shared_address(&sh.full[AT_HOME ? QKV : chunk]), 0);
 }
 #endif
 
@@ -967,7 +963,7 @@ __device__ __forceinline__ void fetch_chunk(Shared& sh, u32 memory, Fetching& f,
   const bool whole = TWOS && step == FC2;
   u32 barrier;
   const u32 at_first = whole ? AT_ONCE : plan.all;
-  const u32 place = memory + make_room(sh, f, step, {plan.home, step, first}, plan.all, at_first, barrier, [&] {
+  const u32 place = memory + make_room(sh, f, step, {plan.home, first}, plan.all, at_first, barrier, [&] {
     if (!elected()) return;
     // Rows that follow each other are prefetched together.
     const bool joined = plan.row_size == plan.apart;
@@ -1012,7 +1008,7 @@ __device__ __forceinline__ void fetch_keys(Shared& sh, u32 memory, Fetching& f, 
   const u8 *first = (const u8*)pointers[0] + from, *second = (const u8*)pointers[1] + from;
   const int step = own ? OWN_ATTENTION : CROSS_ATTENTION;
   const Home home = {own ? home_of(OWN_ATTENTION) : home_of(CROSS_ATTENTION) + chunk * (u32)bytes_of_keys(KEYS_PIECE),
-                     own ? step : STEPS + chunk, chunk == 0};
+                     chunk == 0};
   u32 barrier;
   const u32 all = 2 * (size + scales);
   const u32 place = memory + make_room(sh, f, step, home, all, all, barrier, [&] {
@@ -1330,8 +1326,7 @@ struct RowsOf {
 __device__ __forceinline__ int take(Shared& sh, State& s, int step, int chunks) {
   if (!AT_HOME) return take(sh, s.cursor, chunks);
   // A layer's tag and its barriers' parity alternate alike.
-  const int barriers = step == CROSS_ATTENTION ? KEY_CHUNKS : 1;
-  for (int piece = 0; piece < barriers; piece++) await(home_barrier(sh, step, piece), s.tag ^ 1);
+  await(shared_address(&sh.full[step]), s.tag ^ 1);
   return home_of(step);
 }
 __device__ __forceinline__ void release(Shared& sh, int place, int step, int chunks) {
