@@ -405,6 +405,7 @@ def main():
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--timestamps", nargs="+", type=int, choices=(0, 1), default=[0])
     parser.add_argument("--bits", nargs="+", type=float, choices=(16, *GROUP_SIZES), default=[16])
+    parser.add_argument("--group-size", type=int, help="of all widths below 16 bits, in place of each one's own")
     parser.add_argument(
         "--cross-dtypes", nargs="+", choices=CROSS_DTYPES, default=["none"], help="as patch takes it; stock has none"
     )
@@ -429,10 +430,13 @@ def main():
             with options.output.open("a") as file:
                 file.write(json.dumps(row) + "\n")
 
+    def group_size_of(bits):
+        return None if bits == 16 else options.group_size or GROUP_SIZES[bits]
+
     if options.quantising:
         for shape, bits, head_bits in itertools.product(options.shapes, options.bits, options.head_bits):
             bits = bits if bits == 1.58 else int(bits)
-            group_size = GROUP_SIZES.get(bits) or parser.error("--quantising needs --bits below 16")
+            group_size = group_size_of(bits) or parser.error("--quantising needs --bits below 16")
             row = {"shape": shape, "bits": bits, "group_size": group_size, "dtype": options.dtype}
             model = build_model(shape, device, dtype)
             write({**row, **time_quantising(model, bits, group_size, head_bits or None)})
@@ -441,13 +445,13 @@ def main():
     bandwidth = copy_bandwidth(device)
     for shape, bits, head_bits in itertools.product(options.shapes, options.bits, options.head_bits):
         model = build_model(shape, device, dtype)
-        group_size = GROUP_SIZES.get(bits)
+        group_size = group_size_of(bits)
         of_model = {"shape": shape, "bits": 8 * dtype.itemsize, "group_size": group_size}
         if group_size:
             of_model["bits"] = bits if bits == 1.58 else int(bits)
-            # Groups as each width has them by default, the head's by its own.
+            # Without a size each width has groups as by default, and the head by its own.
             arguments = {"method": "rtn", "backend": "torch", "progress": False, "head_bits": head_bits or None}
-            whisper_static_cache.quantize_decoder(model, of_model["bits"], **arguments)
+            whisper_static_cache.quantize_decoder(model, of_model["bits"], options.group_size, **arguments)
             if head_bits:
                 of_model["head_bits"] = head_bits
         if options.breakdown:

@@ -374,7 +374,7 @@ SMALL = ops.Shape(128, 512, 2, 300, 50, False, 16, 0, 12, 120_000)
         {"bits": 4, "group_size": 64, "vocab": 3001, "head_bits": 4, "head_group_size": 64},
         {"bits": 2, "group_size": 16, "vocab": 3001, "head_bits": 8, "head_group_size": 16, "bfloat16": True},
         {"width": 192, "ffn": 768, "programs": 16, "vocab": 2999, "head_bits": 4, "head_group_size": 192},
-        # Cross-attention in 8 bits: some keys to a program, several tiles of them, in homes of their own, shared, around a ring.
+        # Cross-attention in 8 bits: few keys to a program, several tiles, a home of their own, a shared one, a ring.
         {"cross_int8": True},
         {"cross_int8": True, "source": 1130, "bits": 4, "group_size": 64},
         {"cross_int8": True, "source": 947, "bits": 8, "group_size": 64, "memory": 94_000, "bfloat16": True},

@@ -361,9 +361,8 @@ constexpr bool PARTED = BITS == 16 || BITS == 8 || BITS == 4;
 constexpr int turns(int depth) { return ratio(runs(depth), WARPS); }
 constexpr int groups(int depth) { return BITS == 16 ? 0 : depth / GROUP; }
 constexpr int CROSS_RUN = ratio(SOURCE, CROSS_SPLITS);
-// Of several rows there are many keys, which come by 64 at least. One row's keys of 8 bits, with their values, come by halves, of
-// which one is as large as a quarter in 16 bits; behind them lie the scales of both, from the multiple of 16 bytes at or below the
-// first on.
+// Of several rows there are many keys, which come by 64 at least. One row's in 8 bits come by halves, of which one is as large
+// as a quarter in 16 bits; behind keys and values lie the scales of both, from the multiple of 16 bytes at or below the first on.
 constexpr bool BYTE_KEYS = BATCH == 1 && CROSS8;
 constexpr int KEYS_PIECE = up(ratio(CROSS_RUN, BYTE_KEYS ? 2 : 4), 8);
 constexpr int scales_of(int keys) { return BYTE_KEYS ? 2 * keys + 16 : 0; }
@@ -418,7 +417,8 @@ constexpr int OF_HEAD = VOCAB && HEAD_BITS != 16 ? 2 * WIDTH + WIDTH / 2 + WARPS
 // chunk, and the rest.
 constexpr int BESIDE = most(most(WARPS * 64 * most(HIDDEN_BLOCKS, OF_WARP * (BITS == 16 ? 2 : 1)), OF_HEAD), WARPS * 560) +
                        (BITS == 16 ? 0 : WARPS * 16 * up(most(HIDDEN_BLOCKS, OF_WARP), 4)) +
-                       64 * up(most(3, FFN_CHUNKS) * ROWS, 16) + 52 * LAYERS + up(SLOTS, 16) + 64 * (7 + FFN_CHUNKS) + 3832 + 32 * BYTE_KEYS;
+                       64 * up(most(3, FFN_CHUNKS) * ROWS, 16) + 52 * LAYERS + up(SLOTS, 16) + 64 * (7 + FFN_CHUNKS) + 3832 +
+                       32 * BYTE_KEYS;
 // How many of the pairs `OUT_PAIR`, `DEEP_PAIR` and `QUERY_PAIR` have a home in common: the outputs of the two attentions, the
 // second feed-forward product and the keys of cross-attention, the query and the first feed-forward product.
 enum { OUT_PAIR = 1, DEEP_PAIR, QUERY_PAIR };
