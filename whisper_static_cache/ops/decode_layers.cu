@@ -208,26 +208,17 @@ __device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, 
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 // c plus two signed 16-bit integers of x times the first two bytes of q, or the last two: bytes without a sign, or with one.
-__device__ __forceinline__ int dot_low(u32 x, u32 q, int c) {
-  int d;
-  asm("dp2a.lo.s32.u32 %0,%1,%2,%3;" : "=r"(d) : "r"(x), "r"(q), "r"(c));
-  return d;
-}
-__device__ __forceinline__ int dot_high(u32 x, u32 q, int c) {
-  int d;
-  asm("dp2a.hi.s32.u32 %0,%1,%2,%3;" : "=r"(d) : "r"(x), "r"(q), "r"(c));
-  return d;
-}
-__device__ __forceinline__ int dot_low_signed(u32 x, u32 q, int c) {
-  int d;
-  asm("dp2a.lo.s32.s32 %0,%1,%2,%3;" : "=r"(d) : "r"(x), "r"(q), "r"(c));
-  return d;
-}
-__device__ __forceinline__ int dot_high_signed(u32 x, u32 q, int c) {
-  int d;
-  asm("dp2a.hi.s32.s32 %0,%1,%2,%3;" : "=r"(d) : "r"(x), "r"(q), "r"(c));
-  return d;
-}
+#define DOT(name, bytes, type)                                                                      \
+  __device__ __forceinline__ int name(u32 x, u32 q, int c) {                                        \
+    int d;                                                                                          \
+    asm("dp2a." bytes ".s32." type " %0,%1,%2,%3;" : "=r"(d) : "r"(x), "r"(q), "r"(c));             \
+    return d;                                                                                       \
+  }
+DOT(dot_low, "lo", "u32")
+DOT(dot_high, "hi", "u32")
+DOT(dot_low_signed, "lo", "s32")
+DOT(dot_high_signed, "hi", "s32")
+#undef DOT
 __device__ __forceinline__ u32 largest_of_warp(u32 x) {
   u32 y;
   asm("redux.sync.max.u32 %0,%1,0xFFFFFFFF;" : "=r"(y) : "r"(x));
