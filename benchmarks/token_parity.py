@@ -1,7 +1,7 @@
 """Tokens of the patched model beside stock's, on real checkpoints and real speech.
 
     python benchmarks/token_parity.py --models tiny.en base --engines triton compile --output rows.jsonl
-    python benchmarks/token_parity.py --bits 4 2 --dtypes float16 --output rows.jsonl
+    python benchmarks/token_parity.py --bits 4 2 --head-bits 0 4 --dtypes float16 --output rows.jsonl
 
 Speech as in wer.py: each utterance by itself, in every one of `--batches`, and `--chapters` as long recordings with
 timestamps. Greedy. Stock runs once, in the largest of the batches.
@@ -208,6 +208,7 @@ def parse(argv=None):
     dtypes = ("float32", "float16", "bfloat16")
     parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=dtypes)
     parser.add_argument("--bits", nargs="+", type=float, choices=(16, *GROUP_SIZES), default=[16])
+    parser.add_argument("--head-bits", nargs="+", type=int, choices=(0, 8, 4, 3, 2), default=[0], help="0: no head")
     parser.add_argument("--engines", nargs="+", choices=("eager", "compile", "triton"), default=["triton"])
     parser.add_argument("--folder", type=Path, default=SPEECH, help="speech in LibriSpeech's layout")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
@@ -235,18 +236,27 @@ def main():
     if options.chapters:
         cases.append(([join(chapter) for chapter in chapters[: options.chapters]], [1], True))
     failed = 0
-    for name, dtype, bits in itertools.product(options.models, options.dtypes, options.bits):
+    for name, dtype, bits, head_bits in itertools.product(
+        options.models, options.dtypes, options.bits, options.head_bits
+    ):
+        if head_bits and bits == 16:
+            continue
         model, processor = load_checkpoint(name, dtype=getattr(torch, dtype), device=options.device)
         group_size = GROUP_SIZES.get(bits)
         bits = bits if bits == 1.58 else int(bits)
         if group_size:
-            whisper_static_cache.quantize_decoder(model, bits, group_size, backend="torch", progress=False)
+            whisper_static_cache.quantize_decoder(
+                model, bits, group_size, head_bits=head_bits or None, backend="torch", progress=False
+            )
         # The weights as the dtype has them: bfloat16 rounds the file's float16.
         reference = copy.deepcopy(model).float()
         for case in cases:
             for row in run_cases(model, reference, processor, *case, options):
                 failed += not row["passed"]
-                row = {"model": Path(name).name, "bits": bits, "group_size": group_size, **row, **facts}
+                of_model = {"model": Path(name).name, "bits": bits, "group_size": group_size}
+                if head_bits:
+                    of_model["head_bits"] = head_bits
+                row = {**of_model, **row, **facts}
                 print(json.dumps(row), flush=True)
                 if options.output:
                     with options.output.open("a") as file:
