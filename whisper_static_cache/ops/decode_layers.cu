@@ -399,6 +399,11 @@ constexpr int HIDDEN_STRIDE = BY_TWOS ? row_bytes(FFN) : stride_of(row_bytes(FFN
 constexpr int HIDDEN_HOME = up(ROWS * HIDDEN_STRIDE + behind_rows(FFN), 128);
 // Self-attention is split where one program's keys end: as many as all warps take at once.
 constexpr int SELF_RUN = 16 * WARPS, SELF_SPLITS = ratio(SLOTS, SELF_RUN), OWN_KEYS = least(SELF_RUN, up(SLOTS, 8));
+// What is fetched there at a time: of the second feed-forward product's rows, one piece of memory, so many bytes. Less would
+// take the fetching warp longer, more stand in front of others.
+constexpr int AT_ONCE = 12800;
+constexpr int PARTS_AT_HOME = BY_TWOS ? ratio(ROWS * row_bytes(FFN), AT_ONCE) : 1;
+constexpr int PIECES_AT_HOME = 7 + ratio(CROSS_RUN, KEYS_PIECE) + FFN_CHUNKS + PARTS_AT_HOME;
 constexpr int ALL_HOMES = (6 + FFN_CHUNKS) * HOME + KEYS_HOME + HIDDEN_HOME + OWN_KEYS * 256;
 // Of a packed head: lanes to a row, each of which takes sixteen bytes at a time, and rows that a warp has at once; as many sums of
 // lanes as a warp keeps until it adds them up.
@@ -408,7 +413,7 @@ constexpr int OF_HEAD = VOCAB && HEAD_BITS != 16 ? 2 * WIDTH + WIDTH / 2 + WARPS
 // chunk, and the rest.
 constexpr int BESIDE = most(most(WARPS * 64 * most(HIDDEN_BLOCKS, OF_WARP * (BITS == 16 ? 2 : 1)), OF_HEAD), WARPS * 560) +
                        (BITS == 16 ? 0 : WARPS * 16 * up(most(HIDDEN_BLOCKS, OF_WARP), 4)) +
-                       64 * up(most(3, FFN_CHUNKS) * ROWS, 16) + 52 * LAYERS + up(SLOTS, 16) + 64 * (7 + FFN_CHUNKS) + 3832 +
+                       64 * up(most(3, FFN_CHUNKS) * ROWS, 16) + 52 * LAYERS + up(SLOTS, 16) + 48 * PIECES_AT_HOME + 3448 +
                        32 * BYTE_KEYS;
 // How many of the pairs `OUT_PAIR`, `DEEP_PAIR` and `QUERY_PAIR` have a home in common: the outputs of the two attentions, the
 // second feed-forward product and the keys of cross-attention, the query and the first feed-forward product.
@@ -513,7 +518,7 @@ static_assert(HEADS * SELF_SPLITS <= GIVERS && SELF_SPLITS <= 8 && (CROSS_SPLITS
 // Pieces of the head's weight that shared memory has room for at a time, at most.
 constexpr int MOST_PIECES = VOCAB ? 12 : 0;
 
-constexpr int RINGS = 32;  // Chunks in shared memory, at most.
+constexpr int RINGS = AT_HOME ? STEPS : 32;  // Barriers: of steps, or of chunks around a ring, at most.
 // On their way at a time, or a chunk at least. For two to four rows less is faster, as long as the weights are large.
 constexpr bool SOME_ROWS = BATCH > 1 && BATCH <= 4 && BITS == 16;
 // For one in 16 bits two chunks are, if they are large.
@@ -593,19 +598,51 @@ struct History {
 // The numbers of `decode_tokens.Rules`.
 enum { MIN_LENGTH, END_COUNT, PAD, PROMPT_LENGTH, BEGIN_INDEX, TIMESTAMP_BEGIN, NO_TIMESTAMPS, TEXT_END, DETECT, RULES };
 constexpr int MOST_ENDS = 16;
-// The copies of a chunk of weights, which are the same in every layer but for the layer's pointers. Rows are copied one by one,
-// by twos or all together; scales and zero points, and two vectors, from the multiple of 16 bytes at or below their first one
-// on. In bytes.
+// The copies of a piece of what is fetched, which are the same in every layer but for the layer's pointers. Rows are copied one by
+// one, by twos or all together; scales and zero points, and two vectors, or keys and values, from the multiple of 16 bytes at or
+// below their first one on. In bytes.
 struct alignas(16) Plan {
-  u32 rows, metas, vectors, all;                 // Where they begin behind their pointers; all that is copied.
-  u32 row_size, meta_size, vector_size, copies;  // Of each copy; how many there are of rows.
-  u32 to_scales, to_zeros, to_first, to_second;  // Where they go, behind the chunk's place.
-  u32 apart, to_apart, home, pointers;           // From rows to the next ones; the chunk's place, at home; which pointers.
+  u32 rows, metas, vectors, expected;            // Where they begin behind their pointers; what the barrier is told of.
+  u16 row_size, meta_size, vector_size, lasts;   // Of each copy; cycles until more may be asked for.
+  u16 to_scales, to_zeros, to_first, to_second;  // Where they go, behind the piece's place; in sixteens of bytes.
+  u32 place, pointers, about;                    // At home; which pointers, six bits each; below.
+  u16 apart, to_apart;                           // From rows to the next ones, there and here.
 };
-constexpr int PLANS = 6 + FFN_CHUNKS + parts(FFN);
-constexpr int first_plan(int product) {
-  return product == QKV ? 0 : product <= QUERY ? product + 1 : product <= FC1 ? product : 6 + FFN_CHUNKS;
+// About a piece: how many copies of rows there are, its step, whose barrier says that there is room, and these. In a pass over a
+// layer only some pieces are fetched: the first product's, those of the layer before, others, or of these several.
+enum {
+  ABOUT_STEP = 8, ABOUT_ROOM = 12,
+  OPENS = 1 << 16,     // The first piece of its step waits for the room of all.
+  ARRIVES = 1 << 17,   // At its step's barrier.
+  TURNED = 1 << 18,    // The room is made in a layer of the other parity.
+  LAGS = 1 << 19, OF_FIRST = 1 << 20, OF_OTHERS = 1 << 21
+};
+// What of a layer is fetched in which order: steps, four bits each, with the highest set where the step is of the layer before. In
+// the order in which room is made; at home most of cross-attention's keys come behind the next weights, and the last in front of
+// the last product's: all together would be in the way of the words that are waited for. Of two halves in 8 bits the second is not
+// the last.
+constexpr int pieces_of(int step) {
+  return step == OWN_ATTENTION ? OWN_CHUNKS : step == CROSS_ATTENTION ? KEY_CHUNKS :
+         step == FC2 && AT_HOME ? PARTS_AT_HOME : chunks_of(step);
 }
+constexpr int PIECES_OF_LAYER = 6 + OWN_CHUNKS + KEY_CHUNKS + FFN_CHUNKS + pieces_of(FC2);
+constexpr u64 order(int half) {
+  constexpr int FIRST_KEYS = AT_HOME && !pairs(CROSS_ATTENTION) ? least(1, KEY_CHUNKS) : KEY_CHUNKS;
+  constexpr int LAST_KEYS = BYTE_KEYS ? KEY_CHUNKS : most(KEY_CHUNKS - 1, FIRST_KEYS);
+  u64 found[2] = {};
+  int count = 0;
+  for (int turn = 0; turn < STEPS; turn++) {
+    const int step = pairs(turn) ? paired(turn) : turn;
+    const int keys = step == CROSS_ATTENTION ? FIRST_KEYS : step == FC1 ? LAST_KEYS - FIRST_KEYS : step == FC2 ? KEY_CHUNKS - LAST_KEYS : 0;
+    for (int i = 0; i < keys + (step == CROSS_ATTENTION ? 0 : pieces_of(step)); i++, count++) {
+      const u64 piece = i < keys ? CROSS_ATTENTION : step | (pairs(turn) && turn < CROSS_OUT) << 3;
+      found[count / 16] |= piece << count % 16 * 4;
+    }
+  }
+  return found[half];
+}
+constexpr u64 ORDER = order(0), ORDER_BEHIND = order(1);
+constexpr bool SOME_LAG = ((ORDER | ORDER_BEHIND) & 0x8888888888888888) != 0;
 struct Shared {
   // Of a pair of rows the sums of four warps, in this order: the first row's, of the first warps and of the others, the
   // second row's. Lanes that finish pairs of rows read vectors side by side.
@@ -638,8 +675,8 @@ struct Shared {
   u64 caches[LAYERS][2], gains[LAYERS][3];
   float eps[LAYERS][3];
   u8 valid[SLOTS];
-  Plan plans[PLANS];
-  u64 pointers[1 + (AT_HOME && PAIRS)][POINTERS];  // Of the layer that is fetched, and of the one before.
+  Plan plans[PIECES_OF_LAYER];
+  u64 pointers[1 + SOME_LAG][POINTERS];  // Of the layer that is fetched, and of the one before.
 #if CHOOSES
   int slot;  // Of the newest token, or -1 where nothing is to be done any more.
   Allowed allowed;
@@ -825,55 +862,52 @@ __device__ __forceinline__ void init_barriers(Shared& sh, int readers) {
 // Where the fetching warp is.
 struct Fetching {
   Cursor cursor, landed;
-  int issued = 0, layer = 0;
+  int issued = 0;
   u32 due = 0;     // The clock when the next copies may be made.
   u32 pieces = 0;  // `Places.odd`.
-  bool attends_cross = false;
 };
 // All programs find room at the same moments, and what they ask for stands in front of the words: no more than `PACE`
-// bytes a cycle. It is looks that end this, too, as a process that shares the GPU may go on with another clock.
-__device__ __forceinline__ void keep_pace(Fetching& f, u32 bytes) {
-  for (u32 looks = 0; looks < bytes / 64 && (int)(cycles() - f.due) < 0; looks++) continue;
-  // Packed weights that go around a ring have less time until they are needed.
-  constexpr u32 AT_MOST = AT_HOME || BITS == 16 ? PACE : PACE * 5 / 3;
-  f.due = cycles() + bytes / AT_MOST;
+// bytes a cycle. Packed weights that go around a ring have less time until they are needed.
+__device__ __forceinline__ u32 time_of(u32 bytes) { return bytes / (AT_HOME || BITS == 16 ? PACE : PACE * 5 / 3); }
+// Until what was asked for has had its time. It is looks that end this, too, as a process that shares the GPU may go on with
+// another clock.
+__device__ __forceinline__ void keep_pace(Fetching& f, u32 lasts) {
+  for (u32 looks = 0; looks < lasts / 4 && (int)(cycles() - f.due) < 0; looks++) continue;
+  f.due = cycles() + lasts;
 }
-// At home, where a step's chunks have a barrier in common: where one goes, and whether it is the first, which waits for the room
-// of all.
+// At home: where a piece goes; its step's barrier, that of who leaves the room, and of which parity that was; whether it waits for
+// the room, and whether its barrier is told of it.
 struct Home {
   u32 place;
-  bool first;
+  int step, room;
+  u32 parity;
+  bool opens, arrives;
 };
-// Room for a chunk of a step, when few enough are on their way; its barrier expects `bytes`, of which `at_first` are asked for
-// now. Where the chunk goes.
+// Room for a piece, when few enough are on their way; its barrier expects `bytes`. Where the piece goes.
 template <class Prefetch>
-__device__ __forceinline__ u32 make_room(Shared& sh, Fetching& f, int step, const Home& home, u32 bytes, u32 at_first,
-                                         u32& barrier, Prefetch prefetch_it) {
+__device__ __forceinline__ u32 make_room(Shared& sh, Fetching& f, const Home& home, u32 bytes, u32 lasts, u32& barrier,
+                                         Prefetch prefetch_it) {
   // In a ring, few bytes on their way keep the memory busy. More would only stand in front of what the programs exchange.
-  u32 at, empty, phase;
-  bool first = true;
+  u32 at, empty, parity;
+  bool opens = true, arrives = true;
   if (AT_HOME) {
-    at = home.place, barrier = shared_address(&sh.full[step]), first = home.first;
-    // Of two steps with one home, the other one is what has been there. Who does not attend has no keys to leave, and fetches the
-    // product of the layer before: its own last one is two layers back.
-    const bool alone = !pairs(step) || step == FC2 && !f.attends_cross;
-    empty = shared_address(&sh.empty[alone ? step : paired(step)]), phase = f.layer & 1;
-    if (pairs(FC2) && alone && step == FC2) phase ^= 1;
+    at = home.place, barrier = shared_address(&sh.full[home.step]), empty = shared_address(&sh.empty[home.room]);
+    parity = home.parity, opens = home.opens, arrives = home.arrives;
   } else {
     if (f.issued++ >= IN_FLIGHT) {
       await(shared_address(&sh.full[f.landed.place]), f.landed.phase);
       f.landed.next();
     }
     at = f.cursor.place * CHUNK, barrier = shared_address(&sh.full[f.cursor.place]);
-    empty = shared_address(&sh.empty[f.cursor.place]), phase = f.cursor.phase;
+    empty = shared_address(&sh.empty[f.cursor.place]), parity = f.cursor.phase ^ 1;
     f.cursor.next();
   }
   // The first round finds every place empty. In 16 bits the ring holds less than half a layer: what has to wait for
   // room goes as far as the L2 cache meanwhile.
-  if (BITS == 16 && first && !barrier_try(empty, phase ^ 1)) prefetch_it();
-  if (first) await(empty, phase ^ 1);
-  if (BATCH == 1) keep_pace(f, at_first);
-  if (elected()) barrier_expect(barrier, bytes);
+  if (BITS == 16 && opens && !barrier_try(empty, parity)) prefetch_it();
+  if (opens) await(empty, parity);
+  if (BATCH == 1) keep_pace(f, lasts);
+  if (arrives && elected()) barrier_expect(barrier, bytes);
   __syncwarp();
   return at;
 }
@@ -897,121 +931,135 @@ __device__ __forceinline__ Span rows_of_chunk(int product, int chunk) {
 }
 
 #if BATCH == 1
-// Each chunk's plan, by a lane of the warp that fetches.
+// Each piece's plan, by a lane of the warp that fetches.
 __device__ __forceinline__ void make_plans(Shared& sh) {
-  static_assert(PLANS <= 32 && FOLDED - CONSTANT == GAIN - BIAS, "");
+  static_assert(PIECES_OF_LAYER <= 32 && ROWS < 256 && POINTERS <= 64 && row_bytes(FFN) < 1 << 16, "");
   const int lane = thread() % 32;
-  int product = STEPS, chunk = lane;
+  const u32 here = (lane < 16 ? ORDER : ORDER_BEHIND) >> lane % 16 * 4 & 0xF;
+  const int step = here & 7;
+  const bool lags = here >> 3;
+  // Which of its step's pieces this is: those that lag come last.
+  const u32 all_lag = __ballot_sync(~0u, lags), in_front = (1u << lane) - 1;
+  u32 same = 0;
 #pragma unroll
-  for (int step = 0, begin = 0; step < STEPS; step++) {
-    if (is_attention(step)) continue;
-    if (lane >= begin && lane < begin + chunks_of(step)) product = step, chunk = lane - begin;
-    begin += chunks_of(step);
+  for (int i = 0; i < STEPS; i++) {
+    const u32 of_step = __ballot_sync(~0u, step == i && lane < PIECES_OF_LAYER);
+    if (step == i) same = of_step;
   }
-  if (product < STEPS) {
-    const bool deep = product == FC2, norm = from_stream(product);
-    const Span span = rows_of_chunk(product, chunk);
-    const int first = span.first, count = span.count;
-    const int row = deep ? row_bytes(FFN) : row_bytes(WIDTH), part = deep ? part_bytes(FFN) : part_bytes(WIDTH);
-    const int begin = deep ? chunk * part : 0, size = least(part, row - begin);
-    const int at_once = !AT_HOME || !BY_TWOS ? 1 : deep ? most(count, 1) : 2;
-    const bool more = count > 0 && !((deep || together(product)) && chunk > 0);
-    const int meta = 2 * (deep ? groups(FFN) : groups(WIDTH)), of_vector = norm ? 4 : 2;
-    const int in_vector = first + (product == QKV ? chunk * WIDTH : 0);
-    const int all = together(product) ? most(least(FFN - first, ROWS_FFN), 0) : count;
-    auto bytes_of = [&](int first, int each) { return more ? up((first + all) * each, 16) - first * each / 16 * 16 : 0; };
-    Plan& plan = sh.plans[lane];
-    plan.rows = first * row + begin, plan.metas = first * meta / 16 * 16, plan.vectors = in_vector * of_vector / 16 * 16;
-    plan.row_size = at_once * size, plan.meta_size = bytes_of(first, meta), plan.vector_size = bytes_of(in_vector, of_vector);
-    plan.copies = count / at_once, plan.all = count * size + 2 * (plan.meta_size + plan.vector_size);
-    plan.to_scales = metas_behind(product, chunk, false), plan.to_zeros = metas_behind(product, chunk, true);
-    plan.to_first = vectors_behind(product, chunk), plan.to_second = plan.to_first + apart_of_vectors(product);
-    plan.apart = at_once * row, plan.to_apart = deep ? stride(FFN) : stride(WIDTH);
-    plan.home = home_of(product) + chunk * ROWS_OF_CHUNK;
-    plan.pointers = (weight_of(product) + (product == QKV ? chunk : 0)) << 8 | (norm_of(product) + (norm ? CONSTANT : BIAS));
+  const int piece = __popc(same & ~all_lag & (lags ? ~0u : in_front)) + (lags ? __popc(same & all_lag & in_front) : 0);
+  if (lane < PIECES_OF_LAYER) {
+    Plan plan = {};
+    // Of two steps with one home, the other one is what has been there. Who does not attend has no keys to leave.
+    const bool alone = !pairs(step) || step == FC2 && !attends(false, 0);
+    plan.about = step << ABOUT_STEP | (alone ? step : paired(step)) << ABOUT_ROOM | (lags ? LAGS : step == QKV ? OF_FIRST : OF_OTHERS) |
+                 (piece == 0 ? OPENS : 0) | ARRIVES | (lags && !alone ? TURNED : 0);
+    if (is_attention(step)) {
+      // The rest is known only when the slot is.
+      plan.rows = piece | lags << 8;
+    } else {
+      const bool deep = step == FC2, norm = from_stream(step), by_parts = deep && AT_HOME;
+      const int chunk = by_parts ? 0 : piece;
+      const Span span = rows_of_chunk(step, chunk);
+      const int first = span.first, count = span.count;
+      const int row = deep ? row_bytes(FFN) : row_bytes(WIDTH), part = deep ? part_bytes(FFN) : part_bytes(WIDTH);
+      const int begin = deep ? chunk * part : 0, size = least(part, row - begin);
+      const int together_rows = !AT_HOME || !BY_TWOS ? 1 : deep ? most(count, 1) : 2;
+      const bool more = count > 0 && !((deep || together(step)) && piece > 0);
+      const int meta = 2 * (deep ? groups(FFN) : groups(WIDTH)), of_vector = norm ? 4 : 2;
+      const int in_vector = first + (step == QKV ? chunk * WIDTH : 0);
+      const int all = together(step) ? most(least(FFN - first, ROWS_FFN), 0) : count;
+      auto bytes_of = [&](int first, int each) { return more ? up((first + all) * each, 16) - first * each / 16 * 16 : 0; };
+      u32 copies = count / together_rows;
+      plan.rows = first * row + begin, plan.metas = first * meta / 16 * 16, plan.vectors = in_vector * of_vector / 16 * 16;
+      plan.row_size = together_rows * size, plan.meta_size = bytes_of(first, meta), plan.vector_size = bytes_of(in_vector, of_vector);
+      plan.expected = count * size + 2 * (plan.meta_size + plan.vector_size);
+      plan.to_scales = metas_behind(step, chunk, false) / 16, plan.to_zeros = metas_behind(step, chunk, true) / 16;
+      plan.to_first = vectors_behind(step, chunk) / 16, plan.to_second = plan.to_first + apart_of_vectors(step) / 16;
+      plan.apart = row, plan.to_apart = deep ? stride(FFN) : stride(WIDTH);
+      plan.place = home_of(step) + chunk * ROWS_OF_CHUNK;
+      u32 asked = plan.expected;
+      if (by_parts && BY_TWOS) {
+        // The barrier is told of all of them at the first.
+        const int from = least(piece * AT_ONCE, count * size);
+        plan.row_size = asked = least(count * size - from, AT_ONCE), plan.rows += from, plan.place += from;
+        if (piece) plan.about &= ~ARRIVES;
+        if (!plan.row_size) copies = 0;
+      }
+      plan.lasts = time_of(asked), plan.about |= copies;
+      const int matrix = weight_of(step) + (step == QKV ? chunk : 0), vectors = norm_of(step) + (norm ? CONSTANT : BIAS);
+      plan.pointers = WEIGHTS + matrix | SCALES + matrix << 6 | ZEROS + matrix << 12 | vectors << 18 | vectors + 3 << 24;
+      static_assert(FOLDED - CONSTANT == 3 && GAIN - BIAS == 3, "");
+    }
+    sh.plans[lane] = plan;
   }
   __syncwarp();
 }
 
-// The pointers of the layer of which a step is fetched.
-__device__ __forceinline__ const u64* pointers_of(const Shared& sh, const Fetching& f, int step) {
-  return sh.pointers[AT_HOME && PAIRS ? (f.layer ^ (pairs(step) && step >= CROSS_OUT)) & 1 : 0];
+// And of keys and values, and in 8 bits of their scales, when it is known which ones this program attends to.
+__device__ __forceinline__ void plan_keys(Shared& sh, int slot) {
+  const int lane = thread() % 32;
+  if (lane < PIECES_OF_LAYER) {
+    Plan plan = sh.plans[lane];
+    const int step = plan.about >> ABOUT_STEP & 0xF, piece = plan.rows & 0xFF;
+    if (is_attention(step)) {
+      const bool own = step == OWN_ATTENTION, bytes = BYTE_KEYS && !own;
+      const Span keys = keys_of(own, slot);
+      const int most_keys = own ? chunk_keys(true) : chunk_keys(false), begin = piece * most_keys;
+      // Of a key. A scale takes a 32nd of that in 8 bits.
+      const u32 each = bytes ? 64 : 128, size = most(least(keys.count - begin, most_keys), 0) * each;
+      const u32 from = (attender(own) % HEADS * (own ? SLOTS : SOURCE) + keys.first + begin) * each;
+      plan.vectors = from, plan.vector_size = size, plan.to_first = 0, plan.to_second = most_keys * each / 16;
+      if (bytes) {
+        plan.metas = from / 32 / 16 * 16, plan.meta_size = size ? up((from + size) / 32 - plan.metas, 16) : 0;
+        plan.to_scales = 2 * most_keys * each / 16, plan.to_zeros = plan.to_scales + scales_of(most_keys) / 16;
+      }
+      plan.expected = 2 * (size + plan.meta_size), plan.lasts = time_of(plan.expected);
+      plan.place = own ? home_of(OWN_ATTENTION) : home_of(CROSS_ATTENTION) + piece * bytes_of_keys(KEYS_PIECE);
+      const int at = own ? KEYS : CROSS_KEYS;
+      plan.pointers = at | (bytes ? CROSS_SCALES : at) << 6 | (bytes ? CROSS_SCALES + 1 : at) << 12 | at << 18 | at + 1 << 24;
+      plan.about &= ~(LAGS | OF_OTHERS);
+      if (attends(own, slot) && piece < chunks_of_keys(own, slot)) plan.about |= plan.rows >> 8 ? LAGS : OF_OTHERS;
+      sh.plans[lane] = plan;
+    }
+  }
+  __syncwarp();
 }
 
-constexpr u32 AT_ONCE = 12800;  // Bytes. Less would take the fetching warp longer, more stand in front of others.
-// A chunk's copies, all by one lane.
-__device__ __forceinline__ void fetch_chunk(Shared& sh, u32 memory, Fetching& f, int step, const Plan& of_chunk, bool first) {
-  const Plan plan = of_chunk;
-  const u64* pointers = pointers_of(sh, f, step);
-  const int matrix = plan.pointers >> 8, vectors = plan.pointers & 0xFF;
-  const u8* rows = (const u8*)pointers[WEIGHTS + matrix] + plan.rows;
-  const u8* scales = BITS == 16 ? nullptr : (const u8*)pointers[SCALES + matrix] + plan.metas;
-  const u8* zeros = BITS == 16 ? nullptr : (const u8*)pointers[ZEROS + matrix] + plan.metas;
-  const u8* one = (const u8*)pointers[vectors] + plan.vectors;
-  const u8* other = (const u8*)pointers[vectors + FOLDED - CONSTANT] + plan.vectors;
-  // The second feed-forward product's rows are one piece of memory, which is asked for in parts.
+// A piece's copies, all by one lane.
+__device__ __forceinline__ void fetch_piece(Shared& sh, u32 memory, Fetching& f, const Plan& kept, int layer) {
+  const Plan plan = kept;
+  const u64* pointers = sh.pointers[SOME_LAG ? layer & 1 : 0];
+  const u8* rows = (const u8*)pointers[plan.pointers & 63] + plan.rows;
+  const u8* scales = (const u8*)pointers[plan.pointers >> 6 & 63] + plan.metas;
+  const u8* zeros = (const u8*)pointers[plan.pointers >> 12 & 63] + plan.metas;
+  const u8* one = (const u8*)pointers[plan.pointers >> 18 & 63] + plan.vectors;
+  const u8* other = (const u8*)pointers[plan.pointers >> 24] + plan.vectors;
   constexpr bool TWOS = AT_HOME && BY_TWOS;
-  const bool whole = TWOS && step == FC2;
+  const u32 copies = plan.about & 0xFF, apart = TWOS ? 2 * row_bytes(WIDTH) : plan.apart;
+  const u32 to_apart = TWOS ? TWO_ROWS : plan.to_apart;  // By twos distances are known.
+  const Home home = {plan.place, (int)(plan.about >> ABOUT_STEP & 0xF), (int)(plan.about >> ABOUT_ROOM & 0xF),
+                     (u32)layer & 1 ^ 1 ^ (plan.about & TURNED ? 1 : 0), (plan.about & OPENS) != 0, (plan.about & ARRIVES) != 0};
   u32 barrier;
-  const u32 at_first = whole ? AT_ONCE : plan.all;
-  const u32 place = memory + make_room(sh, f, step, {plan.home, first}, plan.all, at_first, barrier, [&] {
+  const u32 place = memory + make_room(sh, f, home, plan.expected, plan.lasts, barrier, [&] {
     if (!elected()) return;
     // Rows that follow each other are prefetched together.
-    const bool joined = plan.row_size == plan.apart;
+    const bool joined = plan.row_size == apart;
 #pragma unroll 1
-    for (u32 i = 0; i < (joined ? 1 : plan.copies); i++)
-      if (plan.copies) prefetch(rows + i * plan.apart, joined ? plan.copies * plan.row_size : plan.row_size);
+    for (u32 i = 0; i < (joined ? 1 : copies); i++)
+      if (copies) prefetch(rows + i * apart, joined ? copies * plan.row_size : plan.row_size);
     if (plan.vector_size) prefetch(one, plan.vector_size), prefetch(other, plan.vector_size);
   });
-  if (whole && plan.copies)
-#pragma unroll 1
-    for (u32 at = 0; at < plan.row_size; at += AT_ONCE) {
-      const u32 size = plan.row_size - at < AT_ONCE ? plan.row_size - at : AT_ONCE;
-      if (at) keep_pace(f, size);
-      if (elected()) copy_async(place + at, rows + at, size, barrier);
-    }
   if (elected()) {
-    // By twos distances are known.
-    const u32 apart = TWOS ? 2 * row_bytes(WIDTH) : plan.apart, to_apart = TWOS ? TWO_ROWS : plan.to_apart;
 #pragma unroll
     for (int i = 0; i < (TWOS ? ROWS / 2 : ROWS); i++)
-      if (i < (int)plan.copies && !whole) copy_async(place + i * to_apart, rows + i * apart, plan.row_size, barrier);
+      if (i < (int)copies) copy_async(place + i * to_apart, rows + i * apart, plan.row_size, barrier);
     if (plan.vector_size) {
-      copy_async(place + plan.to_first, one, plan.vector_size, barrier);
-      copy_async(place + plan.to_second, other, plan.vector_size, barrier);
+      copy_async(place + plan.to_first * 16, one, plan.vector_size, barrier);
+      copy_async(place + plan.to_second * 16, other, plan.vector_size, barrier);
     }
-    if (BITS != 16 && plan.meta_size) {
-      copy_async(place + plan.to_scales, scales, plan.meta_size, barrier);
-      copy_async(place + plan.to_zeros, zeros, plan.meta_size, barrier);
-    }
-  }
-  __syncwarp();
-}
-
-// Keys and values that this program attends to, from `at` on behind the layer's first ones, in bytes.
-__device__ __forceinline__ void fetch_keys(Shared& sh, u32 memory, Fetching& f, bool own, int chunk, u32 at, int count) {
-  const int most_keys = own ? chunk_keys(true) : chunk_keys(false), begin = chunk * most_keys;
-  // Of a key. A scale takes a 32nd of that in 8 bits.
-  const u32 each = BYTE_KEYS && !own ? 64 : 128;
-  const u32 size = most(least(count - begin, most_keys), 0) * each, from = at + begin * each;
-  const u32 scales_from = from / 32 / 16 * 16, scales = BYTE_KEYS && !own && size ? up((from + size) / 32 - scales_from, 16) : 0;
-  const u64* pointers = pointers_of(sh, f, own ? OWN_ATTENTION : CROSS_ATTENTION) + (own ? KEYS : CROSS_KEYS);
-  const u8 *first = (const u8*)pointers[0] + from, *second = (const u8*)pointers[1] + from;
-  const int step = own ? OWN_ATTENTION : CROSS_ATTENTION;
-  const Home home = {own ? home_of(OWN_ATTENTION) : home_of(CROSS_ATTENTION) + chunk * (u32)bytes_of_keys(KEYS_PIECE),
-                     chunk == 0};
-  u32 barrier;
-  const u32 all = 2 * (size + scales);
-  const u32 place = memory + make_room(sh, f, step, home, all, all, barrier, [&] {
-    if (size && elected()) prefetch(first, size), prefetch(second, size);
-  });
-  if (size && elected()) {
-    copy_async(place, first, size, barrier);
-    copy_async(place + most_keys * each, second, size, barrier);
-    if (BYTE_KEYS && !own) {
-      const u32 to = place + 2 * most_keys * each;
-      copy_async(to, (const u8*)pointers[2] + scales_from, scales, barrier);
-      copy_async(to + scales_of(chunk_keys(false)), (const u8*)pointers[3] + scales_from, scales, barrier);
+    if ((BITS != 16 || BYTE_KEYS) && plan.meta_size) {
+      copy_async(place + plan.to_scales * 16, scales, plan.meta_size, barrier);
+      copy_async(place + plan.to_zeros * 16, zeros, plan.meta_size, barrier);
     }
   }
   __syncwarp();
@@ -1085,7 +1133,7 @@ __device__ __forceinline__ void fetch_head(const Arguments& a, Shared& sh, u32 m
 #endif
     if (i < PIECES) {
       await_layers(sh, f.cursor, place, slot);
-      if (AT_HOME) keep_pace(f, bytes);
+      if (AT_HOME) keep_pace(f, time_of(bytes));
     } else if (!CHOOSES) {
       await(shared_address(&sh.empty[RINGS + place]), places.parity() ^ 1);
     }
@@ -1106,9 +1154,8 @@ __device__ __forceinline__ void fetch_head(const Arguments& a, Shared& sh, u32 m
 }
 #endif
 
-// The fetching warp: every chunk of every layer of a step, as soon as there is room for it, in the order in which room is made:
-// where two steps have a home, each is fetched when it is the other one's turn, the later one when that of the next layer is.
-// The first product's are fetched before it is known whether there is a step.
+// The fetching warp: every piece of every layer of a step, as soon as there is room for it, in `ORDER`. The first product's are
+// fetched before it is known whether there is a step.
 __device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory, Fetching& f, Pointers& ahead, int& slot,
                                       bool first) {
 #if !CHOOSES
@@ -1117,61 +1164,35 @@ __device__ __forceinline__ void fetch(const Arguments& a, Shared& sh, u32 memory
   // When the first weights have been used, so has all of the head.
   await_head(sh, f, 0, AT_HOME ? end_of(QKV) : SHARED_AT);
 #endif
-  u32 own_at = 0, cross_at = 0;
-  int own_count = 0, cross_count = 0, own_chunks = 0;
-  bool attends_own = false;
-  f.attends_cross = false;
-  constexpr bool IN_PAIRS = AT_HOME && PAIRS;
 #pragma unroll 1
-  for (int layer = 0; layer < LAYERS + IN_PAIRS; layer++) {
-    f.layer = layer;
-    const bool over = IN_PAIRS && layer == LAYERS;
-    if (!over) {
-      ahead.keep(sh.pointers[IN_PAIRS ? layer & 1 : 0]);
+  for (int pass = -1; pass < LAYERS + SOME_LAG; pass++) {
+    const u32 wanted = pass < 0 ? OF_FIRST : pass == 0 ? OF_OTHERS : pass == LAYERS ? LAGS : OF_FIRST | OF_OTHERS | LAGS;
+    const int layer = most(pass, 0);
+    if (pass != 0 && pass != LAYERS) {
+      ahead.keep(sh.pointers[SOME_LAG ? layer & 1 : 0]);
       ahead.load(a.table, CHOOSES && layer + 1 == LAYERS ? 0 : layer + 1);
     }
-    // At home most of cross-attention's keys come behind the next weights, and the last in front of the last product's: all
-    // together would be in the way of the words that are waited for. Of two halves in 8 bits the second is not the last.
-    constexpr int FIRST_KEYS = AT_HOME ? least(1, KEY_CHUNKS) : KEY_CHUNKS;
-    constexpr int LAST_KEYS = BYTE_KEYS ? KEY_CHUNKS : most(KEY_CHUNKS - 1, FIRST_KEYS);
-    const Plan* plan = sh.plans;
 #pragma unroll 1
-    for (int turn = 0; turn < STEPS; turn++) {
-      const int step = pairs(turn) ? paired(turn) : turn;
-      if (IN_PAIRS && (pairs(turn) && turn < CROSS_OUT ? layer == 0 : over)) continue;
-      if (IN_PAIRS) plan = sh.plans + first_plan(step);
-      const bool own = step == OWN_ATTENTION;
-      int from = 0, to = own ? own_chunks : step != CROSS_ATTENTION ? 0 : pairs(CROSS_ATTENTION) ? KEY_CHUNKS : FIRST_KEYS;
-      if (step == FC1 && !pairs(CROSS_ATTENTION)) from = FIRST_KEYS, to = LAST_KEYS;
-      if (step == FC2 && !pairs(CROSS_ATTENTION)) from = LAST_KEYS, to = KEY_CHUNKS;
-      if (own ? attends_own : f.attends_cross)
-#pragma unroll 1
-        for (int chunk = from; chunk < to; chunk++)
-          fetch_keys(sh, memory, f, own, chunk, own ? own_at : cross_at, own ? own_count : cross_count);
-      if (!is_attention(step))
-#pragma unroll 1
-        for (int chunk = 0; chunk < chunks_of(step); chunk++) fetch_chunk(sh, memory, f, step, *plan++, chunk == 0);
-      if (layer == 0 && step == QKV) {
+    for (int i = 0; i < PIECES_OF_LAYER; i++) {
+      const u32 about = sh.plans[i].about;
+      if (about & wanted) fetch_piece(sh, memory, f, sh.plans[i], layer - (SOME_LAG && about & LAGS ? 1 : 0));
+    }
+    if (pass < 0) {
 #if CHOOSES
-        bar_sync(READY, THREADS);
-        slot = sh.slot;
-        if (slot >= 0 && !first) {
-          // The keys and values of the step before are from other programs.
-          bar_sync(WRITTEN, 64);
-          fence_copies();
-        }
-        // The others wait for what was asked for in vain: copies end before their program does.
-        if (slot < 0) return;
-#else
-        slot = newest_slot(a);
-        if (slot < 0) return await_first(sh);
-#endif
-        const Span own_keys = keys_of(true, slot), cross_keys = keys_of(false, slot);
-        own_at = (attender(true) % HEADS * SLOTS + own_keys.first) * 128, own_count = own_keys.count;
-        cross_at = (attender(false) % HEADS * SOURCE + cross_keys.first) * (BYTE_KEYS ? 64 : 128), cross_count = cross_keys.count;
-        own_chunks = chunks_of_keys(true, slot);
-        attends_own = attends(true, slot), f.attends_cross = attends(false, slot);
+      bar_sync(READY, THREADS);
+      slot = sh.slot;
+      if (slot >= 0 && !first) {
+        // The keys and values of the step before are from other programs.
+        bar_sync(WRITTEN, 64);
+        fence_copies();
       }
+      // The others wait for what was asked for in vain: copies end before their program does.
+      if (slot < 0) return;
+#else
+      slot = newest_slot(a);
+      if (slot < 0) return await_first(sh);
+#endif
+      plan_keys(sh, slot);
     }
   }
 #if VOCAB && !CHOOSES

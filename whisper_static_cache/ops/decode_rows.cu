@@ -89,7 +89,7 @@ __device__ __forceinline__ void fetch_chunk(const Pointers& p, Shared& sh, u32 m
   constexpr int META = groups(FFN) * 2;
   if (row_by_row) all += 2 * count * META;
   u32 barrier;
-  const u32 place = memory + make_room(sh, f, product, {}, all, all, barrier, [&] {
+  const u32 place = memory + make_room(sh, f, {}, all, 0, barrier, [&] {
     if (size) prefetch(base + from, size);
   });
   if (size) copy_async(place + at, base + from, size, barrier);
@@ -132,7 +132,7 @@ __device__ __forceinline__ void fetch_keys(const Pointers& p, Shared& sh, u32 me
         if (lane / 2 == 1) from = base + first, to = scales_behind(lane % 2), size = scales;
       }
       u32 barrier;
-      const u32 place = memory + make_room(sh, f, OWN ? OWN_ATTENTION : CROSS_ATTENTION, {}, all, all, barrier, [&] {
+      const u32 place = memory + make_room(sh, f, {}, all, 0, barrier, [&] {
         if (size) prefetch(from, size);
       });
       if (size) copy_async(place + to, from, size, barrier);
