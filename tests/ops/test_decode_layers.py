@@ -544,6 +544,19 @@ def test_what_does_not_fit_goes_around_a_ring(memory, changes):
     assert_compiles(SMALL._replace(memory=memory, **changes), "!AT_HOME")
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed: the kernel cannot be emulated")
+def test_orders_that_wait_for_themselves_do_not_compile():
+    """Of orders in which a layer's weights and keys are fetched, the source knows those that would never end."""
+    # The last keys, or the last weights, of a layer behind the first of the next one's; a step left out.
+    wrong = "QSOUKCFDk", "KQSOUCFDk", "QSOUKCFDf", "QSOUKCF", "QSOUCFD"
+    right = "QSOUKCFD", "QSOUKCFd", "QSOUkKCFD", "kQSOUKCFD", "fkDQSUOKCF", "DFCKUOSQ"
+    claims = [*(f'!ends("{letters}")' for letters in wrong), *(f'ends("{letters}")' for letters in right)]
+    assert_compiles(SMALL, f"AT_HOME && PAIRS == 0 && KEY_CHUNKS > 1 && {' && '.join(claims)}")
+    # Of two steps with one home the later one is fetched when the earlier has been read.
+    pairs = SMALL._replace(memory=91_000, vocab=2999, bfloat16=True)
+    assert_compiles(pairs, 'PAIRS == 3 && ends("QScfdOUK") && !ends("QSOUcfdK") && !ends("QSfOKcUd")')
+
+
 def op_arguments(model, slot, offset):
     """What the op takes for a launch of `model`."""
     outputs, inputs = model.operands(slot, offset)

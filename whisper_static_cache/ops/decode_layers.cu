@@ -614,34 +614,65 @@ enum {
   ABOUT_STEP = 8, ABOUT_ROOM = 12,
   OPENS = 1 << 16,     // The first piece of its step waits for the room of all.
   ARRIVES = 1 << 17,   // At its step's barrier.
-  TURNED = 1 << 18,    // The room is made in a layer of the other parity.
+  TURNED = 1 << 18,    // The room is made in the same layer, not in the one before.
   LAGS = 1 << 19, OF_FIRST = 1 << 20, OF_OTHERS = 1 << 21
 };
-// What of a layer is fetched in which order: steps, four bits each, with the highest set where the step is of the layer before. In
-// the order in which room is made; at home most of cross-attention's keys come behind the next weights, and the last in front of
-// the last product's: all together would be in the way of the words that are waited for. Of two halves in 8 bits the second is not
-// the last.
 constexpr int pieces_of(int step) {
   return step == OWN_ATTENTION ? OWN_CHUNKS : step == CROSS_ATTENTION ? KEY_CHUNKS :
          step == FC2 && AT_HOME ? PARTS_AT_HOME : chunks_of(step);
 }
 constexpr int PIECES_OF_LAYER = 6 + OWN_CHUNKS + KEY_CHUNKS + FFN_CHUNKS + pieces_of(FC2);
-constexpr u64 order(int half) {
-  constexpr int FIRST_KEYS = AT_HOME && !pairs(CROSS_ATTENTION) ? least(1, KEY_CHUNKS) : KEY_CHUNKS;
-  constexpr int LAST_KEYS = BYTE_KEYS ? KEY_CHUNKS : most(KEY_CHUNKS - 1, FIRST_KEYS);
+// What of a layer is fetched in which order: a letter is one piece of its step, the last one all that are left, small where it is
+// of the layer before; there may be fewer pieces than letters. In a ring it is the order of the steps. Where two steps have a home
+// in common, either's turn comes when the other has made room, the later one's in the next layer. Else it is free, but for what
+// would wait for itself. What comes together stands in the way of the words that are waited for: but for the first two, and 8 and
+// 16 bits without pairs, these are the best that a search found for large-v2 on an H100 (benchmarks/NOTES.md).
+constexpr char LETTERS[] = "QSOUKCFD";  // Of the steps.
+constexpr const char* letters_in_order() {
+  if (!AT_HOME) return LETTERS;
+  if (PAIRS == 1) return "QScUKOKKFKD";
+  if (PAIRS == 2) return "QScUdOFK";
+  if (PAIRS == 3) return "QQffdcffdddSQUOK";
+  if (BYTE_KEYS)
+    return BITS == 158 || BITS == 2 ? "UfSQKQOQFFKCFD" : BITS == 3 ? "QdSUQfKCOQFKD" : BITS == 4 ? "dOSQKCQdQKUF" : "QSOUKCKFD";
+  return BITS == 158 ? "kkfdOfQQfSQCKUKF" : BITS == 2 ? "QkfUQKSCOKQKFD" : BITS == 3 ? "fOfQfQSdQKCUKFKD" :
+         BITS == 4 ? "OQUSQKCKQKFDFFKFDF" : "QSOUKCKKFKD";
+}
+// Four bits a piece: its step, and whether that is of the layer before.
+constexpr u64 order(const char* letters, int half) {
   u64 found[2] = {};
-  int count = 0;
-  for (int turn = 0; turn < STEPS; turn++) {
-    const int step = pairs(turn) ? paired(turn) : turn;
-    const int keys = step == CROSS_ATTENTION ? FIRST_KEYS : step == FC1 ? LAST_KEYS - FIRST_KEYS : step == FC2 ? KEY_CHUNKS - LAST_KEYS : 0;
-    for (int i = 0; i < keys + (step == CROSS_ATTENTION ? 0 : pieces_of(step)); i++, count++) {
-      const u64 piece = i < keys ? CROSS_ATTENTION : step | (pairs(turn) && turn < CROSS_OUT) << 3;
-      found[count / 16] |= piece << count % 16 * 4;
-    }
+  int count = 0, taken[STEPS] = {};
+  for (int i = 0; letters[i]; i++) {
+    const bool lags = letters[i] >= 'a';
+    int step = 0;
+    while ((LETTERS[step] ^ letters[i]) & 31) step++;
+    int pieces = pieces_of(step) - taken[step];
+    for (int behind = i + 1; letters[behind]; behind++)
+      if (((letters[behind] ^ letters[i]) & 31) == 0) pieces = least(pieces, 1);
+    for (int piece = 0; piece < pieces; piece++, count++) found[count / 16] |= (u64)(step | lags << 3) << count % 16 * 4;
+    taken[step] += pieces;
   }
   return found[half];
 }
-constexpr u64 ORDER = order(0), ORDER_BEHIND = order(1);
+// Whether a few layers come to their end: whatever a piece waits for has been fetched in front of it.
+constexpr bool ends(const char* letters) {
+  const u64 halves[2] = {order(letters, 0), order(letters, 1)};
+  int fetched[3][STEPS] = {{chunks_of(QKV)}};
+  for (int pass = 0; pass <= 3; pass++)
+    for (int piece = 0; piece < PIECES_OF_LAYER; piece++) {
+      const int ordered = halves[piece / 16] >> piece % 16 * 4 & 0xF, step = ordered & 7, layer = pass - (ordered >> 3);
+      if (layer < 0 || layer == 3 || pass == 0 && step == QKV) continue;
+      const int reader = pairs(step) ? paired(step) : step, of_layer = layer - (step <= reader);
+      for (int i = 0; fetched[layer][step] == 0 && i <= of_layer * STEPS + reader; i++)
+        if (fetched[i / STEPS][i % STEPS] < pieces_of(i % STEPS)) return false;
+      fetched[layer][step]++;
+    }
+  for (int i = 0; i < 3 * STEPS; i++)
+    if (fetched[i / STEPS][i % STEPS] != pieces_of(i % STEPS)) return false;
+  return true;
+}
+static_assert(PIECES_OF_LAYER <= 32 && ends(letters_in_order()), "not all is fetched, or something waits for itself");
+constexpr u64 ORDER = order(letters_in_order(), 0), ORDER_BEHIND = order(letters_in_order(), 1);
 constexpr bool SOME_LAG = ((ORDER | ORDER_BEHIND) & 0x8888888888888888) != 0;
 struct Shared {
   // Of a pair of rows the sums of four warps, in this order: the first row's, of the first warps and of the others, the
@@ -933,11 +964,11 @@ __device__ __forceinline__ Span rows_of_chunk(int product, int chunk) {
 #if BATCH == 1
 // Each piece's plan, by a lane of the warp that fetches.
 __device__ __forceinline__ void make_plans(Shared& sh) {
-  static_assert(PIECES_OF_LAYER <= 32 && ROWS < 256 && POINTERS <= 64 && row_bytes(FFN) < 1 << 16, "");
+  static_assert(ROWS < 256 && POINTERS <= 64 && row_bytes(FFN) < 1 << 16, "");
   const int lane = thread() % 32;
-  const u32 here = (lane < 16 ? ORDER : ORDER_BEHIND) >> lane % 16 * 4 & 0xF;
-  const int step = here & 7;
-  const bool lags = here >> 3;
+  const u32 ordered = (lane < 16 ? ORDER : ORDER_BEHIND) >> lane % 16 * 4 & 0xF;
+  const int step = ordered & 7;
+  const bool lags = ordered >> 3;
   // Which of its step's pieces this is: those that lag come last.
   const u32 all_lag = __ballot_sync(~0u, lags), in_front = (1u << lane) - 1;
   u32 same = 0;
@@ -952,7 +983,7 @@ __device__ __forceinline__ void make_plans(Shared& sh) {
     // Of two steps with one home, the other one is what has been there. Who does not attend has no keys to leave.
     const bool alone = !pairs(step) || step == FC2 && !attends(false, 0);
     plan.about = step << ABOUT_STEP | (alone ? step : paired(step)) << ABOUT_ROOM | (lags ? LAGS : step == QKV ? OF_FIRST : OF_OTHERS) |
-                 (piece == 0 ? OPENS : 0) | ARRIVES | (lags && !alone ? TURNED : 0);
+                 (piece == 0 ? OPENS : 0) | ARRIVES | (step >= CROSS_OUT && !alone ? TURNED : 0);
     if (is_attention(step)) {
       // The rest is known only when the slot is.
       plan.rows = piece | lags << 8;
