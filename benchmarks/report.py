@@ -77,7 +77,6 @@ def decode_table(found):
         )
     first = found[0]
     machine = f"{first['gpu']}, torch {first['torch']}, transformers {first['transformers']}"
-    commands = ", ".join(f"`{command}`" for command in dict.fromkeys(row["command"] for row in found))
     header = [
         "case",
         "engine",
@@ -96,7 +95,8 @@ def decode_table(found):
         "precision make near-ties. Stock's figures are of the same run; the bandwidth is that of the bytes a step has "
         "to read; a first call is that of a process; a window is 30 s of samples to 128 tokens. "
         "Measured at the commit named "
-        f"({machine}; {commands}):\n\n{table(header, lines)}\n"
+        f"({machine}; `{first['command']}`, and so on: each row's own command stands with it in "
+        f"benchmarks/results/decode_*.jsonl):\n\n{table(header, lines)}\n"
     )
 
 

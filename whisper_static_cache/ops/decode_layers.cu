@@ -7,7 +7,7 @@
 // results through the L2 cache: every word of a result carries in its lowest bit whether it is this use of its buffer
 // or the last one's, so that who reads the word knows from it alone whether the value is there, without a flag, a
 // fence or a barrier of the whole machine. Meanwhile a warp of each program streams weights, which depend on nothing,
-// into a ring in shared memory, several products ahead; low-bit ones are unpacked while the program would only wait.
+// into shared memory, several products ahead; low-bit ones are unpacked while the program would only wait.
 //
 // Products of 16-bit weights run on the tensor cores: a tile of the weight, eight columns of activations. One row of a
 // batch needs one column; the others hold what single half-precision numbers cannot, the remainders of the activations.
@@ -452,7 +452,7 @@ constexpr int KEY_CHUNKS = 1, OWN_CHUNKS = 1;
 #endif
 constexpr int MOST_ROWS = up(most(3 * ROWS, FFN_CHUNKS * ROWS), 16);
 
-// What is done for a layer, in this order; the products' weights are fetched in the same.
+// What is done for a layer, in this order.
 enum { QKV, OWN_ATTENTION, OWN_OUT, QUERY, CROSS_ATTENTION, CROSS_OUT, FC1, FC2, STEPS };
 constexpr bool is_attention(int step) { return step == OWN_ATTENTION || step == CROSS_ATTENTION; }
 constexpr int chunks_of(int product) {
@@ -982,8 +982,9 @@ __device__ __forceinline__ void make_plans(Shared& sh) {
     Plan plan = {};
     // Of two steps with one home, the other one is what has been there. Who does not attend has no keys to leave.
     const bool alone = !pairs(step) || step == FC2 && !attends(false, 0);
-    plan.about = step << ABOUT_STEP | (alone ? step : paired(step)) << ABOUT_ROOM | (lags ? LAGS : step == QKV ? OF_FIRST : OF_OTHERS) |
-                 (piece == 0 ? OPENS : 0) | ARRIVES | (step >= CROSS_OUT && !alone ? TURNED : 0);
+    plan.about = step << ABOUT_STEP | (alone ? step : paired(step)) << ABOUT_ROOM |
+                 (lags ? LAGS : step == QKV ? OF_FIRST : OF_OTHERS) | (piece == 0 ? OPENS : 0) | ARRIVES |
+                 (step >= CROSS_OUT && !alone ? TURNED : 0);
     if (is_attention(step)) {
       // The rest is known only when the slot is.
       plan.rows = piece | lags << 8;
@@ -1002,7 +1003,8 @@ __device__ __forceinline__ void make_plans(Shared& sh) {
       auto bytes_of = [&](int first, int each) { return more ? up((first + all) * each, 16) - first * each / 16 * 16 : 0; };
       u32 copies = count / together_rows;
       plan.rows = first * row + begin, plan.metas = first * meta / 16 * 16, plan.vectors = in_vector * of_vector / 16 * 16;
-      plan.row_size = together_rows * size, plan.meta_size = bytes_of(first, meta), plan.vector_size = bytes_of(in_vector, of_vector);
+      plan.row_size = together_rows * size, plan.meta_size = bytes_of(first, meta);
+      plan.vector_size = bytes_of(in_vector, of_vector);
       plan.expected = count * size + 2 * (plan.meta_size + plan.vector_size);
       plan.to_scales = metas_behind(step, chunk, false) / 16, plan.to_zeros = metas_behind(step, chunk, true) / 16;
       plan.to_first = vectors_behind(step, chunk) / 16, plan.to_second = plan.to_first + apart_of_vectors(step) / 16;
