@@ -217,7 +217,10 @@ def parse(argv=None):
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="file to append JSON lines to")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if any(options.head_bits) and min(options.bits) == 16:
+        parser.error("--head-bits quantises the head of a quantised decoder: give --bits below 16 as well")
+    return options
 
 
 def main():
@@ -240,7 +243,7 @@ def main():
         options.models, options.dtypes, options.bits, options.head_bits
     ):
         if head_bits and bits == 16:
-            continue
+            continue  # Only a quantised decoder's head is quantised.
         model, processor = load_checkpoint(name, dtype=getattr(torch, dtype), device=options.device)
         group_size = GROUP_SIZES.get(bits)
         bits = bits if bits == 1.58 else int(bits)

@@ -73,3 +73,10 @@ def test_the_margin_is_the_reference_models_own():
     margin = token_parity.margin_of(model, feature, [5, 6], [7], 8, 9)
     assert margin == pytest.approx((logits[8] - logits[9]).item(), abs=1e-5)
     assert token_parity.rounding_of(model, model, [feature], [Window([5, 6], [7, 8])]) == 0.0
+
+
+def test_a_head_is_quantised_with_its_decoder(capsys):
+    assert token_parity.parse(["--bits", "16", "4", "--head-bits", "0", "4"]).head_bits == [0, 4]
+    with pytest.raises(SystemExit):
+        token_parity.parse(["--head-bits", "4"])
+    assert "give --bits below 16 as well" in capsys.readouterr().err
